@@ -1,0 +1,48 @@
+# one command each; every target sets up .venv first, where it is not there yet
+
+PYTHON ?= python3
+# installed before anything else, so that the resolver never picks another build
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+READY := $(VENV)/.ready
+OUT ?= demo-out
+
+.PHONY: help setup demo test check lint size clean
+
+help:
+	@echo "make demo   compress the embedded model to 4.25 bits a weight and write its report"
+	@echo "make test   the test suite, at most 15 minutes on 2 cores"
+	@echo "make check  the long suite too: kills, fuzz, browser"
+	@echo "make lint   ruff and mypy"
+	@echo "make size   how large the house is"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "laconic needs Python 3.10 or newer; run: make PYTHON=/path/to/python3"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt "$(TORCH)"
+	$(PIP) --constraint constraints.txt --editable ".[dev]"
+	@touch $(READY)
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/laconic compress --budget bits=4.25 -o $(OUT) --overwrite
+	$(BIN)/laconic report $(OUT)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not long"
+
+check: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+size: $(READY)
+	$(BIN)/python bench/size.py
+
+clean:
+	rm -rf $(VENV) $(OUT) .$(OUT).laconic .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,654 @@
+"""The Python functions behind the commands: each opens what is named, does one job and returns plain values."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import platform
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from laconic import artifact, catalogue, job, measurement
+from laconic.core.claim import Claim, Lab, Measurement, Verdict
+from laconic.core.errors import BrokenPromise, UserError
+from laconic.data import Split, Texts, open_data
+from laconic.models import Source, is_artifact, open_model
+from laconic.pipeline import Log, Progress, batch_of, quiet
+from laconic.recipe import Recipe, load_recipe
+from laconic.zoo import corpus, nano
+
+Model = str | Path | nn.Module | None
+
+# a certificate counts as reproduced where every quality figure is as near as this, relatively: other processors sum in another order
+SAME = 1e-3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """size: "25%" of the model's bf16 bytes, "120MB" (10^6) or "120MiB" (2^20); bits: stored bits over all parameters. Both hold."""
+
+    size: str | None = None
+    bits: float | None = None
+
+    def words(self) -> list[str]:
+        """As the command line writes it."""
+        return [f"{name}={value}" for name, value in (("size", self.size), ("bits", self.bits)) if value is not None]
+
+
+class Result(NamedTuple):
+    """A finished output folder: open it with laconic.load(result.path)."""
+
+    path: Path
+    certificate: dict[str, Any]
+    measurements: dict[str, Any]
+
+
+def say(line: str) -> None:
+    """A Log that prints."""
+    print(line)
+
+
+# ---- what is named, opened
+
+
+def default_model() -> Path:
+    """The folder of the embedded model."""
+    path = nano.path()
+    if not (path / "config.json").is_file():
+        raise UserError("this installation holds no embedded model; name a Hugging Face folder, a hub id or package.module:function")
+    return path
+
+
+def _source(model: Model) -> Source:
+    return open_model(model, default=default_model() if model is None or model == "" else None)
+
+
+def _default_texts() -> Texts:
+    try:
+        texts = {name: [text for _, text in corpus.named(name)] for name in corpus.LISTS}
+        return Texts(**texts, record={name: corpus.record(name) for name in corpus.LISTS})
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from None
+
+
+def _split(source: Source, data: str | Path | None, certify: str | Path | None, *, seed: int, length: int | None = None, log: Log) -> Split:
+    if data is None and source.task == "text":
+        log("no data was given: Python's standard library is used; your own text (--data FILE) fits your use better")
+    split = open_data(
+        None if data is None else str(data),
+        source,
+        seed=seed,
+        certify=None if certify is None else str(certify),
+        length=length,
+        default=_default_texts,
+    )
+    if source.path is None:
+        source.trace(split.calibrate.inputs[:1])
+    return split
+
+
+def _words(budget: Budget | Sequence[str] | str | None) -> list[str]:
+    if budget is None:
+        return []
+    if isinstance(budget, Budget):
+        return budget.words()
+    return [budget] if isinstance(budget, str) else list(budget)
+
+
+def _plan(plan: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """A plan's content, checked for what every use of it needs."""
+    name = "the plan" if isinstance(plan, Mapping) else f"plan file {plan}"
+    found: Any = plan
+    if not isinstance(plan, Mapping):
+        try:
+            found = json.loads(Path(plan).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{name} does not exist; make it with `laconic plan MODEL --budget size=25% -o {plan}`") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name} cannot be read as JSON ({error}); make it again with `laconic plan`") from None
+    needed = ("model", "budget", "recipe", "seed", "data", "choices", "kept", "menu", "predicted")
+    missing = [key for key in needed if not isinstance(found, Mapping) or key not in found]
+    if missing:
+        raise UserError(f"{name} is no plan of laconic (it lacks {', '.join(missing)}); make it again with `laconic plan`")
+    return dict(found)
+
+
+def _recipe(recipe: str | Path | Recipe) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+
+
+def _spec(value: Any) -> str | None:
+    """A spec as certificates write it: the empty word stands for the default."""
+    return str(value) if value else None
+
+
+# ---- plan, compress
+
+
+class _Job(NamedTuple):
+    source: Source
+    split: Split
+    recipe: Recipe
+    words: list[str]
+    seed: int
+
+
+def _open_job(
+    model: Model,
+    data: str | Path | None,
+    data_certify: str | Path | None,
+    words: list[str],
+    plan: Mapping[str, Any] | None,
+    recipe: str | Path | Recipe | None,
+    seed: int | None,
+    log: Log,
+) -> _Job:
+    """Everything a job needs; what is not given comes from the plan, where there is one."""
+    length = None
+    if plan is not None:
+        if words:
+            own = " ".join(plan["budget"]["words"])
+            raise UserError(f"a plan holds its own budget ({own}); leave the budget out, or make another plan")
+        if recipe is not None:
+            raise UserError("a plan holds its own recipe; leave the recipe out, or make another plan")
+        words = list(plan["budget"]["words"])
+        recipe = Recipe.model_validate(plan["recipe"])
+        if model is None:
+            model = _spec(plan["model"].get("spec"))
+        if data is None:
+            data = _spec(plan["data"].get("spec"))
+            data_certify = data_certify or _spec((plan["data"].get("certify") or {}).get("spec"))
+            length = plan["data"].get("length")
+        seed = int(plan["seed"]) if seed is None else seed
+    chosen = _recipe("auto" if recipe is None else recipe)
+    source = _source(model)
+    # a wrong budget is found before any data is read
+    job.parse_budget(words, source)
+    seed = 0 if seed is None else seed
+    return _Job(source, _split(source, data, data_certify, seed=seed, length=length, log=log), chosen, words, seed)
+
+
+def plan(
+    model: Model = None,
+    data: str | Path | None = None,
+    *,
+    budget: Budget | Sequence[str] | str | None = None,
+    recipe: str | Path | Recipe | None = None,
+    data_certify: str | Path | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = quiet,
+    log: Log = say,
+) -> dict[str, Any]:
+    """What would be done where, at which level, at what price: plan.json's content, written to `out` where that is given."""
+    opened = _open_job(model, data, data_certify, _words(budget), None, recipe, seed, log)
+    with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
+        # without a file to write there is nothing to resume, so the journal may go
+        target = Path(out) if out is not None else Path(scratch) / "plan.json"
+        if target.is_dir():
+            raise UserError(f"{target} is a folder; name a file for the plan, such as -o plan.json")
+        source, split, chosen, words, seed = opened
+        made = job.plan(source, split, chosen, words, target, seed=seed, overwrite=overwrite, progress=progress, log=log)
+        if out is not None:
+            _write(target, made)
+    return made
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """JSON by way of a neighbour and a rename, so that no half of it is ever seen."""
+    near = path.with_name(f".{path.name}.new")
+    try:
+        near.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        near.replace(path)
+    except OSError as error:
+        near.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another place with -o") from error
+
+
+def command(
+    model: Model,
+    out: str | Path,
+    words: Sequence[str],
+    recipe: str | Path | None,
+    data: str | Path | None,
+    certify: str | Path | None,
+    seed: int,
+    plan: str | Path | None,
+) -> str:
+    """The command line that replays a job."""
+    parts = ["laconic", "compress", *([str(model)] if isinstance(model, (str, Path)) and str(model) else [])]
+    if plan is not None:
+        parts += ["--plan", str(plan)]
+    else:
+        parts += [part for word in words for part in ("--budget", word)] + ["--recipe", str(recipe)]
+    parts += ["--data", str(data)] if data is not None else []
+    parts += ["--data-certify", str(certify)] if certify is not None else []
+    return shlex.join([*parts, "--seed", str(seed), "-o", str(out)])
+
+
+def compress(
+    model: Model = None,
+    data: str | Path | None = None,
+    *,
+    budget: Budget | Sequence[str] | str | None = None,
+    plan: Mapping[str, Any] | str | Path | None = None,
+    recipe: str | Path | Recipe | None = None,
+    out: str | Path = "out",
+    data_certify: str | Path | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = quiet,
+    log: Log = say,
+) -> Result:
+    """The main job: the best smaller model within the budget, written to `out` with its certificate.
+
+    Killed at any moment, the same call goes on where it stood. Raises UserError (nothing half-written) or BrokenPromise."""
+    given = None if plan is None else _plan(plan)
+    target = Path(out)
+    # the cheap refusal comes before the data is read
+    if (target.exists() or target.is_symlink()) and not overwrite:
+        raise UserError(f"the output {target} exists; choose another with -o, or replace it with --overwrite")
+    opened = _open_job(model, data, data_certify, _words(budget), given, recipe, seed, log)
+    named = (recipe.name if isinstance(recipe, Recipe) else recipe) or "auto"
+    at = None if given is None else plan if isinstance(plan, (str, Path)) else target / "plan.json"
+    made = job.compress(
+        opened.source,
+        opened.split,
+        budget=opened.words,
+        recipe=opened.recipe,
+        out=target,
+        seed=opened.seed,
+        plan=given,
+        overwrite=overwrite,
+        progress=progress,
+        log=log,
+        command=command(model, out, opened.words, named, data, data_certify, opened.seed, at),
+    )
+    return Result(target, {key: value for key, value in made.items() if key != "measurements"}, made["measurements"])
+
+
+def load(path: Model = None, *, dtype: torch.dtype = torch.float32, thaw: bool = False) -> nn.Module:
+    """A result or an original as a torch.nn.Module in eval mode. thaw: dense copies in `dtype`, faster and as large as the original."""
+    if isinstance(path, (str, Path)) and path and is_artifact(path):
+        return artifact.load(path, dtype=dtype, thaw=thaw)
+    return _source(path).load(dtype)
+
+
+# ---- measure, bench
+
+
+def _certificate(folder: str | Path) -> dict[str, Any]:
+    file = Path(folder) / "certificate.json"
+    if not file.is_file():
+        raise UserError(f"{folder} has no certificate.json; name a folder that `laconic compress` wrote")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found["model"], dict) or not isinstance(found["quality"], dict):
+            raise TypeError("model and quality must be objects")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}); run the compression again with --overwrite") from None
+    return dict(found)
+
+
+def _original(path: str | Path, against: Model) -> Model:
+    """What a result is compared with: what is given, else what its certificate names."""
+    return against if against is not None else _spec(measurement.original_of(path))
+
+
+def _recorded_split(source: Source, record: Mapping[str, Any], log: Log) -> Split:
+    """The data of a certificate, opened again."""
+    certify = _spec((record.get("certify") or {}).get("spec"))
+    return _split(source, _spec(record.get("spec")), certify, seed=int(record.get("seed", 0)), length=record.get("length"), log=log)
+
+
+def measure(
+    path: str | Path,
+    against: Model = None,
+    data: str | Path | None = None,
+    *,
+    data_certify: str | Path | None = None,
+    seed: int = 0,
+    speed: bool = True,
+    progress: Progress = quiet,
+    log: Log = say,
+) -> dict[str, Any]:
+    """Quality, bytes, speed and memory of a result (or any model) against its original, on the certify part of the data; flat keys, with
+    unit, count and spread under `details`. against: default is the original that the certificate names; data: that of the certificate."""
+    named = _original(path, against)
+    source = _source(named)
+    if data is None and (Path(path) / "certificate.json").is_file():
+        split = _recorded_split(source, _certificate(path).get("data", {}), log)
+    else:
+        split = _split(source, data, data_certify, seed=seed, log=log)
+    if speed:
+        _refuse_red(path)
+    return measurement.measure(
+        path,
+        "" if named is None else named,  # type: ignore[arg-type]
+        split.certify,
+        metric=split.metric,
+        with_speed=speed,
+        default=default_model() if named is None else None,
+        seed=seed,
+        progress=lambda done, total: progress("measuring", done, total, "rows"),
+    )
+
+
+def _refuse_red(path: str | Path) -> None:
+    """No speed beside a red equality check."""
+    if (Path(path) / "certificate.json").is_file() and not _certificate(path).get("reload", {}).get("ok", False):
+        raise BrokenPromise(f"{path} computes something else than was searched (reload check), so no speed is printed; compress it again")
+
+
+def bench(
+    path: str | Path,
+    against: Model = None,
+    *,
+    prompt: int = 128,
+    new: int = 32,
+    repeats: int = 7,
+    record: bool = False,
+    progress: Progress = quiet,
+    log: Log = say,
+) -> dict[str, Any]:
+    """Prefill and decode speed of a result and of its original, taking turns; memory; hardware. record: into its measurements.json too."""
+    if repeats < 1 or prompt < 1 or new < 1:
+        raise UserError(f"prompt {prompt}, new {new} and repeats {repeats} must each be at least 1; give larger numbers")
+    named = _original(path, against)
+    source = _source(named)
+    if source.task != "text":
+        raise UserError(f"{source.spec} is no language model; speed is measured in tokens, so there is none to measure yet")
+    _refuse_red(path)
+    dtype = torch.bfloat16
+    with measurement.watch() as peak:
+        progress("timing", 0, 1, "the original and the result take turns")
+        original = source.load(dtype).eval()
+        compressed = load(path, dtype=dtype).eval()
+        found = measurement.speed(original, compressed, prompt=prompt, new=new, repeats=repeats)
+        progress("timing", 1, 1, "")
+    found["peak_memory_bytes"] = peak.bytes
+    found["details"]["peak_memory_bytes"] = {"unit": "bytes", "n": 1, "what": "process tree of this bench, which holds both models"}
+    found["hardware"] = measurement.hardware()
+    if record and is_artifact(path):
+        _record_speed(Path(path), found)
+    return found
+
+
+def _record_speed(folder: Path, found: Mapping[str, Any]) -> None:
+    """Speeds into measurements.json; the compression's own memory and seconds stay."""
+    file = folder / "measurements.json"
+    kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    speeds = {key: value for key, value in found.items() if key.endswith("_tokens_per_s") or key == "original"}
+    details = {key: value for key, value in found["details"].items() if "_tokens_per_s" in key}
+    _write(file, {**kept, **speeds, "hardware": found["hardware"], "details": {**kept.get("details", {}), **details}})
+
+
+# ---- generate
+
+
+class Talk(NamedTuple):
+    """A model with its tokenizer, ready to generate. context: most positions, 0 where there is no bound. ends: ids that end a text."""
+
+    model: nn.Module
+    tokenizer: Any
+    context: int
+    ends: frozenset[int]
+
+
+def open_talk(model: Model = None, *, dtype: torch.dtype = torch.float32) -> Talk:
+    """Loads a result or an original with its tokenizer. UserError for a model that writes no text."""
+    is_result = isinstance(model, (str, Path)) and bool(model) and is_artifact(model)
+    source: Any = artifact.stream(model) if is_result else _source(model)  # type: ignore[arg-type]
+    if source.task != "text":
+        raise UserError(f"{source.spec} is no language model; generate needs one that writes text")
+    tokenizer = source.tokenizer()
+    loaded = load(model, dtype=dtype)
+    ends: set[int] = set()
+    holder: Any
+    for holder in (getattr(loaded, "generation_config", None), getattr(loaded, "config", None), tokenizer):
+        found = getattr(holder, "eos_token_id", None)
+        ends |= set(found) if isinstance(found, (list, tuple)) else {found} if isinstance(found, int) else set()
+    return Talk(loaded, tokenizer, int(source.context or 0), frozenset(ends))
+
+
+def prompt_ids(talk: Talk, prompt: str, *, raw: bool = False) -> Tensor:
+    """Token ids (1, t) of a prompt: in the tokenizer's chat template where it has one, as it stands with `raw`."""
+    if getattr(talk.tokenizer, "chat_template", None) and not raw:
+        text = talk.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        ids = talk.tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = list(talk.tokenizer(prompt)["input_ids"])
+        # an end after the prompt would close the text before it has begun
+        if len(ids) > 1 and ids[-1] in talk.ends:
+            ids = ids[:-1]
+    if not ids:
+        start = talk.tokenizer.bos_token_id if talk.tokenizer.bos_token_id is not None else talk.tokenizer.eos_token_id
+        if start is None:
+            raise UserError("the prompt is empty and the tokenizer has no token that begins a text; give a prompt")
+        ids = [start]
+    if talk.context and len(ids) >= talk.context:
+        raise UserError(f"the prompt has {len(ids)} tokens and the model's context is {talk.context}; shorten the prompt")
+    return torch.tensor([ids])
+
+
+def tokens(talk: Talk, ids: Tensor, *, limit: int, temperature: float, generator: torch.Generator) -> Iterator[int]:
+    """New token ids one by one, from a KV cache: the likeliest at temperature 0, else drawn; until an end token, limit or context."""
+    room = min(limit, talk.context - ids.shape[1]) if talk.context else limit
+    cache, step = None, ids
+    for _ in range(room):
+        with torch.inference_mode():
+            found = talk.model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache, logits = found.past_key_values, found.logits[0, -1].float()
+        if temperature > 0:
+            chosen = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        else:
+            chosen = int(logits.argmax())
+        if chosen in talk.ends:
+            return
+        yield chosen
+        step = torch.tensor([[chosen]])
+
+
+def pieces(talk: Talk, ids: Tensor, new: Iterator[int]) -> Iterator[str]:
+    """The text of new tokens as it grows; a character that is not whole yet waits for the next token."""
+    # a prompt's last token goes along, because some tokenizers drop a space at the very front
+    front = ids[0, -1:].tolist()
+    known = talk.tokenizer.decode(front, skip_special_tokens=True)
+    held: list[int] = list(front)
+    for one in new:
+        held.append(one)
+        text = talk.tokenizer.decode(held, skip_special_tokens=True)
+        if not text.endswith("\ufffd") and len(text) > len(known):
+            yield text[len(known) :]
+            known = text
+    rest = talk.tokenizer.decode(held, skip_special_tokens=True)
+    if len(rest) > len(known):
+        yield rest[len(known) :]
+
+
+def generate(
+    model: Model = None, prompt: str = "", *, max_tokens: int = 128, temperature: float = 0.0, seed: int = 0, raw: bool = False
+) -> Iterator[str]:
+    """Pieces of text, token by token, of a result or an original; join them for the whole."""
+    if max_tokens < 1:
+        raise UserError(f"--max-tokens {max_tokens} writes nothing; ask for at least 1")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature:g} is not usable; give 0 (always the likeliest token) or more")
+    talk = open_talk(model)
+    ids = prompt_ids(talk, prompt, raw=raw)
+    generator = torch.Generator().manual_seed(seed)
+    return pieces(talk, ids, tokens(talk, ids, limit=max_tokens, temperature=temperature, generator=generator))
+
+
+# ---- report
+
+
+def report(
+    out: str | Path, *, against: Model = None, extras: bool = True, count: int = 3, progress: Progress = quiet, log: Log = say
+) -> Path:
+    """Writes `out`/report.html. extras: for a language model whose original is at hand, also the speeds (measured now where they were not
+    yet) and `count` generations of both models side by side, from prompts of the certify data."""
+    from laconic.report import render
+
+    folder = Path(out)
+    certificate = _certificate(folder)
+    named = _original(folder, against)
+    generations: list[dict[str, Any]] = []
+    if extras:
+        try:
+            source = _source(named)
+        except UserError as error:
+            log(f"the original cannot be opened, so the page has neither speeds nor generations: {error}")
+        else:
+            if source.task == "text":
+                file = folder / "measurements.json"
+                if not file.is_file() or "decode_tokens_per_s" not in json.loads(file.read_text(encoding="utf-8")):
+                    bench(folder, named, record=True, progress=progress, log=log)
+                generations = _side_by_side(folder, named, source, certificate, count, progress, log)
+    progress("drawing", 0, 1, "report.html")
+    page = render(folder, against=_spec(against) if isinstance(against, (str, Path)) else None, generations=generations)
+    progress("drawing", 1, 1, "report.html")
+    return page
+
+
+def _side_by_side(
+    folder: Path, named: Model, source: Source, certificate: Mapping[str, Any], count: int, progress: Progress, log: Log
+) -> list[dict[str, Any]]:
+    try:
+        split = _recorded_split(source, certificate.get("data", {}), lambda _: None)
+    except UserError as error:
+        log(f"the data of the certificate cannot be opened, so the page has no generations: {error}")
+        return []
+    original, compressed = open_talk(named), open_talk(folder)
+    rows = split.certify.inputs
+    found = []
+    chosen = sorted({i * (rows.shape[0] - 1) // max(1, count - 1) for i in range(count)})
+    for number, i in enumerate(chosen):
+        progress("writing", number, len(chosen), "the same prompts to both models")
+        ids = rows[i : i + 1, :40]
+        answers = []
+        for talk in (original, compressed):
+            new = list(tokens(talk, ids, limit=48, temperature=0.0, generator=torch.Generator().manual_seed(0)))
+            answers.append([talk.tokenizer.decode([one]) for one in new])
+        prompt = original.tokenizer.decode(ids[0], skip_special_tokens=True)
+        found.append({"prompt": prompt, "original": answers[0], "compressed": answers[1]})
+    progress("writing", len(chosen), len(chosen), "the same prompts to both models")
+    return found
+
+
+# ---- verify
+
+
+def verify(
+    name: str | Path | None = None,
+    *,
+    family: str | None = None,
+    full: bool = False,
+    lab: str | Path | None = None,
+    progress: Progress = quiet,
+    log: Log = say,
+) -> dict[str, Any]:
+    """A folder: its certificate measured again. A method, or all of a family: the claims of their papers.
+
+    full: at full scale, and the verdicts are recorded. lab: folder of real data. The answer's `ok` is false where a certificate was not
+    reproduced, a claim fails, or a claim's broken stand-in did not fail."""
+    if (name is None) == (family is None):
+        raise UserError("verify needs one thing: a method (quantize.round.gptq), a folder (out), or --family quantize")
+    if name is not None and Path(name).is_dir():
+        return _verify_folder(Path(name), progress, log)
+    if name is not None and (os.sep in str(name) or str(name).startswith(".")):
+        raise UserError(f"no such folder: {name}; name a folder that `laconic compress` wrote, or a method")
+    entries = (catalogue.find(str(name)),) if name is not None else catalogue.select(family=family)
+    data = _lab_data(lab)
+    found = []
+    for entry in entries:
+        claims = claims_of(entry.name)
+        if not claims:
+            log(f"{entry.name}: no claim is written yet")
+            continue
+        results = [_judge(entry.name, claim, data, full, log) for claim in claims]
+        answer = {"name": entry.name, "quick": not full, "versions": job.versions(), "hardware": measurement.hardware(), "claims": results}
+        if full:
+            catalogue.VERDICTS.mkdir(exist_ok=True)
+            _write(catalogue.verdicts_file(entry.name), answer)
+        found.append(answer)
+    if not found:
+        raise UserError(f"{name or f'family {family}'} has no claim to verify; see `laconic show` for what each method promises")
+    ok = all(c["result"] != "fails" and c["broken"]["result"] != "holds" for answer in found for c in answer["claims"])
+    return {"ok": ok, "methods": found}
+
+
+def claims_of(name: str) -> tuple[Claim, ...]:
+    """The claims of a method, imported."""
+    if not catalogue.claims_file(name).is_file():
+        return ()
+    family, _, method = name.split(".")
+    return tuple(importlib.import_module(f"laconic.claims.{family}.{method}").CLAIMS)
+
+
+def _lab_data(lab: str | Path | None) -> Path | None:
+    """The folder of real data: the given one, else ../shared/data where it is there."""
+    if lab is not None:
+        if not Path(lab).is_dir():
+            raise UserError(f"no such folder of data: {lab}; leave --lab out, or correct it")
+        return Path(lab).resolve()
+    beside = Path("..") / "shared" / "data"
+    return beside.resolve() if beside.is_dir() else None
+
+
+def _judge(name: str, claim: Claim, data: Path | None, full: bool, log: Callable[[str], None]) -> dict[str, Any]:
+    log(f"{name}: {claim.says}")
+    with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
+        bench_of = Lab(data=data, quick=not full, log=log, scratch=Path(scratch))
+        verdict = claim.check(bench_of)
+        # where the claim cannot be checked, neither can its stand-in
+        broken = claim.broken(bench_of) if verdict.result != "cannot be checked here" else verdict
+    log(f"{name}: {verdict.result}" + (f" ({verdict.reason})" if verdict.reason else ""))
+    return {"says": claim.says, "where": asdict(claim.where), "scale": claim.scale, **_plain(verdict), "broken": _plain(broken)}
+
+
+def _plain(verdict: Verdict) -> dict[str, Any]:
+    def numbers(one: Measurement) -> dict[str, Any]:
+        return {key: value for key, value in one._asdict().items() if value is not None}
+
+    return {"result": verdict.result, "reason": verdict.reason, "numbers": {key: numbers(one) for key, one in verdict.numbers.items()}}
+
+
+def _verify_folder(folder: Path, progress: Progress, log: Log) -> dict[str, Any]:
+    """Files by hash, data by hash, logits' quality measured again on the certify data and compared key by key."""
+    certificate = _certificate(folder)
+    progress("checking", 0, 3, "files")
+    artifact.verify_hashes(folder)
+    progress("checking", 1, 3, "the original and the data")
+    source = _source(_spec(certificate["model"].get("spec")))
+    if source.hashes() != certificate["model"].get("hashes"):
+        name = source.spec or "(embedded)"
+        raise UserError(f"the original {name} is not the one of the certificate (its hashes differ); give back that model's files")
+    split = _recorded_split(source, certificate.get("data", {}), lambda _: None)
+    recorded = (certificate["data"].get("parts") or {}).get("certify", {}).get("sha256")
+    if recorded != split.certify.sha256:
+        python = f" under Python {platform.python_version()}" if not certificate["data"].get("spec") else ""
+        raise UserError(f"the certify data{python} is not that of the certificate (its hash differs); give back the data it names")
+    progress("checking", 2, 3, "quality on the certify data")
+    found = job.quality_of(
+        source, artifact.stream(folder), split.certify, metric=split.metric, batch=batch_of(source), seed=int(certificate["seed"])
+    )
+    progress("checking", 3, 3, "quality on the certify data")
+    differences = []
+    for key, before in certificate["quality"].items():
+        now = found.get(key)
+        if isinstance(now, (int, float)) and isinstance(before, (int, float)) and not math.isclose(before, now, rel_tol=SAME, abs_tol=1e-9):
+            differences.append({"key": key, "recorded": before, "measured": now})
+    compared = sorted(set(found) & set(certificate["quality"]))
+    same = not differences
+    return {"ok": same, "folder": str(folder), "reproduced": same, "compared": compared, "differences": differences, "quality": found}

@@ -1,0 +1,350 @@
+"""Reading what laconic wrote: a folder as a torch module with Held layers, whole (`load`) or piece by piece (`stream`).
+
+config.json holds `quantization_config: {"quant_method": "laconic", "format": 1, "forms": {stored name: description}}`; the result of a
+factory has laconic.json with `factory`, `format` and `forms` instead. The tensors of a form are stored as `<stored name>.<key>`; every
+other tensor keeps its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from laconic.anatomy import DECODERS, decoder_anatomy
+from laconic.core.errors import UserError
+from laconic.core.packed import Held, Packed, restore
+from laconic.core.site import Anatomy
+from laconic.journal import sha256_of
+from laconic.models import (
+    Source,
+    TensorInfo,
+    _compute,
+    _headers,
+    _json,
+    _pread,
+    _quiet,
+    _short,
+    _transformers_config,
+    is_artifact,
+    open_model,
+    stored_name,
+)
+
+FORMAT = 1
+# layers whose arithmetic Held knows; a form of any other module's weight is read as a dense tensor
+HOLDABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def by_form(names: Iterable[str], forms: Collection[str]) -> dict[str, dict[str, str]]:
+    """Stored name of a form -> key of `Packed.tensors()` -> the name it has in the file; tensors that no form holds are left out."""
+    found: dict[str, dict[str, str]] = {name: {} for name in forms}
+    for name in names:
+        at = name.rfind(".")
+        while at > 0:
+            if name[:at] in found:
+                found[name[:at]][name[at + 1 :]] = name
+                break
+            at = name.rfind(".", 0, at)
+    return found
+
+
+def blank(forms: Mapping[str, Any], infos: Mapping[str, TensorInfo], where: Path) -> dict[str, Packed]:
+    """Every form with its tensors on meta: all of its structure, none of its bytes."""
+    made = {}
+    for name, keys in by_form(infos, forms).items():
+        empty = {key: torch.empty(infos[full].shape, dtype=infos[full].dtype, device="meta") for key, full in keys.items()}
+        made[name] = _restored(forms[name], empty, name, where)
+    return made
+
+
+def _restored(described: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, where: Path) -> Packed:
+    try:
+        return restore(described, tensors)
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {_short(error)}"
+        raise UserError(f"the form of {name} in {where} cannot be read ({what}): write the folder again") from error
+    except (ModuleNotFoundError, AttributeError) as error:
+        form = described.get("form")
+        raise UserError(f"{where} holds {name} as {form}, which this version of laconic does not know: update laconic") from error
+
+
+def holdable(layer: nn.Module) -> bool:
+    """Whether a Held can stand in this layer's place: exactly one of torch's own layers, since subclasses compute something else."""
+    return type(layer) in HOLDABLE and getattr(layer, "padding_mode", "zeros") == "zeros"
+
+
+def put(module: nn.Module, path: str, layer: nn.Module) -> None:
+    """Set the submodule at `path`."""
+    owner, _, leaf = path.rpartition(".")
+    module.get_submodule(owner).register_module(leaf, layer)
+
+
+class _Part(NamedTuple):
+    """A tensor of a form: the module's parameter it stands in for, that one's stored name, and its own name in the file."""
+
+    parameter: str
+    stored: str
+    full: str
+
+
+class Artifact(Source):
+    """An opened result with the interface of an original: `read` gives what the forms stand for, `fill` fills Held layers.
+
+    `infos` lists tensors by the names of the original, a form as fp32 of its shape with the bytes it takes; `stored` lists what the
+    files hold. Holds no weights."""
+
+    def __init__(self, path: Path) -> None:
+        self.spec, self.path = str(path), path
+        factory, self.forms = _manifest(path)
+        self.stored = _headers(path)
+        self._keys = by_form(self.stored, self.forms)
+        self._original: Source | None = None
+        if factory is None:
+            raw = _json(path / "config.json")
+            with _quiet():
+                self.config = _transformers_config(path, raw)
+            del self.config.quantization_config
+            self.task, self.context = "text", int(getattr(self.config, "max_position_embeddings", 0) or 0)
+            bare = self._build()
+            self._computed = _compute(bare, path)
+        else:
+            self._original = open_model(factory)
+            self.config, self.task, self.context = None, self._original.task, self._original.context
+            bare = self._original.skeleton()
+            self._computed = self._original._computed
+        self._match(bare)
+        self._anatomy: Anatomy | None = None
+        if self.config is not None:
+            row = DECODERS.get(self.config.model_type)
+            if row is None:
+                raise UserError(f"{path} holds a {self.config.model_type}, which this version of laconic does not know: update laconic")
+            shapes = {name: info.shape for name, info in self.infos.items()}
+            self._anatomy = decoder_anatomy(row, self.config, shapes, self._names)
+
+    def _build(self) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        with _quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+    def _match(self, bare: nn.Module) -> None:
+        """Which stored tensor each parameter of the module is, and whether all are there in the right shape."""
+        held = {full for keys in self._keys.values() for full in keys.values()}
+        kept = {name: info for name, info in self.stored.items() if name not in held}
+        known = {*self.forms, *kept}
+        names: dict[str, str] = {}
+        first: dict[int, str] = {}
+        tensors = [*bare.named_parameters(remove_duplicate=False), *bare.named_buffers(remove_duplicate=False)]
+        tensors = [(name, tensor) for name, tensor in tensors if name not in self._computed]
+        for name, tensor in tensors:
+            if found := stored_name(name, known):
+                names[name] = found
+                first.setdefault(id(tensor), found)
+        self.infos = dict(kept)
+        own = {id(p) for p in bare.parameters()}
+        self.parameters, counted = 0, set()
+        for name, tensor in tensors:
+            stored = first.get(id(tensor)) or (self._original.tied.get(name) if self._original is not None else None)
+            if stored is None:
+                raise UserError(f"{self.path} lacks the tensor {name}: take a complete copy of the folder, or write it again")
+            names[name] = stored
+            shape = tuple(tensor.shape)
+            if stored in self.forms and stored not in self.infos:
+                size = sum(self.stored[full].stop - self.stored[full].start for full in self._keys[stored].values())
+                self.infos[stored] = TensorInfo(torch.float32, shape, "", 0, size)
+            if self.infos[stored].shape != shape:
+                raise UserError(
+                    f"tensor {stored} of {self.path} has shape {list(self.infos[stored].shape)} where its model asks for {list(shape)}: "
+                    "write the folder again"
+                )
+            if id(tensor) in own and stored not in counted:
+                counted.add(stored)
+                self.parameters += tensor.numel()
+        self._names = names
+        self._parts = {
+            f"{name}.{key}": _Part(name, stored, full) for name, stored in names.items() for key, full in self._keys.get(stored, {}).items()
+        }
+        self.tied = {name: stored for name, stored in names.items() if name != stored}
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return self._anatomy if self._anatomy is not None else self._original.anatomy  # type: ignore[union-attr]
+
+    def trace(self, example: Any) -> None:
+        if self._original is not None:
+            self._original.trace(example)
+
+    def _tensor(self, name: str) -> Tensor:
+        assert self.path is not None
+        info = self.stored[name]
+        value = torch.empty(info.shape, dtype=info.dtype)
+        _pread(self.path / info.file, value, info.start)
+        return value
+
+    def packed(self, name: str) -> Packed | None:
+        """The form of a stored tensor, read now; None where no form holds it."""
+        if name not in self.forms:
+            return None
+        assert self.path is not None
+        return _restored(self.forms[name], {key: self._tensor(full) for key, full in self._keys[name].items()}, name, self.path)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        if (form := self.packed(name)) is not None:
+            return form.rows(slice(start, stop)).reshape(stop - start, *self.infos[name].shape[1:])
+        value = self._tensor(name)
+        return value[start:stop].clone() if value.dim() else value
+
+    def skeleton(self) -> nn.Module:
+        assert self.path is not None
+        bare = self._build() if self._original is None else self._original.skeleton()
+        for name, value in self._computed.items():
+            owner, _, leaf = name.rpartition(".")
+            bare.get_submodule(owner)._buffers[leaf] = value.clone()
+        forms = blank(self.forms, self.stored, self.path)
+        for path, layer in list(bare.named_modules(remove_duplicate=False)):
+            form = forms.get(self._names.get(f"{path}.weight", ""))
+            if form is not None and holdable(layer):
+                put(bare, path, Held(form, layer, layer.bias if isinstance(getattr(layer, "bias", None), Tensor) else None))
+        return bare
+
+    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, *, skip: Collection[str] = ()) -> None:
+        """As `Source.fill`; the tensors of a form keep their stored dtype. `module` may be a form or a part of one."""
+        theirs: list[str] = []
+        for path, owner in module.named_modules(remove_duplicate=False):
+            at = ".".join(part for part in (prefix, path) if part)
+            if isinstance(owner, Held):
+                owner.dtype = dtype
+            for leaf, buffer in owner._buffers.items():
+                name = f"{at}.{leaf}"
+                if (found := self._parts.get(name)) is None:
+                    continue
+                theirs.append(name)
+                if buffer is not None and buffer.is_meta and not {found.parameter, found.stored} & set(skip):
+                    owner._buffers[leaf] = self._tensor(found.full)
+        super().fill(module, prefix, dtype, skip={*skip, *theirs})
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """The whole result in memory, with its generation settings."""
+        module = super().load(dtype)
+        assert self.path is not None
+        if (self.path / "generation_config.json").is_file() and hasattr(module, "generation_config"):
+            from transformers import GenerationConfig
+
+            with _quiet():
+                module.generation_config = GenerationConfig.from_pretrained(str(self.path))  # type: ignore[assignment]
+        return module
+
+    def tokenizer(self) -> Any:
+        if self._original is not None:
+            return self._original.tokenizer()
+        from transformers import AutoTokenizer
+
+        with _quiet():
+            try:
+                return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
+            except Exception as error:
+                raise UserError(
+                    f"{self.path} has no tokenizer that can be read ({_short(error)}): copy the original's tokenizer files into it"
+                ) from error
+
+    def companions(self) -> list[Path]:
+        return []
+
+    def hashes(self) -> dict[str, str]:
+        assert self.path is not None
+        name = "config.json" if self._original is None else "laconic.json"
+        return {file: sha256_of(self.path / file) for file in sorted({info.file for info in self.stored.values()} | {name})}
+
+
+def _manifest(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """(factory or None, forms) of a folder; UserError where it is none of ours."""
+    if not path.is_dir():
+        raise UserError(f"no such folder: {path}; give one that laconic compress wrote")
+    if not is_artifact(path):
+        raise UserError(f"{path} was not written by laconic: give a folder that laconic compress wrote")
+    if (path / "laconic.json").is_file():
+        found = _json(path / "laconic.json")
+        factory = found.get("factory")
+        if not isinstance(factory, str):
+            raise UserError(f"{path}/laconic.json does not name the model's factory: take an undamaged copy of it")
+    else:
+        factory, found = None, _json(path / "config.json")["quantization_config"]
+    written = found.get("format")
+    if written != FORMAT:
+        raise UserError(f"{path} was written in format {written}, this version of laconic reads format {FORMAT}: update laconic")
+    forms = found.get("forms")
+    if not isinstance(forms, dict) or not all(isinstance(form, dict) and "form" in form for form in forms.values()):
+        raise UserError(f"{path} does not say how its tensors are held: take an undamaged copy of it")
+    return factory, forms
+
+
+def stream(path: str | Path) -> Artifact:
+    """The result as a source, for a walk that holds one block at a time."""
+    return Artifact(Path(path).expanduser())
+
+
+def load(path: str | Path, *, dtype: torch.dtype = torch.float32, thaw: bool = False) -> nn.Module:
+    """The result as a module in eval mode; what no form holds takes `dtype`. thaw: compute with dense copies in `dtype` (fast, large)."""
+    module = stream(path).load(dtype)
+    if thaw:
+        first: dict[int, Held] = {}
+        for layer in module.modules():
+            if isinstance(layer, Held):
+                if (same := first.setdefault(id(layer.weight), layer)) is layer:
+                    layer.thaw(dtype)
+                else:
+                    layer._copy = same._copy
+    return module
+
+
+def load_any(spec: str | Path | nn.Module | None, *, dtype: torch.dtype = torch.float32, default: Path | None = None) -> nn.Module:
+    """An original or a result as a module in memory."""
+    if isinstance(spec, (str, Path)) and spec and is_artifact(spec):
+        return load(spec, dtype=dtype)
+    return open_model(spec, default=default).load(dtype)
+
+
+def verify_hashes(path: str | Path) -> dict[str, str]:
+    """Compare every file with its sha256 in certificate.json; -> the hashes. UserError names the first that is missing or differs."""
+    folder = Path(path)
+    if not (folder / "certificate.json").is_file():
+        raise UserError(f"{folder} has no certificate.json: give a folder that laconic compress finished")
+    files = _json(folder / "certificate.json").get("files")
+    if not isinstance(files, dict):
+        raise UserError(f"{folder}/certificate.json lists no files: take an undamaged copy of it")
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks {name}, which its certificate lists: take a complete copy, or write the folder again")
+        if (found := sha256_of(folder / name)) != expected:
+            raise UserError(
+                f"{folder / name} is not what was written (sha256 {found[:12]}, certificate {expected[:12]}): take an undamaged copy"
+            )
+    return dict(files)
+
+
+def bytes_of(path: str | Path) -> int:
+    """Stored bytes of all tensors of a folder, headers not counted."""
+    return sum(info.stop - info.start for info in _headers(Path(path)).values())
+
+
+def file_bytes_of(path: str | Path) -> int:
+    """Bytes of the weight files of a folder, headers included."""
+    folder = Path(path)
+    return sum((folder / file).stat().st_size for file in {info.file for info in _headers(folder).values()})
+
+
+def config_with(config: Path, forms: Mapping[str, Any]) -> bytes:
+    """The original's config.json with the forms in it: what is to be written beside the weights."""
+    found = _json(config)
+    found["quantization_config"] = {"quant_method": "laconic", "format": FORMAT, "forms": dict(sorted(forms.items()))}
+    return (json.dumps(found, indent=2) + "\n").encode()
+
+
+def manifest_with(factory: str, forms: Mapping[str, Any]) -> bytes:
+    """laconic.json for the result of a factory."""
+    return (json.dumps({"factory": factory, "format": FORMAT, "forms": dict(sorted(forms.items()))}, indent=2) + "\n").encode()

@@ -1,0 +1,70 @@
+"""Budget words: `size=25%`, `size=120MB`, `size=3MiB`, `bits=4.25`. Several hold together; each is turned into bytes of the stored model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from laconic.core.errors import UserError, nearest
+from laconic.core.menu import Budget
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+LATER = ("latency", "kl", "kv", "perplexity", "accuracy", "flops", "memory", "experts", "seconds")
+NOW = ("size", "bits")
+
+
+class Counted(Protocol):
+    """What a budget needs of a model."""
+
+    @property
+    def parameters(self) -> int: ...
+
+
+def _number(word: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise UserError(f"budget {word!r}: {text!r} is no number; write size=25%, size=120MB or bits=4.25") from None
+    if not 0 < value < float("inf"):
+        raise UserError(f"budget {word!r}: {text} must be above zero; write size=25%, size=120MB or bits=4.25")
+    return value
+
+
+def bytes_of(word: str, parameters: int) -> int:
+    """One budget word in bytes. size=P% is of the model's bf16 bytes (two for each parameter), bits is stored bits over all parameters."""
+    match = re.fullmatch(r"\s*([A-Za-z_]+)\s*(<=|=)\s*(\S+)\s*", word)
+    if match is None:
+        raise UserError(f"budget {word!r} is not understood; write size=25%, size=120MB or bits=4.25")
+    name, _, text = match.groups()
+    if name in LATER:
+        raise UserError(f"budget word {name!r}: not yet; today's words are size= and bits=")
+    if name not in NOW:
+        raise UserError(f"unknown budget word {name!r}{nearest(name, NOW)}")
+    if name == "bits":
+        value = _number(word, text)
+        if value > 16:
+            raise UserError(f"budget {word!r}: over 16 bits a weight nothing needs compressing; ask for 16 or less")
+        return int(value * parameters / 8)
+    if text.endswith("%"):
+        percent = _number(word, text[:-1])
+        if percent > 100:
+            raise UserError(f"budget {word!r}: over 100 % nothing needs compressing; ask for 100 % or less")
+        return int(percent / 100 * 2 * parameters)
+    unit = re.fullmatch(r"([-+0-9.eE]+)([A-Za-z]+)", text)
+    if unit is None or unit.group(2).upper() not in UNITS:
+        raise UserError(f"budget {word!r}: give a percentage or a unit, as in size=25%, size=120MB (10^6) or size=120MiB (2^20)")
+    return int(_number(word, unit.group(1)) * UNITS[unit.group(2).upper()])
+
+
+def parse_budget(words: Sequence[str], source: Counted) -> Budget:
+    """All words together: the least of their bytes. The same word twice with different values is refused."""
+    if not words:
+        raise UserError("no budget given; add --budget size=25% (or size=120MB, or bits=4.25)")
+    seen: dict[str, str] = {}
+    for word in words:
+        name = re.split(r"<=|=", word)[0].strip()
+        if name in seen and seen[name] != word:
+            raise UserError(f"budgets {seen[name]!r} and {word!r} contradict each other; keep one")
+        seen[name] = word
+    return Budget(bytes=min(bytes_of(word, source.parameters) for word in words))

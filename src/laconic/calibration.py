@@ -1,0 +1,505 @@
+"""The walk: a model run segment by segment over a set of inputs, with one segment's weights in memory at a time.
+
+The model's own forward runs once per batch with stand-ins for its layers, which records what each layer is handed (masks, positions);
+after that each layer is filled, run over all batches, observed, and released. Forward for inputs, backward for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laconic.core.site import Anatomy, Conv, Embedding, Segment, Site
+from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Seen, Statistic
+
+
+class Opened(Protocol):
+    """What a walk needs of a model: an original (models.Source) or a written artifact (artifact.stream)."""
+
+    @property
+    def anatomy(self) -> Anatomy: ...
+    def skeleton(self) -> nn.Module: ...
+    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, *, skip: Sequence[str] = ()) -> None: ...
+
+
+class Stop(Exception):
+    """Ends a forward pass once all that was wanted has been seen."""
+
+
+class _StandIn(nn.Module):
+    """Stands where a layer was: notes what it is handed, gives back the hidden state (or the one it is told to)."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.handed: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.answer: Tensor | None = None
+        self.last = False
+        for name, value in vars(original).items():
+            # plain attributes that the model's own loop may look at (attention_type and the like)
+            if isinstance(value, (str, int, bool)) and not hasattr(self, name):
+                setattr(self, name, value)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.handed = (args, kwargs)
+        if self.answer is not None:
+            return self.answer
+        if self.last:
+            raise Caught(hidden)
+        return hidden
+
+
+class Caught(Stop):
+    """Carries the hidden state out of a forward pass that was cut short."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class FewRows(nn.Module):
+    """The rows of a table that a set of tokens needs, and no others."""
+
+    def __init__(self, index: Tensor, table: Tensor) -> None:
+        super().__init__()
+        self.index, self.table = index, table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(torch.searchsorted(self.index, ids), self.table)
+
+
+def release(module: nn.Module) -> None:
+    """Give the memory of a module's weights back: parameters and stored buffers go to meta; computed buffers (rotary tables) stay."""
+    for inner in module.modules():
+        for name, value in inner.named_parameters(recurse=False):
+            inner.register_parameter(name, nn.Parameter(value.detach().to("meta"), requires_grad=False))
+        for name, buffer in inner.named_buffers(recurse=False):
+            if name not in inner._non_persistent_buffers_set:
+                inner.register_buffer(name, buffer.to("meta"))
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, handed: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    """One layer's output; layers that return a tuple give its first entry."""
+    out = layer(hidden, *handed[0], **handed[1])
+    return out[0] if isinstance(out, tuple) else out
+
+
+class Shelf:
+    """Tensors by key, in memory up to `limit` bytes, the rest in files under `folder`."""
+
+    def __init__(self, folder: Path, limit: int = 2 * 1024**3) -> None:
+        self.folder, self.limit = folder, limit
+        self.held: dict[str, Tensor] = {}
+        self.filed: set[str] = set()
+        self.bytes = 0
+
+    def put(self, key: str, value: Tensor) -> None:
+        """Keep a tensor, replacing what was there."""
+        self.drop(key)
+        size = value.numel() * value.element_size()
+        if self.bytes + size <= self.limit:
+            self.held[key] = value
+            self.bytes += size
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(value, self.folder / f"{key}.pt")
+            self.filed.add(key)
+
+    def get(self, key: str) -> Tensor:
+        """The tensor again."""
+        if key in self.held:
+            return self.held[key]
+        return torch.load(self.folder / f"{key}.pt", mmap=False, weights_only=True)  # type: ignore[no-any-return]
+
+    def drop(self, key: str) -> None:
+        """Forget a tensor."""
+        value = self.held.pop(key, None)
+        if value is not None:
+            self.bytes -= value.numel() * value.element_size()
+        if key in self.filed:
+            (self.folder / f"{key}.pt").unlink()
+            self.filed.discard(key)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for key in [*self.held, *self.filed]:
+            self.drop(key)
+
+
+def rows_of(site: Site, x: Tensor, module: nn.Module) -> Tensor:
+    """A module's input as rows of the site's matrix view: (t, m). Convolutions are unfolded, one row for each output position (for
+    grouped ones, of each group, whose matrices are then seen with each other's inputs as one mean)."""
+    if not isinstance(site.kind, Conv):
+        return x.reshape(-1, x.shape[-1])
+    kernel, stride = module.kernel_size, module.stride
+    padding, dilation = module.padding, module.dilation
+    if len(site.shape) == 3:
+        x, kernel, stride = x.unsqueeze(2), (1, *kernel), (1, *stride)  # type: ignore[misc]
+        padding, dilation = (0, *padding), (1, *dilation)  # type: ignore[misc]
+    columns = F.unfold(x, kernel, dilation, padding, stride)  # type: ignore[arg-type]
+    b, _, positions = columns.shape
+    width = site.matrix[1]
+    return columns.reshape(b, -1, width, positions).permute(0, 3, 1, 2).reshape(-1, width)
+
+
+def columns_of(site: Site, y: Tensor) -> Tensor:
+    """A module's output (or its gradient) as rows (t, n)."""
+    if isinstance(site.kind, Conv):
+        return y.flatten(2).transpose(1, 2).reshape(-1, y.shape[1])
+    return y.reshape(-1, y.shape[-1])
+
+
+class Observer:
+    """Running statistics of some sites, filled by hooks on their modules."""
+
+    def __init__(self, sites: Iterable[Site], wants: Sequence[Statistic]) -> None:
+        self.wants = tuple(wants)
+        self.sites = tuple(sites)
+        self.state: dict[tuple[str, Statistic], Any] = {}
+
+    def _offer(self, site: Site, needs: str, seen: Seen) -> None:
+        for statistic in self.wants:
+            if needs in statistic.needs and len(statistic.needs) == 1:
+                table = isinstance(statistic, Lookups | LookupFisher)
+                if table != (seen.routing is not None):
+                    continue
+                key = (site.name, statistic)
+                if key not in self.state:
+                    self.state[key] = statistic.init(site)
+                self.state[key] = statistic.update(self.state[key], seen._replace(routing=None))
+
+    def attach(self, site: Site, module: nn.Module, *, table: bool = False) -> list[Any]:
+        """Hooks for one site's module; `table` marks the lookup use of an embedding (its head use is a product)."""
+        # the routing field is free here: it only marks which of an embedding's two uses is meant
+        mark = torch.empty(0) if table else None
+        gradient = any("grad" in statistic.needs for statistic in self.wants)
+
+        def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x = args[0].detach()
+            self._offer(site, "x", Seen(x=x if table else rows_of(site, x, module), routing=mark))
+            if gradient and output.requires_grad:
+                output.register_hook(lambda grad: self._offer(site, "grad", Seen(grad=columns_of(site, grad.detach()), routing=mark)))
+
+        return [module.register_forward_hook(forward)]
+
+    def finish(self, site: Site) -> dict[Statistic, Tensor]:
+        """All statistics of one site; its running sums are dropped."""
+        return {statistic: statistic.finish(self.state.pop((site.name, statistic))) for statistic in self.wants if (site.name, statistic) in self.state}
+
+
+class Walk:
+    """A model over inputs, segment by segment. `inputs` (count, ...) are run in batches of `batch`; compute is fp32."""
+
+    def __init__(self, source: Opened, inputs: Tensor, *, batch: int = 8, shelf: Path | None = None) -> None:
+        self.source = source
+        self.inputs = inputs
+        self.batches = list(inputs.split(batch))
+        self.model = source.skeleton()
+        segments = source.anatomy.segments()
+        self.layers = [segment for segment in segments if segment.name]
+        self.rest = next(segment for segment in segments if not segment.name)
+        self.whole = not self.layers
+        self.shelf = Shelf(shelf) if shelf is not None else None
+        self.hidden: list[Tensor] = []
+        self.handed: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._stands: list[_StandIn] = []
+        self._modules: dict[str, nn.Module] = {}
+        self.grads: list[Tensor] = []
+
+    def begin(self, table: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Sets out: the hidden state before the first layer, and what every layer is handed. `table` gives rows of the embedding by index
+        (a compressed one, say); the original's rows are read when it is None. A model without layers has nothing to do here."""
+        if self.whole:
+            self.hidden = list(self.batches)
+            return
+        for segment in self.layers:
+            module = self.model.get_submodule(segment.name)
+            self._modules[segment.name] = module
+            stand = _StandIn(module)
+            self._stands.append(stand)
+            self._put(segment.name, stand)
+        self._stands[-1].last = True
+        self._embed(table)
+        for batch in self.batches:
+            self.hidden.append(self._caught(batch))
+            self.handed.append([stand.handed for stand in self._stands])
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        self.model.get_submodule(parent).register_module(child, module)
+
+    def _embed(self, table: Callable[[Tensor], Tensor] | None) -> None:
+        used = torch.unique(self.inputs)
+        for site in self.rest.sites:
+            if isinstance(site.kind, Embedding):
+                module = self.model.get_submodule(site.name)
+                if type(module) is not nn.Embedding and not hasattr(module, "weight"):
+                    continue
+                rows = table(used) if table is not None else self._stored_rows(site, used)
+                self._put(site.name, FewRows(used, rows.float()))
+
+    def _stored_rows(self, site: Site, used: Tensor) -> Tensor:
+        name = site.tensors["weight"].name
+        pieces, index = [], used.tolist()
+        start = 0
+        # runs of neighbouring rows are read together
+        while start < len(index):
+            stop = start + 1
+            while stop < len(index) and index[stop] - index[stop - 1] <= 4 and index[stop] - index[start] < 4096:
+                stop += 1
+            block = self.source.read_rows(name, index[start], index[stop - 1] + 1)  # type: ignore[attr-defined]
+            pieces.append(block[torch.tensor(index[start:stop]) - index[start]].float())
+            start = stop
+        return torch.cat(pieces)
+
+    def _caught(self, batch: Tensor) -> Tensor:
+        try:
+            with torch.no_grad():
+                self.model(batch, use_cache=False)
+        except Caught as caught:
+            return caught.hidden
+        raise RuntimeError("the model's forward never reached its last layer")
+
+    def take(self, segment: Segment) -> nn.Module:
+        """The segment's module, filled with the original's weights in fp32."""
+        if not segment.name:
+            self.source.fill(self.model, "", torch.float32)
+            return self.model
+        module = self._modules[segment.name]
+        self.source.fill(module, segment.name, torch.float32)
+        return module
+
+    def outputs(self, module: nn.Module, segment: Segment) -> Iterator[Tensor]:
+        """The segment's output for each batch, in order, without storing it."""
+        at = -1 if not segment.name else self.layers.index(segment)
+        for i, hidden in enumerate(self.hidden):
+            yield module(hidden) if at < 0 else run_layer(module, hidden, self.handed[i][at])
+
+    def observe(self, module: nn.Module, segment: Segment, sites: Sequence[Site], wants: Sequence[Statistic]) -> dict[str, dict[Statistic, Tensor]]:
+        """Statistics of some sites over all batches; the pass is cut short once the last of them has run."""
+        observer = Observer(sites, wants)
+        hooks = []
+        pending: set[str] = set()
+
+        def done(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                pending.discard(name)
+                if not pending:
+                    raise Stop
+
+            return hook
+
+        for site in sites:
+            found = self.site_module(module, segment, site)
+            hooks += observer.attach(site, found)
+            hooks.append(found.register_forward_hook(done(site.name)))
+        at = -1 if not segment.name else self.layers.index(segment)
+        try:
+            with torch.no_grad():
+                for i, hidden in enumerate(self.hidden):
+                    pending.update(site.name for site in sites)
+                    try:
+                        _ = module(hidden) if at < 0 else run_layer(module, hidden, self.handed[i][at])
+                    except Stop:
+                        pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {site.name: observer.finish(site) for site in sites}
+
+    @staticmethod
+    def site_module(module: nn.Module, segment: Segment, site: Site) -> nn.Module:
+        return module.get_submodule(site.name[len(segment.name) + 1 :] if segment.name else site.name)
+
+    def advance(self, module: nn.Module, segment: Segment) -> None:
+        """Moves every hidden state through the segment."""
+        with torch.no_grad():
+            self.hidden = list(self.outputs(module, segment))
+
+    def logits(self, head: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
+        """The model's output for each batch from the hidden states after the last layer. `head` maps normed hidden states to logits
+        (a held matrix); the original's own head is used when it is None, filled on demand."""
+        if self.whole:
+            yield from self.hidden
+            return
+        self._open_tail(head)
+        with torch.no_grad():
+            for batch, hidden in zip(self.batches, self.hidden, strict=True):
+                yield self._tail(batch, hidden)
+
+    def observe_tail(self, site: Site, wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
+        """Statistics of the head over all batches, from the hidden states after the last layer."""
+        self._open_tail(None)
+        observer = Observer([site], wants)
+        hooks = observer.attach(site, self.model.get_submodule(self.head_name()))
+        with torch.no_grad():
+            for batch, hidden in zip(self.batches, self.hidden, strict=True):
+                for i in range(batch.shape[0]):
+                    self._tail_one(batch, hidden, i)
+        for hook in hooks:
+            hook.remove()
+        return observer.finish(site)
+
+    def _tail_one(self, batch: Tensor, hidden: Tensor, i: int) -> Tensor:
+        """Logits of one sequence of a batch; what the layers were handed is left as it was."""
+        return self._tail(batch[i : i + 1], hidden[i : i + 1])
+
+    def _open_tail(self, head: Callable[[Tensor], Tensor] | None) -> None:
+        self._stands[-1].last = False
+        name = self.head_name()
+        if head is not None and name:
+            self._put(name, Call(head))
+            self._fill_rest(skip={name})
+        else:
+            self._fill_rest(skip=set())
+
+    def head_name(self) -> str:
+        """The module path of the output head."""
+        for site in self.rest.sites:
+            if isinstance(site.kind, Embedding):
+                if tied := site.roles.get("tied"):
+                    return tied
+            else:
+                return site.name
+        return ""
+
+    def _fill_rest(self, skip: set[str]) -> None:
+        """Weights outside the layers: norms, and the head unless it was given."""
+        for name, module in self.model.named_modules():
+            own = list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False))
+            if name in skip or isinstance(module, (_StandIn, FewRows, Call)) or not any(p.is_meta for _, p in own):
+                continue
+            self.source.fill(module, name, torch.float32)
+
+    def _tail(self, batch: Tensor, hidden: Tensor) -> Tensor:
+        self._stands[-1].answer = hidden
+        out = self.model(batch, use_cache=False)
+        self._stands[-1].answer = None
+        return out.logits if hasattr(out, "logits") else out
+
+    def backward(
+        self, wants: Sequence[Statistic], generator: torch.Generator, log: Callable[[int, int], None]
+    ) -> Iterator[tuple[Segment, nn.Module, dict[str, dict[Statistic, Tensor]]]]:
+        """Forward through all segments, then back: yields each segment (last first) with its filled module and the statistics of its
+        sites, gradients of the log-likelihood of labels drawn from the model itself included. Layer inputs are kept on the shelf."""
+        if self.whole:
+            yield self._backward_whole(wants, generator)
+            return
+        shelf = self.shelf or Shelf(Path("."))
+        total = 2 * len(self.layers) + 1
+        for number, segment in enumerate(self.layers):
+            for i, hidden in enumerate(self.hidden):
+                shelf.put(f"{number}-{i}", hidden)
+            module = self.take(segment)
+            self.advance(module, segment)
+            release(module)
+            log(number + 1, total)
+        observer = Observer(self.rest.sites, wants)
+        stats, grads = self._backward_tail(observer, generator)
+        log(len(self.layers) + 1, total)
+        for number in reversed(range(len(self.layers))):
+            segment = self.layers[number]
+            module = self.take(segment)
+            watch = Observer(segment.sites, wants)
+            hooks = [hook for site in segment.sites for hook in watch.attach(site, self.site_module(module, segment, site))]
+            for i in range(len(self.batches)):
+                hidden = shelf.get(f"{number}-{i}").detach().requires_grad_(True)
+                run_layer(module, hidden, self.handed[i][number]).backward(grads[i])
+                grads[i] = hidden.grad  # type: ignore[assignment]
+                shelf.drop(f"{number}-{i}")
+            for hook in hooks:
+                hook.remove()
+            log(2 * len(self.layers) + 1 - number, total)
+            yield segment, module, {site.name: watch.finish(site) for site in segment.sites}
+            release(module)
+        # the gradient at the embedding's output closes the walk
+        for site in self.rest.sites:
+            if isinstance(site.kind, Embedding):
+                for batch, grad in zip(self.batches, grads, strict=True):
+                    observer._offer(site, "x", Seen(x=batch, routing=torch.empty(0)))
+                    observer._offer(site, "grad", Seen(grad=grad.reshape(-1, grad.shape[-1]), routing=torch.empty(0)))
+                stats[site.name].update(observer.finish(site))
+        yield self.rest, self.model, stats
+
+    def _backward_tail(self, observer: Observer, generator: torch.Generator) -> tuple[dict[str, dict[Statistic, Tensor]], list[Tensor]]:
+        self._open_tail(None)
+        head = self.head_name()
+        owner = next((site for site in self.rest.sites if site.name == head or site.roles.get("tied") == head), None)
+        hooks = observer.attach(owner, self.model.get_submodule(head)) if owner is not None else []
+        grads = []
+        for batch, hidden in zip(self.batches, self.hidden, strict=True):
+            # one sequence at a time: logits over a large vocabulary are the widest tensor of the walk
+            rows = []
+            for one, state in zip(batch, hidden, strict=True):
+                state = state[None].detach().requires_grad_(True)
+                logits = self._tail(one[None], state)
+                drawn_loss(logits, generator).backward()
+                rows.append(state.grad)
+            grads.append(torch.cat(rows))  # type: ignore[arg-type]
+        for hook in hooks:
+            hook.remove()
+        return {site.name: observer.finish(site) for site in self.rest.sites}, grads
+
+    def _backward_whole(
+        self, wants: Sequence[Statistic], generator: torch.Generator
+    ) -> tuple[Segment, nn.Module, dict[str, dict[Statistic, Tensor]]]:
+        module = self.take(self.rest)
+        observer = Observer(self.rest.sites, wants)
+        hooks = [hook for site in self.rest.sites for hook in observer.attach(site, self.site_module(module, self.rest, site))]
+        for batch in self.batches:
+            inputs = batch.detach()
+            if inputs.is_floating_point():
+                inputs.requires_grad_(True)
+                drawn_loss(module(inputs), generator).backward()
+            else:
+                with torch.enable_grad():
+                    for parameter in module.parameters():
+                        parameter.requires_grad_(True)
+                    drawn_loss(module(inputs), generator).backward()
+                    module.zero_grad(set_to_none=True)
+        for hook in hooks:
+            hook.remove()
+        return self.rest, module, {site.name: observer.finish(site) for site in self.rest.sites}
+
+
+class Call(nn.Module):
+    """A plain function where the model expects a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Summed negative log-likelihood of labels drawn from the model's own distribution: its gradient's second moment is the Fisher
+    information, the curvature of KL(original || changed) at the original."""
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    with torch.no_grad():
+        labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+PRICING: tuple[Statistic, ...] = (Gram(), Fisher(), Lookups(), LookupFisher())
+
+
+def merged(statistic: Statistic, states: Sequence[Any]) -> Any:
+    """Sums of several passes (halves, machines) as one."""
+    first, *others = states
+    for other in others:
+        first = statistic.merge(first, other)
+    return first
+
+
+def observed(stats: Mapping[str, Mapping[Statistic, Tensor]], site: Site, wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
+    """The wanted statistics of one site, an error naming it where one is missing."""
+    have = stats.get(site.name, {})
+    missing = [type(s).__name__ for s in wants if s not in have]
+    if missing:
+        raise KeyError(f"{site.name} has no {', '.join(missing)}: it saw no input in calibration")
+    return {s: have[s] for s in wants}

@@ -1,0 +1,112 @@
+"""Money: what each choice costs and what it damages, a budget, and the search that buys an exact cover within it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from laconic.core.errors import UserError
+
+
+class Cost(NamedTuple):
+    """Counted from the Change, never from the nominal level. bytes: once for each stored tensor."""
+
+    bytes: int
+    flops: float = 0.0
+    kv_bytes_per_token: float = 0.0
+    seconds: float = 0.0
+
+
+class Damage(NamedTuple):
+    """How much is lost. `where` says at which place and how it was found; only damages of one `where` may be added."""
+
+    value: float
+    unit: str
+    where: str
+
+
+class Row(NamedTuple):
+    """One choice: it settles the tensors it covers with `method` at `level`. `requires` and `excludes` name other rows by index."""
+
+    covers: frozenset[str]
+    method: str
+    level: Mapping[str, Any]
+    cost: Cost
+    damage: Damage
+    site: str = ""
+    requires: tuple[int, ...] = ()
+    excludes: tuple[int, ...] = ()
+
+
+class Menu(NamedTuple):
+    """All rows, and the bytes of what no row covers (one-dimensional tensors, kept as they are)."""
+
+    rows: tuple[Row, ...]
+    fixed: int = 0
+
+    def tensors(self) -> frozenset[str]:
+        """Every tensor that some row covers."""
+        return frozenset(name for row in self.rows for name in row.covers)
+
+
+class Budget(NamedTuple):
+    """Upper bounds; None is no bound. bytes: of the whole stored model, `Menu.fixed` included."""
+
+    bytes: int | None = None
+
+
+class Plan(NamedTuple):
+    """The rows bought, in the order of the menu, with their sums."""
+
+    rows: tuple[Row, ...]
+    bytes: int
+    damage: Damage
+
+
+def total(rows: Sequence[Row]) -> Damage:
+    """The sum of damages; refused where they are unlike, because a sum of numbers from different places ranks plans wrongly."""
+    kinds = {(row.damage.unit, row.damage.where) for row in rows}
+    if len(kinds) > 1:
+        raise ValueError(f"damages found in different ways cannot be added: {sorted(kinds)}")
+    unit, where = next(iter(kinds)) if kinds else ("", "")
+    return Damage(float(sum(row.damage.value for row in rows)), unit, where)
+
+
+def plan_of(menu: Menu, rows: Sequence[Row]) -> Plan:
+    """A Plan from chosen rows; refused unless they cover every tensor exactly once."""
+    seen: set[str] = set()
+    for row in rows:
+        if seen & row.covers:
+            raise ValueError(f"two rows cover {sorted(seen & row.covers)}")
+        seen |= row.covers
+    if missing := menu.tensors() - seen:
+        raise ValueError(f"no row covers {sorted(missing)[:3]}")
+    return Plan(tuple(rows), menu.fixed + sum(row.cost.bytes for row in rows), total(rows))
+
+
+Judge = Callable[[Plan], Damage]
+
+
+class Search(ABC):
+    """Buys an exact cover within the budget. `judge` measures a whole plan at the model's output (dear); exact solvers need not ask it."""
+
+    @abstractmethod
+    def __call__(self, menu: Menu, budget: Budget, *, judge: Judge | None, rng: torch.Generator, log: Callable[[str], None]) -> Plan:
+        """Raises UserError naming the least possible bytes where nothing fits."""
+
+
+def cheapest(menu: Menu) -> int:
+    """The least bytes of any cover in which each tensor is settled by a row of its own: what "nearest possible" means in errors."""
+    least: dict[frozenset[str], int] = {}
+    for row in menu.rows:
+        least[row.covers] = min(least.get(row.covers, row.cost.bytes), row.cost.bytes)
+    return menu.fixed + sum(least.values())
+
+
+def refuse(menu: Menu, budget: Budget) -> UserError:
+    """The error for a budget that nothing fits."""
+    return UserError(f"the budget of {budget.bytes:,} bytes is below what is possible: the least is {cheapest(menu):,} bytes; ask for that or more")

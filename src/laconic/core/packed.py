@@ -1,0 +1,226 @@
+"""How a tensor is held. A Packed is an nn.Module whose buffers are exactly what is stored, so state_dict, devices and compile come for
+nothing, and its bytes are counted from those buffers: scales and indices included.
+
+The algebra makes new forms from old: Sum (base plus correction), Product (low rank), Dense (kept as it is)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+# a product with a held matrix makes at most this many dense entries at once (fp32: 64 MB), so that a huge table stays small in memory
+CHUNK = 16 * 1024 * 1024
+
+
+class Packed(nn.Module, ABC):
+    """A tensor of `shape` held in some form. Stored forms are named by their module path below `laconic.methods` or by `core.packed`."""
+
+    form: ClassVar[str]
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The tensor that is represented, fp32, of `shape`."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What besides the stored tensors is needed to build it again: a JSON object of numbers, words and nested forms."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The form again, from `describe()` and `tensors()`."""
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(n, m): the first axis against all others."""
+        width = 1
+        for size in self.shape[1:]:
+            width *= size
+        return self.shape[0], width
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really stored."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by dotted name."""
+        return dict(self.state_dict())
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """Rows of the matrix view, fp32 (len(index), m); forms that can do it without touching the others override this."""
+        return self.dense().reshape(self.matrix)[index]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x (..., m) times the transposed matrix view -> (..., n), in x's dtype; dense rows are made a chunk at a time."""
+        n, m = self.matrix
+        step = max(1, CHUNK // max(m, 1))
+        if step >= n:
+            return F.linear(x, self.dense().reshape(n, m).to(x.dtype))
+        return torch.cat([F.linear(x, self.rows(slice(i, min(i + step, n))).to(x.dtype)) for i in range(0, n, step)], dim=-1)
+
+    def forward(self) -> Tensor:
+        """The dense tensor; a Packed is a module, and this is what it computes."""
+        return self.dense()
+
+
+class Dense(Packed):
+    """The tensor itself, in its stored dtype."""
+
+    form = "core.packed.Dense"
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.shape = tuple(value.shape)
+        self.register_buffer("value", value)
+
+    value: Tensor
+
+    def dense(self) -> Tensor:
+        return self.value.float()
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        return self.value.reshape(self.matrix)[index].float()
+
+    def describe(self) -> dict[str, Any]:
+        return {"form": self.form}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        return cls(tensors["value"])
+
+
+class Product(Packed):
+    """left (n, r) times right (r, m): a low-rank matrix. left is held transposed, (r, n), so that both factors' scales run along
+    their long side."""
+
+    form = "core.packed.Product"
+
+    def __init__(self, left: Packed, right: Packed) -> None:
+        super().__init__()
+        self.left, self.right = left, right
+        self.shape = (left.matrix[1], right.matrix[1])
+
+    def dense(self) -> Tensor:
+        return self.left.dense().T @ self.right.dense()
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        return self.left.dense().T[index] @ self.right.dense()
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.right.matmul(x) @ self.left.dense().to(x.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        return {"form": self.form, "left": self.left.describe(), "right": self.right.describe()}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        return cls(restore(described["left"], below(tensors, "left")), restore(described["right"], below(tensors, "right")))
+
+
+class Sum(Packed):
+    """The sum of several forms of one matrix view: a base and its corrections."""
+
+    form = "core.packed.Sum"
+
+    def __init__(self, *terms: Packed) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList(terms)
+        self.shape = terms[0].shape
+
+    def _terms(self) -> list[Packed]:
+        return [term for term in self.terms if isinstance(term, Packed)]
+
+    def dense(self) -> Tensor:
+        first, *rest = self._terms()
+        total = first.dense()
+        for term in rest:
+            total = total + term.dense().reshape(total.shape)
+        return total
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        first, *rest = self._terms()
+        total = first.rows(index)
+        for term in rest:
+            total = total + term.rows(index)
+        return total
+
+    def matmul(self, x: Tensor) -> Tensor:
+        first, *rest = self._terms()
+        total = first.matmul(x)
+        for term in rest:
+            total = total + term.matmul(x)
+        return total
+
+    def describe(self) -> dict[str, Any]:
+        return {"form": self.form, "terms": [term.describe() for term in self._terms()]}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        return cls(*[restore(inner, below(tensors, f"terms.{i}")) for i, inner in enumerate(described["terms"])])
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under `prefix.`, without it."""
+    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+def restore(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Packed:
+    """Any stored form again. `described["form"]` is a path: `core.packed.Sum`, or `quantize.grid.grouped.Grouped` below the methods."""
+    import importlib
+
+    path, _, name = str(described["form"]).rpartition(".")
+    module = importlib.import_module(f"laconic.{path}" if path.startswith("core.") else f"laconic.methods.{path}")
+    found: type[Packed] = getattr(module, name)
+    return found.restore(described, tensors)
+
+
+class Held(nn.Module):
+    """The one thin layer: a linear, convolution or embedding whose weight is a Packed. The product runs on the form, or on a dense copy
+    once `thaw()` made one (for long measurements, where memory is not the point)."""
+
+    def __init__(self, weight: Packed, like: nn.Module, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.kind = type(like).__name__
+        self._copy: Tensor | None = None
+        if bias is not None:
+            self.bias: nn.Parameter | None = nn.Parameter(bias, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        for name in ("stride", "padding", "dilation", "groups", "padding_mode", "in_features", "out_features", "num_embeddings", "embedding_dim"):
+            if hasattr(like, name):
+                setattr(self, name, getattr(like, name))
+
+    def thaw(self, dtype: torch.dtype) -> None:
+        """Keep a dense copy in `dtype` and compute with it from now on."""
+        self._copy = self.weight.dense().to(dtype)
+
+    def freeze(self) -> None:
+        """Drop the dense copy."""
+        self._copy = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype) if x.is_floating_point() else self.bias
+        if self.kind == "Embedding":
+            if self._copy is not None:
+                return F.embedding(x, self._copy)
+            flat = self.weight.rows(x.reshape(-1))
+            return flat.reshape(*x.shape, -1).to(self.dtype)
+        if self.kind.startswith("Conv"):
+            dense = self._copy if self._copy is not None else self.weight.dense().to(x.dtype)
+            conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[dense.dim()]
+            return conv(x, dense, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[operator]
+        if self._copy is not None:
+            return F.linear(x, self._copy, bias)
+        y = self.weight.matmul(x)
+        return y if bias is None else y + bias
+
+    dtype: torch.dtype = torch.float32

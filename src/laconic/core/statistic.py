@@ -1,0 +1,169 @@
+"""A Statistic is a mergeable running sum: one pass over all tokens = two halves merged = eight machines merged, to rounding."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from laconic.core.site import Site
+
+
+class Seen(NamedTuple):
+    """What passed a site in one batch. Rows are tokens (or positions of a convolution); masked tokens never count.
+
+    x (t, m) input rows in matrix view, or (t,) row indices for a lookup; y (t, n); grad (t, n) gradient of the summed loss with respect
+    to y; reference_x (t, m) what the original model would have fed here; mask (t,) true where a token counts; routing (t, k) experts."""
+
+    x: Tensor | None = None
+    y: Tensor | None = None
+    grad: Tensor | None = None
+    reference_x: Tensor | None = None
+    mask: Tensor | None = None
+    routing: Tensor | None = None
+
+
+class Statistic(ABC):
+    """State is a plain tensor or a dict of tensors, so that it can be stored and sent."""
+
+    needs: frozenset[str]
+
+    @abstractmethod
+    def init(self, site: Site) -> Any:
+        """The empty sum for a site."""
+
+    @abstractmethod
+    def update(self, state: Any, seen: Seen) -> Any:
+        """The sum with one more batch; may work in place."""
+
+    @abstractmethod
+    def merge(self, a: Any, b: Any) -> Any:
+        """The sum of two disjoint passes."""
+
+    @abstractmethod
+    def finish(self, state: Any) -> Tensor:
+        """The statistic itself; zero tokens give zeros, never NaN."""
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x[mask]
+
+
+def _add(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: a[key] + b[key] for key in a}
+
+
+@dataclass(frozen=True)
+class Gram(Statistic):
+    """Mean of x xT over tokens, (m, m) in fp32: the Hessian of a layer's squared output error, up to a factor of 2."""
+
+    needs = frozenset({"x"})
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        m = int(site.context.get("gram_width", site.matrix[1]))
+        return {"sum": torch.zeros(m, m), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
+        assert seen.x is not None
+        x = _rows(seen.x, seen.mask).float()
+        state["sum"].addmm_(x.T, x)
+        state["count"] += x.shape[0]
+        return state
+
+    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _add(a, b)
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        return state["sum"] / float(state["count"].clamp(min=1))
+
+
+@dataclass(frozen=True)
+class CrossGram(Statistic):
+    """Mean of x_ref xT over tokens, (m, m): the inputs of the original model against those of the compressed prefix."""
+
+    needs = frozenset({"x", "reference_x"})
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        return Gram().init(site)
+
+    def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
+        assert seen.x is not None and seen.reference_x is not None
+        x, ref = _rows(seen.x, seen.mask).float(), _rows(seen.reference_x, seen.mask).float()
+        state["sum"].addmm_(ref.T, x)
+        state["count"] += x.shape[0]
+        return state
+
+    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _add(a, b)
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        return state["sum"] / float(state["count"].clamp(min=1))
+
+
+@dataclass(frozen=True)
+class Fisher(Statistic):
+    """Mean of grad^2 over tokens, one number for each output channel, (n,): with labels drawn from the model itself this is the diagonal
+    of the Fisher information, so that half of it times a squared output error is nats a token at the model's output."""
+
+    needs = frozenset({"grad"})
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        return {"sum": torch.zeros(site.matrix[0]), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
+        assert seen.grad is not None
+        grad = _rows(seen.grad, seen.mask).float()
+        state["sum"] += grad.square().sum(0)
+        state["count"] += grad.shape[0]
+        return state
+
+    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _add(a, b)
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        return state["sum"] / float(state["count"].clamp(min=1))
+
+
+@dataclass(frozen=True)
+class Lookups(Statistic):
+    """How often each row of a table is read: a fraction for each row, (rows,)."""
+
+    needs = frozenset({"x"})
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        return {"sum": torch.zeros(site.matrix[0], dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
+        assert seen.x is not None
+        index = _rows(seen.x.reshape(-1), seen.mask)
+        state["sum"] += torch.bincount(index, minlength=state["sum"].shape[0])
+        state["count"] += index.shape[0]
+        return state
+
+    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _add(a, b)
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        return (state["sum"] / state["count"].clamp(min=1)).float()
+
+
+@dataclass(frozen=True)
+class LookupFisher(Statistic):
+    """Mean of grad^2 over tokens at the output of a table, one number for each column, (d,)."""
+
+    needs = frozenset({"grad"})
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        return {"sum": torch.zeros(site.matrix[1]), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
+        return Fisher().update(state, seen)
+
+    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _add(a, b)
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        return Fisher().finish(state)

@@ -1,0 +1,67 @@
+"""A Transform proposes, never touches: it returns a Change, the edit as a value that can be stored, compared and undone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from laconic.core.packed import Packed
+from laconic.core.site import Group, Kind, Site, TensorId
+from laconic.core.statistic import Statistic
+
+# a level is a frozen dataclass of the method's own (bits and group, rank, sparsity): how far to go
+Level = Any
+Stats = Mapping[Statistic, Tensor]
+
+
+class Objective(ABC):
+    """What a Lesson makes small."""
+
+    @abstractmethod
+    def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        """A scalar loss."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is to be learned, run only by pipeline.tune. `scope` is a module path; `targets` says what feeds it and what it must meet."""
+
+    objective: Objective
+    scope: str
+    trains: tuple[str, ...]
+    steps: int
+    targets: Literal["float", "quantized prefix", "both"] = "both"
+
+
+@dataclass(frozen=True)
+class Change:
+    """The edit. hold: a stored tensor now held so; fold: exact new values of other tensors; cut: kept indices of a coupled group;
+    place: runtime parts by module path; learn: what is to be trained after; notes: sentences for the log (dead columns, added damping)."""
+
+    hold: Mapping[TensorId, Packed] = field(default_factory=dict)
+    fold: Mapping[TensorId, Tensor] = field(default_factory=dict)
+    cut: Mapping[int, tuple[Group, tuple[int, ...]]] = field(default_factory=dict)
+    place: Mapping[str, nn.Module] = field(default_factory=dict)
+    learn: tuple[Lesson, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Transform(ABC):
+    """One way to change one site. Knobs are fields of a frozen dataclass; how far to go is the `level` argument."""
+
+    acts_on: tuple[type[Kind], ...]
+    level: type
+    wants: tuple[Statistic, ...] = ()
+    exact: bool = False
+
+    @abstractmethod
+    def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Level) -> Change:
+        """weights: the site's tensors by role, fp32 or as stored; they are not written to. stats: what `wants` asked for."""
+
+    @abstractmethod
+    def stored(self, site: Site, level: Level) -> int:
+        """Bytes that the Change at this level will hold for the site, known without doing the work; a law compares it with the Change."""

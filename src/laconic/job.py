@@ -1,0 +1,302 @@
+"""The whole job: plan, apply, judge, write, read back, measure, certify. Everything before the last rename happens in the work folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from laconic import __version__
+from laconic.budget import parse_budget
+from laconic.core.errors import BrokenPromise, UserError
+from laconic.core.menu import Menu
+from laconic.data import Samples, Split
+from laconic.journal import Work, sha256_of
+from laconic.measurement import compare, hardware, peak_memory, sizes, summarize, watch
+from laconic.models import Source
+from laconic.pipeline import (
+    UNIFORM,
+    Applied,
+    Log,
+    Progress,
+    apply_plan,
+    batch_of,
+    finished_logits,
+    make_plan,
+    menu_of,
+    plan_words,
+    quiet,
+    reload_difference,
+    uniform_plan,
+)
+from laconic.recipe import Recipe
+
+# a reloaded model's logits may differ by the order of sums, not more
+RELOAD = 1e-4
+
+
+def versions() -> dict[str, str]:
+    """What the result depends on besides the inputs."""
+    import transformers
+
+    return {"laconic": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+
+
+def identity_of(source: Source, split: Split, recipe: Recipe, budget: Sequence[str], seed: int, plan: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All that a run's result depends on; a work folder of another identity is refused."""
+    return {
+        "model": source.hashes(),
+        "data": {name: getattr(split, name).sha256 for name in ("calibrate", "search", "certify")},
+        "recipe": recipe.resolved(),
+        "budget": list(budget),
+        "plan": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest() if plan is not None else None,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def quality_of(original: Any, compressed: Any, samples: Samples, *, metric: str, batch: int, seed: int = 0) -> dict[str, Any]:
+    """The measured keys over `samples`, both models walked segment by segment."""
+    first, second = finished_logits(original, samples.inputs, batch), finished_logits(compressed, samples.inputs, batch)
+    found = compare(lambda _: next(first).float(), lambda _: next(second).float(), samples, batch=batch)
+    return summarize(found, metric=metric, seed=seed)
+
+
+def plan(source: Source, split: Split, recipe: Recipe, budget: Sequence[str], out: Path, *, seed: int = 0, overwrite: bool = False,
+         progress: Progress = quiet, log: Log = print) -> dict[str, Any]:  # fmt: skip
+    """The price list and the plan alone; `out` is the file that plan.json goes to."""
+    with Work(out, identity_of(source, split, recipe, budget, seed, None), overwrite=overwrite, log=log) as work:
+        try:
+            made = make_plan(source, split, recipe, budget, seed=seed, work=work, progress=progress, log=log)
+        except UserError:
+            work.discard()
+            raise
+        work.discard()
+    return made
+
+
+def compress(
+    source: Source,
+    split: Split,
+    *,
+    budget: Sequence[str],
+    recipe: Recipe,
+    out: Path,
+    seed: int = 0,
+    plan: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress = quiet,
+    log: Log = print,
+    command: str = "",
+) -> dict[str, Any]:
+    """Runs everything and returns the certificate. Raises UserError (nothing is left half-written) or BrokenPromise (the work stays)."""
+    refuse_target(source, out)
+    # a number that is not one of the budget is found before anything is hashed or written
+    parse_budget(budget, source)
+    started = time.monotonic()
+    with Work(out, identity_of(source, split, recipe, budget, seed, plan), overwrite=overwrite, log=log) as work, watch() as peak:
+        try:
+            certificate = _run(source, split, budget, recipe, seed, plan, work, progress, log, command, started, peak)
+        except UserError:
+            if not work.resumed and work.done("plan") is None:
+                work.discard()
+            raise
+    return certificate
+
+
+def refuse_target(source: Source, out: Path) -> None:
+    """The output must not be the model."""
+    if source.path is not None and Path(out).resolve() == source.path.resolve():
+        raise UserError(f"the output folder {out} is the model itself; choose another with -o")
+
+
+def _run(
+    source: Source,
+    split: Split,
+    budget: Sequence[str],
+    recipe: Recipe,
+    seed: int,
+    given: Mapping[str, Any] | None,
+    work: Work,
+    progress: Progress,
+    log: Log,
+    command: str,
+    started: float,
+    peak: Any,
+) -> dict[str, Any]:
+    seconds: dict[str, float] = {}
+
+    def clock(name: str, since: float) -> None:
+        seconds[name] = round(time.monotonic() - since, 3)
+
+    at = time.monotonic()
+    if given is not None:
+        plan = dict(given)
+        if plan["model"]["hashes"] != source.hashes():
+            raise UserError("the plan was made for another model (its hashes differ); make it again with `laconic plan`")
+    elif (journalled := work.done("plan")) is not None:
+        plan = journalled["plan"]
+    else:
+        plan = make_plan(source, split, recipe, budget, seed=seed, work=work, progress=progress, log=log)
+        work.finish("plan", {"plan": plan})
+    clock("plan", at)
+    at = time.monotonic()
+    plan, applied = _judged(source, split, budget, recipe, seed, plan, given is None, work, progress, log)
+    clock("apply", at)
+    at = time.monotonic()
+    progress("writing", 0, 1, str(work.out))
+    for note in applied.notes:
+        log(note)
+    plan["notes"] = list(dict.fromkeys([*plan["notes"], *applied.notes]))
+    files = _files(source, plan, recipe, applied)
+    work.assemble(files, applied.parts)
+    from laconic.artifact import stream
+
+    difference = reload_difference(stream(work.assembled), applied, split.calibrate.inputs)
+    if difference > RELOAD:
+        raise BrokenPromise(f"what was written differs from what was searched by {difference:.2e} of its norm (bound {RELOAD:g}); {work.assembled} is kept")
+    clock("write", at)
+    at = time.monotonic()
+    progress("measuring", 0, 1, "held-out data")
+    found = quality_of(source, stream(work.assembled), split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
+    clock("measure", at)
+    size = sizes(applied.bytes, plan["model"]["bytes"], source.parameters)
+    details = found.pop("details") | size.pop("details")
+    hashes = {name: sha256_of(work.assembled / name) for name in sorted(p.name for p in work.assembled.iterdir())}
+    certificate = {
+        "format": 1,
+        "model": plan["model"],
+        "budget": plan["budget"],
+        "recipe": recipe.resolved(),
+        "seed": seed,
+        "data": split.record,
+        "quality": found | size,
+        "details": details,
+        **size,
+        "files": hashes,
+        "plan_sha256": hashes["plan.json"],
+        "reload": {"ok": True, "difference": difference},
+        "replay": command,
+        "versions": versions(),
+    }
+    seconds["total"] = round(time.monotonic() - started, 3)
+    measurements = {
+        "seconds": seconds,
+        "peak_memory_bytes": max(peak.bytes, peak_memory()),
+        "hardware": hardware(),
+        "details": {"peak_memory_bytes": {"unit": "bytes", "n": 1, "what": "process tree of the compression"}},
+    }
+    work.publish({
+        "certificate.json": _json(certificate),
+        "measurements.json": _json(measurements),
+        "README.md": model_card(source, certificate).encode(),
+    })  # fmt: skip
+    progress("writing", 1, 1, str(work.out))
+    return certificate | {"measurements": measurements}
+
+
+def _judged(
+    source: Source, split: Split, budget: Sequence[str], recipe: Recipe, seed: int, plan: dict[str, Any], judge: bool, work: Work, progress: Progress, log: Log
+) -> tuple[dict[str, Any], Applied]:
+    """The solved plan applied; where the recipe judges, also the best uniform plan of the same menu, and the better of the two at the output."""
+    inputs = split.calibrate.inputs
+    applied = apply_plan(source, inputs, plan, work=work, progress=progress, log=log, prefix="solved")
+    if not (judge and recipe.judge and recipe.search != UNIFORM):
+        return plan, applied
+    menu = menu_of(plan)
+    bound = parse_budget(budget, source)
+    other = uniform_plan(menu, bound)
+    solved_kl = _kl(source, applied, split, "solved", work, progress)
+    plan["judged"] = [{"plan": "solved", "bytes": applied.bytes, "kl": solved_kl}]
+    if other is None:
+        return plan, applied
+    kept = {entry["tensor"]: entry["bytes"] for entry in plan["kept"]}
+    uniform = plan_words(source, split, recipe, budget, bound, Menu(menu.rows, menu.fixed), other, kept, seed, frontier=plan["pareto"])
+    progress("compressing", 0, 1, "the uniform plan, to compare with")
+    second = apply_plan(source, inputs, uniform, work=work, progress=progress, log=log, prefix="uniform")
+    uniform_kl = _kl(source, second, split, "uniform", work, progress)
+    plan["judged"].append({"plan": "uniform", "bytes": second.bytes, "kl": uniform_kl})
+    if uniform_kl < solved_kl:
+        log(f"the uniform plan is better at the output (KL {uniform_kl:.4g} against {solved_kl:.4g} nats a token) and is taken")
+        uniform["judged"] = plan["judged"]
+        uniform["notes"] = [*plan["notes"], "the solved plan lost to the best uniform plan on the search data; the uniform plan was taken"]
+        return uniform, second
+    return plan, applied
+
+
+def _kl(source: Source, applied: Applied, split: Split, name: str, work: Work, progress: Progress) -> float:
+    """KL on the search data, journalled."""
+    if (found := work.done(f"judge/{name}")) is None:
+        progress("judging", 0, 1, f"the {name} plan on the search data")
+        quality = quality_of(source, applied.view, split.search, metric=split.metric, batch=batch_of(source))
+        found = {"kl": quality["kl_mean"]}
+        work.finish(f"judge/{name}", found)
+    return float(found["kl"])
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _files(source: Source, plan: Mapping[str, Any], recipe: Recipe, applied: Applied) -> dict[str, bytes | Path]:
+    """Everything beside the weights that the result's hashes depend on."""
+    files: dict[str, bytes | Path] = {path.name: path for path in source.companions() if path.name not in ("config.json", "README.md")}
+    held = {"quant_method": "laconic", "format": 1, "forms": applied.forms}
+    if source.path is not None:
+        config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = held
+        files["config.json"] = _json(config)
+    else:
+        files["laconic.json"] = _json({"factory": source.spec, **held})
+    files["plan.json"] = _json(plan)
+    files["recipe.yaml"] = yaml.safe_dump(recipe.resolved(), sort_keys=False).encode()
+    return files
+
+
+def model_card(source: Source, certificate: Mapping[str, Any]) -> str:
+    """README.md of the result: front matter, command, data, numbers."""
+    quality = certificate["quality"]
+    name = source.spec or "nano"
+    lines = [
+        "---",
+        f"base_model: {json.dumps(name)}",
+        "base_model_relation: quantized",
+        "library_name: transformers",
+        "tags: [laconic, compressed]",
+        "---",
+        f"# {name}, compressed by laconic",
+        "",
+        f"{certificate['bits_per_weight']:.3f} stored bits a weight over all parameters, scales and indices included "
+        f"({certificate['bytes']:,} bytes; the original has {certificate['bytes_original']:,}).",
+        "",
+        "| measured on held-out data | original | compressed |",
+        "| --- | --- | --- |",
+    ]
+    if "perplexity" in quality:
+        recovered = quality["perplexity_original"] / quality["perplexity"]
+        lines.append(f"| perplexity (recovery {recovered:.1%}) | {quality['perplexity_original']:.4f} | {quality['perplexity']:.4f} |")
+    if "accuracy" in quality:
+        lines.append(f"| accuracy | {quality.get('accuracy_original', float('nan')):.4f} | {quality['accuracy']:.4f} |")
+    lines += [
+        f"| KL to the original, nats a prediction | 0 | {quality['kl_mean']:.5f} ({quality['kl_mean_low']:.5f} to {quality['kl_mean_high']:.5f}) |",
+        f"| same first choice as the original | 100 % | {quality['top1_agreement']:.2%} |",
+        "",
+        "Made with",
+        "",
+        "```",
+        certificate["replay"],
+        "```",
+        "",
+        "Load it with `laconic.load(folder)`, or with transformers after `import laconic`. Everything that was measured, with hashes of the data and of",
+        "the files, is in `certificate.json`; the choice for every tensor is in `plan.json`.",
+        "",
+    ]
+    return "\n".join(lines)

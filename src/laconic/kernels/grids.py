@@ -1,0 +1,105 @@
+"""Grouped integer grids: w is about (code - zero) * scale, codes of b bits, one scale (and zero) for each group of a row.
+
+Widths that the group does not divide end in a shorter last group; a group of None is the whole row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Grid:
+    """bits 1 to 8; group = weights of a row that share a scale (None: the whole row); symmetric: zero fixed at 2^(bits-1)."""
+
+    bits: int
+    group: int | None = 64
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits}: a grid has 1 to 8 bits")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group={self.group}: a group has at least one weight; leave it out for whole rows")
+
+    def width(self, m: int) -> int:
+        """Weights in a full group of a row of m."""
+        return m if self.group is None else min(self.group, m)
+
+    def count(self, m: int) -> int:
+        """Groups in a row of m, the ragged last one included."""
+        return -(-m // self.width(m))
+
+    def index(self, m: int) -> Tensor:
+        """(m,) the group of each column."""
+        return torch.arange(m) // self.width(m)
+
+
+def grouped(x: Tensor, grid: Grid, fill: float = 0.0) -> Tensor:
+    """(n, m) -> (n, groups, width), the ragged end filled."""
+    n, m = x.shape
+    width, count = grid.width(m), grid.count(m)
+    if width * count != m:
+        x = F.pad(x, (0, width * count - m), value=fill)
+    return x.reshape(n, count, width)
+
+
+def _ends(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Least and greatest weight of each group, zero always inside."""
+    runs = grouped(weight, grid)
+    return runs.amin(-1).clamp(max=0.0), runs.amax(-1).clamp(min=0.0)
+
+
+def _scale_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    top = 2**grid.bits - 1
+    if grid.symmetric:
+        span = 2 * torch.maximum(-low, high)
+        scale = (span / max(top, 1)).to(torch.bfloat16).float()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return scale, torch.full_like(scale, 2 ** (grid.bits - 1))
+    scale = ((high - low) / top).to(torch.bfloat16).float()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale, (-low / scale).round().clamp(0, top)
+
+
+def fit_range(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero from least and greatest weight. weight (n, m) -> scale (n, g) fp32 with bf16 values, zero (n, g) whole numbers.
+    A group of zeros gets scale 1, so that nothing divides by zero."""
+    return _scale_zero(*_ends(weight, grid), grid)
+
+
+def fit_clipped(weight: Tensor, grid: Grid, importance: Tensor | None = None, *, least: float = 0.4, steps: int = 24) -> tuple[Tensor, Tensor]:
+    """Scale and zero with both ends shrunk by the one factor of `steps` from 1 down to `least` that makes the squared error smallest,
+    each column weighted by importance (m,), for instance the mean square of its input. Shapes as fit_range."""
+    low, high = _ends(weight, grid)
+    weigh = None if importance is None else grouped(importance[None, :].clamp(min=0), grid)
+    runs = grouped(weight, grid)
+    best = torch.full(low.shape, torch.inf)
+    scale, zero = _scale_zero(low, high, grid)
+    top = 2**grid.bits - 1
+    for i in range(steps):
+        shrink = 1.0 - (1.0 - least) * i / max(steps - 1, 1)
+        s, z = _scale_zero(low * shrink, high * shrink, grid)
+        error = ((runs / s[..., None]).round_().add_(z[..., None]).clamp_(0, top).sub_(z[..., None]).mul_(s[..., None]) - runs).square_()
+        loss = (error if weigh is None else error * weigh).sum(-1)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero
+
+
+def encode(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Nearest codes, (n, m) uint8."""
+    m = weight.shape[1]
+    codes = (grouped(weight, grid) / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, 2**grid.bits - 1)
+    return codes.reshape(weight.shape[0], -1)[:, :m].to(torch.uint8)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """The weights that codes stand for, (n, m) fp32."""
+    m = codes.shape[1]
+    runs = grouped(codes.float(), grid)
+    return runs.sub_(zero[..., None]).mul_(scale[..., None]).reshape(codes.shape[0], -1)[:, :m]

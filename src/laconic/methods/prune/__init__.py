@@ -1,0 +1,1 @@
+"""Things that go: scores that say which, cuts that say how."""

@@ -1,0 +1,1 @@
+"""Removing what a score ranks lowest, and holding what is left."""

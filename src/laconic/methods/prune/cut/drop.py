@@ -1,0 +1,86 @@
+"""Drop: the weights a score ranks lowest become zero; the rest is held densely in its own dtype, or by any quantizer.
+
+The unstructured and n:m settings of Han et al. 2015, arXiv:1506.02626, section 3, and Sun et al. 2023, arXiv:2306.11695, section 3.
+weight (n, m), any Score -> Sparse(mask, values).  Bytes: n m / 8 for the mask plus those of the kept weights.
+Sibling: quantize.round.rtn (fewer bits for all in place of none for some)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.core.claim import Card, Paper
+from laconic.core.packed import Dense
+from laconic.core.score import NofM, PerRow, Score, Unit, keep_top
+from laconic.core.site import Conv, Linear, Site
+from laconic.core.transform import Change, Stats, Transform
+from laconic.kernels.bits import packed_width
+from laconic.kernels.grids import Grid
+from laconic.methods.prune.cut.sparse import Sparse
+
+CARD = Card(Paper("Han et al.", 2015, "arXiv:1506.02626", "section 3"), catalogue="", sibling="quantize.round.rtn")
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Level: `keep` of each row (a fraction), or keep `of` each run of `run` (n:m, when run is set); `grid` for the kept weights."""
+
+    keep: float = 0.5
+    run: int | None = None
+    grid: Grid | None = None
+
+    def kept(self, m: int) -> int:
+        """Weights that stay in a row of m, one at least."""
+        if self.run is None:
+            return max(1, round(self.keep * m))
+        n = round(self.keep * self.run)
+        whole, rest = divmod(m, self.run)
+        return whole * n + -(-n * rest // self.run)
+
+
+def mask_of(score: Tensor, level: Sparsity) -> Tensor:
+    """score (n, m) -> mask (n, m), the same number kept in every row."""
+    if level.run is None:
+        return keep_top(score, level.kept(score.shape[1]), among=PerRow())
+    return keep_top(score, 1.0, among=NofM(round(level.keep * level.run), level.run))
+
+
+@dataclass(frozen=True)
+class Drop(Transform):
+    """score: what matters; hold: the quantizer of what stays (needed where the level has a grid)."""
+
+    score: Score
+    hold: Transform | None = None
+
+    acts_on = (Linear, Conv)
+    level = Sparsity
+
+    @property
+    def wants(self) -> tuple:  # type: ignore[override, type-arg]
+        """What the score wants; a quantizer of gathered weights can have no statistics of their columns."""
+        return self.score.wants
+
+    def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Sparsity) -> Change:
+        weight = weights["weight"].reshape(site.matrix)
+        mask = mask_of(self.score(Unit(site, weight.float()), stats), level)
+        kept = Sparse.gather(weight, mask)
+        if level.grid is None:
+            values = Dense(kept.to(torch.bfloat16) if kept.dtype == torch.float32 else kept)
+        else:
+            if self.hold is None or self.hold.wants:
+                raise ValueError("a level with a grid needs `hold`, a quantizer that wants no statistics, such as quantize.round.rtn")
+            inner = site._replace(shape=tuple(kept.shape))
+            values = self.hold(inner, {"weight": kept}, {}, level.grid).hold[site.tensors["weight"]]  # type: ignore[assignment]
+        return Change(hold={site.tensors["weight"]: Sparse.of(site.shape, mask, values)})
+
+    def stored(self, site: Site, level: Sparsity) -> int:
+        n, m = site.matrix
+        kept = level.kept(m)
+        if level.grid is None or self.hold is None:
+            held = 2 * n * kept
+        else:
+            held = self.hold.stored(site._replace(shape=(n, kept)), level.grid)
+        return n * packed_width(m, 1) + held

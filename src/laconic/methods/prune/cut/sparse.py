@@ -1,0 +1,53 @@
+"""Sparse: one bit for each weight says whether it is there, and those that are there are held in some form of their own.
+
+Stored: mask (n, ceil(m / 8)) uint8, and the kept weights as a matrix: (n, kept) where every row keeps as many, else (1, kept in all)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from laconic.core.packed import Packed, below, restore
+from laconic.kernels.bits import pack, unpack
+
+
+class Sparse(Packed):
+    """A matrix view of `shape` with most entries zero."""
+
+    form = "prune.cut.sparse.Sparse"
+    mask: Tensor
+
+    def __init__(self, shape: tuple[int, ...], mask: Tensor, values: Packed) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.register_buffer("mask", mask)
+        self.values = values
+
+    @staticmethod
+    def gather(weight: Tensor, mask: Tensor) -> Tensor:
+        """The kept entries of weight (n, m) as the matrix they are held as."""
+        counts = mask.sum(1)
+        n = weight.shape[0] if bool((counts == counts[0]).all()) else 1
+        return weight[mask].reshape(n, -1)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], mask: Tensor, values: Packed) -> Self:
+        """mask (n, m) bool; values: the form of `gather(weight, mask)`."""
+        return cls(shape, pack(mask.to(torch.uint8), 1), values)
+
+    def dense(self) -> Tensor:
+        n, m = self.matrix
+        out = torch.zeros(n, m)
+        out[unpack(self.mask, 1, m).bool()] = self.values.dense().reshape(-1)
+        return out.reshape(self.shape)
+
+    def describe(self) -> dict[str, Any]:
+        return {"form": self.form, "shape": list(self.shape), "values": self.values.describe()}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        return cls(tuple(described["shape"]), tensors["mask"], restore(described["values"], below(tensors, "values")))

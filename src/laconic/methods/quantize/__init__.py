@@ -1,0 +1,1 @@
+"""Fewer bits for each number: grids, rounding, corrections of what rounding lost."""

@@ -1,0 +1,1 @@
+"""How low-bit tensors are held."""

@@ -1,0 +1,1 @@
+"""Corrections added to a quantized matrix."""

@@ -1,0 +1,1 @@
+"""Which grid point a weight goes to."""

@@ -1,0 +1,59 @@
+"""GPTQ: rounds a layer's columns one by one and pushes each error onto the columns not yet rounded, by the inverse Hessian.
+
+Frantar et al. 2023, arXiv:2210.17323, algorithm 1, eq. 2-3.  For column q with inverse-Hessian Cholesky factor U:
+e = (w_q - quant(w_q)) / U_qq;  w_j -= e U_qj for j > q.  H = 2 mean(x xT) + damping * mean(diag) I.
+weight (n, m), gram (m, m) -> codes (n, m), scale and zero (n, g).  Groups are fitted when the walk reaches them.
+Dead columns and singular Hessians are damped until they factor and named in the Change's notes; nothing becomes NaN.
+Sibling: quantize.round.rtn (no compensation)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from laconic.core.claim import Card, Paper
+from laconic.core.site import Conv, Embedding, Linear, Site
+from laconic.core.statistic import Gram
+from laconic.core.transform import Change, Stats, Transform
+from laconic.kernels.grids import Grid
+from laconic.kernels.obs import inverse_factor, round_columns
+from laconic.methods.quantize.grid.grouped import Grouped
+
+CARD = Card(Paper("Frantar et al.", 2023, "arXiv:2210.17323", "algorithm 1"), catalogue="", sibling="quantize.round.rtn")
+
+
+@dataclass(frozen=True)
+class GPTQ(Transform):
+    """damping: fraction of the Hessian's mean diagonal; block: columns between lazy updates; order: visit columns as stored or by
+    falling activation energy (then scales are fixed beforehand); clip: shrink each group's range where that lowers its error."""
+
+    damping: float = 0.01
+    block: int = 128
+    order: Literal["stored", "activation"] = "stored"
+    clip: bool = False
+
+    acts_on = (Linear, Conv, Embedding)
+    level = Grid
+    wants = (Gram(),)
+
+    def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Grid) -> Change:
+        n, m = site.matrix
+        weight = weights["weight"].reshape(n, m).float()
+        gram = stats[Gram()]
+        order = torch.argsort(gram.diagonal(), descending=True, stable=True) if self.order == "activation" else None
+        factor = inverse_factor(gram if order is None else gram[order][:, order], self.damping)
+        importance = gram.diagonal() if self.clip else None
+        rounded = round_columns(weight, factor, level, importance=importance, block=self.block, order=order)
+        notes = []
+        if dead := int(factor.dead.sum()):
+            notes.append(f"{site.name}: {dead} of {m} input channels saw no activation and were rounded to nearest")
+        if factor.damping > self.damping:
+            notes.append(f"{site.name}: the Hessian is singular; damping was raised from {self.damping:g} to {factor.damping:g}")
+        return Change(hold={site.tensors["weight"]: Grouped.of(site.shape, level, *rounded)}, notes=tuple(notes))
+
+    def stored(self, site: Site, level: Grid) -> int:
+        return Grouped.bytes_of(*site.matrix, level)

@@ -1,0 +1,53 @@
+"""Round to nearest: every weight goes to the closest point of its group's grid, which spans least to greatest weight.
+
+The baseline of every quantization paper; the form here is that of Jacob et al. 2018, arXiv:1712.05877, section 2.1, eq. 1:
+w = S (q - Z).  weight (n, m) fp32 -> codes (n, m), scale and zero (n, g).  No data is needed.
+Sibling: quantize.round.gptq (rounds column by column and compensates)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.core.claim import Card, Paper
+from laconic.core.site import Conv, Embedding, Linear, Site
+from laconic.core.transform import Change, Stats, Transform
+from laconic.kernels.grids import Grid, encode, fit_range
+from laconic.methods.quantize.grid.grouped import Grouped
+
+CARD = Card(Paper("Jacob et al.", 2018, "arXiv:1712.05877", "section 2.1, eq. 1"), catalogue="", sibling="quantize.round.gptq")
+
+# rows rounded at once, so that a table of 100,000 rows never has a second copy in fp32
+ROWS = 4 * 1024 * 1024
+
+
+def round_to_nearest(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """weight (n, m) -> codes (n, m) uint8, scale (n, g), zero (n, g)."""
+    scale, zero = fit_range(weight, grid)
+    return encode(weight, scale, zero, grid), scale, zero
+
+
+@dataclass(frozen=True)
+class RTN(Transform):
+    """Round to nearest; level: a Grid."""
+
+    acts_on = (Linear, Conv, Embedding)
+    level = Grid
+
+    def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Grid) -> Change:
+        n, m = site.matrix
+        weight = weights["weight"].reshape(n, m)
+        step = max(1, ROWS // m)
+        pieces = [Grouped.of((min(step, n - i), m), level, *round_to_nearest(weight[i : i + step].float(), level)) for i in range(0, n, step)]
+        if len(pieces) == 1:
+            held = Grouped(site.shape, level, pieces[0].codes, pieces[0].scales, None if level.symmetric else pieces[0].zeros)
+        else:
+            zeros = None if level.symmetric else torch.cat([p.zeros for p in pieces])
+            held = Grouped(site.shape, level, torch.cat([p.codes for p in pieces]), torch.cat([p.scales for p in pieces]), zeros)
+        return Change(hold={site.tensors["weight"]: held})
+
+    def stored(self, site: Site, level: Grid) -> int:
+        return Grouped.bytes_of(*site.matrix, level)

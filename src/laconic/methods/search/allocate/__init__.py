@@ -1,0 +1,1 @@
+"""Buying rows of a menu within a budget."""

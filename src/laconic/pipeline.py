@@ -1,0 +1,589 @@
+"""From a model and a budget to a smaller model: price, solve, apply, pack, check. The only code that edits weights.
+
+Each arrow is a function of values, and each value is journalled, so a killed run goes on where it stood."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from laconic import __version__
+from laconic.budget import parse_budget
+from laconic.calibration import PRICING, Walk, observed, release
+from laconic.core.errors import BrokenPromise, UserError
+from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
+from laconic.core.packed import Packed, below, restore
+from laconic.core.site import Anatomy, Embedding, Segment, Site
+from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
+from laconic.core.transform import Change, Transform
+from laconic.kernels.obs import output_error, predicted_loss
+from laconic.models import Source
+from laconic.recipe import Recipe, build, level_of, level_words
+
+Progress = Callable[[str, int, int, str], None]
+Log = Callable[[str], None]
+
+UNIFORM = "search.allocate.uniform"
+UNIT, PREDICTED, UNPRICED = "nats/token", "model output, second order", "not priced"
+
+
+def quiet(stage: str, done: int, total: int, note: str) -> None:
+    """A Progress that shows nothing."""
+
+
+class Parts:
+    """The model as it stands: tensors of finished stages from their forms, everything else from the original."""
+
+    def __init__(self, source: Any, work: Any) -> None:
+        self.source, self.work = source, work
+        # what a Source's `fill` looks at besides `read`
+        self.tied, self._computed = source.tied, source._computed
+        self.held: dict[str, str] = {}
+        self.forms: dict[str, Any] = {}
+        self.cached: tuple[str, dict[str, Tensor]] = ("", {})
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return self.source.anatomy  # type: ignore[no-any-return]
+
+    def add(self, key: str, value: Mapping[str, Any]) -> None:
+        """Take a finished stage in."""
+        self.forms.update(value["forms"])
+        self.held.update({name: key for name in [*value["forms"], *value["kept"]]})
+
+    def skeleton(self) -> nn.Module:
+        return self.source.skeleton()  # type: ignore[no-any-return]
+
+    def _tensors(self, key: str) -> dict[str, Tensor]:
+        if self.cached[0] != key:
+            self.cached = (key, self.work.tensors(key))
+        return self.cached[1]
+
+    def packed(self, name: str) -> Packed | None:
+        """The form of a stored tensor, None where it has none."""
+        if name not in self.forms:
+            return None
+        return restore(self.forms[name], below(self._tensors(self.held[name]), name))
+
+    def read(self, name: str) -> Tensor:
+        if (form := self.packed(name)) is not None:
+            return form.dense()
+        if name in self.held:
+            return self._tensors(self.held[name])[name]
+        return self.source.read(name)  # type: ignore[no-any-return]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        if (form := self.packed(name)) is not None:
+            return form.rows(slice(start, stop))
+        if name in self.held:
+            return self._tensors(self.held[name])[name][start:stop]
+        return self.source.read_rows(name, start, stop)  # type: ignore[no-any-return]
+
+    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, *, skip: Sequence[str] = ()) -> None:
+        Source.fill(self, module, prefix, dtype, skip=skip)  # type: ignore[arg-type]
+        self.cached = ("", {})
+
+
+# ---- what is offered
+
+
+class Offer(NamedTuple):
+    """One (site, method, level) with its built transform."""
+
+    site: Site
+    method: str
+    transform: Transform
+    level: Any
+
+
+def offers(source: Any, recipe: Recipe) -> list[Offer]:
+    """Everything the recipe may do, site by site."""
+    import re
+
+    built = [(choice, build(choice.method)) for choice in recipe.choices]
+    found = []
+    for site in source.anatomy.sites():
+        if re.fullmatch(recipe.keep, site.name):
+            continue
+        for choice, transform in built:
+            if choice.offers(site) and isinstance(site.kind, transform.acts_on):
+                seen = set()
+                for words in choice.levels:
+                    level = level_of(transform, words)
+                    # a group wider than the row is the whole row: the same level twice is offered once
+                    if (size := transform.stored(site, level), str(level)) not in seen:
+                        seen.add((size, str(level)))
+                        found.append(Offer(site, choice.method, transform, level))
+    return found
+
+
+def kept_bytes(source: Any, covered: set[str]) -> dict[str, int]:
+    """Bytes of every stored tensor that no site covers, as it will be stored: floating point as bf16."""
+    kept = {}
+    for name, info in source.infos.items():
+        if name in covered or name in source.tied.values() and name in covered:
+            continue
+        count = math.prod(info.shape)
+        kept[name] = count * (2 if info.dtype.is_floating_point else info.dtype.itemsize)
+    return kept
+
+
+def kept_tensor(tensor: Tensor) -> Tensor:
+    """How a tensor that no method touches is stored: floating point as bf16."""
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+
+def reconstructed(change: Change, site: Site) -> Tensor:
+    """The site's weight after the change, matrix view."""
+    return change.hold[site.tensors["weight"]].dense().reshape(site.matrix)
+
+
+def damage_of(site: Site, weight: Tensor, change: Change, stats: Mapping[Statistic, Tensor]) -> float:
+    """Nats a token at the output, to second order, of one change: half the Fisher information times the mean squared output error; for a
+    table also its lookups."""
+    delta = reconstructed(change, site) - weight.reshape(site.matrix).float()
+    value = 0.0
+    if Gram() in stats and Fisher() in stats:
+        value += predicted_loss(delta, stats[Gram()], stats[Fisher()])
+    if Lookups() in stats:
+        moved = delta.double().square() @ stats[LookupFisher()].double()
+        value += 0.5 * float((stats[Lookups()].double() * moved).sum())
+    return value
+
+
+# ---- price
+
+
+def price(
+    source: Any, inputs: Tensor | None, recipe: Recipe, *, seed: int, work: Any, progress: Progress, batch: int
+) -> tuple[list[Row], dict[str, dict[Statistic, Tensor]]]:
+    """The price list. Without `inputs` (uniform recipes) only bytes are known; with them each row's damage at the output is predicted from
+    one walk forward and back. Also returns the statistics of sites outside the layers, which `apply` needs again."""
+    offered = offers(source, recipe)
+    if inputs is None:
+        rows = [_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offered]
+        return rows, {}
+    by_site: dict[str, list[Offer]] = {}
+    for offer in offered:
+        by_site.setdefault(offer.site.name, []).append(offer)
+    segments = source.anatomy.segments()
+    if all(work.done(f"price/{s.name}") for s in segments):
+        rows = [_from_words(r) for s in segments for r in work.done(f"price/{s.name}")["rows"]]
+        return rows, _load_stats(work)
+    walk = Walk(source, inputs, batch=batch, shelf=work.folder / "shelf")
+    walk.begin()
+    generator = torch.Generator().manual_seed(seed)
+    rows_of: dict[str, list[Row]] = {}
+    rest: dict[str, dict[Statistic, Tensor]] = {}
+    count = 0
+
+    def walked(done: int, total: int) -> None:
+        progress("reading the model", done, total, "forward and back once")
+
+    for segment, module, stats in walk.backward(PRICING, generator, walked):
+        found = []
+        for site in segment.sites:
+            have = stats.get(site.name, {})
+            if not segment.name:
+                rest[site.name] = have
+            weight = source.read(site.tensors["weight"].name).float() if site.name in by_site else None
+            for offer in by_site.get(site.name, ()):
+                assert weight is not None
+                count += 1
+                progress("pricing", count, len(offered), site.name)
+                change = offer.transform(site, {"weight": weight}, observed(stats, site, offer.transform.wants), offer.level)
+                _same_bytes(offer, change)
+                found.append(_row(offer, Damage(damage_of(site, weight, change, have), UNIT, PREDICTED)))
+        rows_of[segment.name] = found
+        if not segment.name:
+            work.finish("stats", {"sites": sorted(rest)}, {f"{n}|{type(k).__name__}": v for n, s in rest.items() for k, v in s.items()})
+        work.finish(f"price/{segment.name}", {"rows": [_words(row) for row in found]})
+    walk.shelf.clear() if walk.shelf else None
+    return [row for segment in segments for row in rows_of[segment.name]], rest
+
+
+def _load_stats(work: Any) -> dict[str, dict[Statistic, Tensor]]:
+    kinds = {type(s).__name__: s for s in PRICING}
+    found: dict[str, dict[Statistic, Tensor]] = {}
+    for key, value in work.tensors("stats").items():
+        site, _, kind = key.rpartition("|")
+        found.setdefault(site, {})[kinds[kind]] = value
+    return found
+
+
+def _same_bytes(offer: Offer, change: Change) -> int:
+    held = sum(packed.nbytes for packed in change.hold.values())
+    if held != offer.transform.stored(offer.site, offer.level):
+        raise ValueError(f"{offer.method} at {offer.site.name} holds {held} bytes, not the {offer.transform.stored(offer.site, offer.level)} it names")
+    return held
+
+
+def _row(offer: Offer, damage: Damage) -> Row:
+    covers = frozenset({offer.site.tensors["weight"].name})
+    cost = Cost(offer.transform.stored(offer.site, offer.level))
+    return Row(covers, offer.method, level_words(offer.level), cost, damage, offer.site.name)
+
+
+def _words(row: Row) -> dict[str, Any]:
+    damage = {"value": None if math.isnan(row.damage.value) else row.damage.value, "unit": row.damage.unit, "where": row.damage.where}
+    return {
+        "site": row.site,
+        "covers": sorted(row.covers),
+        "method": row.method,
+        "level": dict(row.level),
+        "bytes": row.cost.bytes,
+        "damage": damage,
+    }
+
+
+def _from_words(words: Mapping[str, Any]) -> Row:
+    damage = words["damage"]
+    value = math.nan if damage["value"] is None else float(damage["value"])
+    return Row(
+        frozenset(words["covers"]), words["method"], words["level"], Cost(words["bytes"]), Damage(value, damage["unit"], damage["where"]), words["site"]
+    )
+
+
+# ---- solve
+
+
+def make_plan(
+    source: Any, split: Any, recipe: Recipe, budget: Sequence[str], *, seed: int, work: Any, progress: Progress = quiet, log: Log = print
+) -> dict[str, Any]:
+    """What, where, at which level, at what price: plan.json's content. Deterministic: no times in it."""
+    bound = parse_budget(budget, source)
+    covered = {tid.name for site in source.anatomy.sites() for role, tid in site.tensors.items() if role == "weight"}
+    offered_sites = {o.site.name for o in offers(source, recipe)}
+    covered = {site.tensors["weight"].name for site in source.anatomy.sites() if site.name in offered_sites}
+    if not covered:
+        raise UserError(f"recipe {recipe.name} offers nothing for this model; look at `where`, `kinds` and `keep` in it")
+    kept = kept_bytes(source, covered)
+    needs = recipe.search != UNIFORM
+    inputs = split.calibrate.inputs[: recipe.price_rows] if needs else None
+    # what is impossible is said before the long work, from bytes alone
+    bare = Menu(tuple(_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offers(source, recipe)), sum(kept.values()))
+    if bound.bytes is not None and cheapest(bare) > bound.bytes:
+        least = cheapest(bare)
+        raise UserError(
+            f"the budget of {bound.bytes:,} bytes is below what recipe {recipe.name} can reach: the least is {least:,} bytes; "
+            f"ask for size={least / 1e6:.2f}MB (bits={math.ceil(least * 8e3 / source.parameters) / 1e3:g}) or more"
+        )
+    rows, _ = price(source, inputs, recipe, seed=seed, work=work, progress=progress, batch=batch_of(source))
+    menu = Menu(tuple(rows), sum(kept.values()))
+    rng = torch.Generator().manual_seed(seed)
+    plan = build(recipe.search)(menu, bound, judge=None, rng=rng, log=log)
+    return plan_words(source, split, recipe, budget, bound, menu, plan, kept, seed)
+
+
+def plan_words(
+    source: Any,
+    split: Any,
+    recipe: Recipe,
+    words: Sequence[str],
+    bound: Budget,
+    menu: Menu,
+    plan: Plan,
+    kept: Mapping[str, int],
+    seed: int,
+    frontier: list[dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """A Plan as plan.json; the frontier is computed unless given."""
+    why = {name: ("one-dimensional" if len(source.infos[name].shape) < 2 else "no site covers it") for name in kept}
+    return {
+        "format": 1,
+        "laconic": __version__,
+        "model": {
+            "spec": source.spec,
+            "parameters": source.parameters,
+            "bytes": sum(math.prod(i.shape) * i.dtype.itemsize for i in source.infos.values()),
+            "bf16_bytes": 2 * source.parameters,
+            "hashes": source.hashes(),
+        },
+        "budget": {"words": list(words), "bytes": bound.bytes},
+        "recipe": recipe.resolved(),
+        "seed": seed,
+        "data": split.record if split is not None else {},
+        "choices": [_words(row) for row in plan.rows],
+        "kept": [{"tensor": name, "bytes": size, "why": why[name]} for name, size in sorted(kept.items())],
+        "notes": [],
+        "predicted": {
+            "bytes": plan.bytes,
+            "bits_per_weight": plan.bytes * 8 / source.parameters,
+            "damage": None if math.isnan(plan.damage.value) else plan.damage.value,
+            "peak_memory_bytes": predicted_memory(source),
+        },
+        "menu": [_words(row) for row in menu.rows],
+        "pareto": pareto(menu, source.parameters) if frontier is None else frontier,
+        "judged": [],
+    }
+
+
+def predicted_memory(source: Any) -> int:
+    """Peak resident bytes of an apply walk: interpreter and libraries, the widest segment in fp32 three times (weights, dense copy of a
+    form, codes), or the widest single tensor outside the layers."""
+    widest = max((sum(math.prod(source.infos[t].shape) for t in s.tensors if t in source.infos) for s in source.anatomy.segments() if s.name), default=0)
+    single = max(math.prod(i.shape) * (i.dtype.itemsize + 1) for i in source.infos.values())
+    return 450_000_000 + max(widest * 4 * 2, single * 2)
+
+
+def pareto(menu: Menu, parameters: int, points: int = 14) -> list[dict[str, float]]:
+    """The predicted frontier: least damage at budgets spread between the cheapest and the dearest cover."""
+    if any(math.isnan(row.damage.value) for row in menu.rows):
+        return []
+    search = build("search.allocate.knapsack(seconds=5.0)")
+    least = cheapest(menu)
+    most = least
+    dearest: dict[frozenset[str], int] = {}
+    for row in menu.rows:
+        dearest[row.covers] = max(dearest.get(row.covers, 0), row.cost.bytes)
+    most = menu.fixed + sum(dearest.values())
+    found = []
+    for i in range(points):
+        budget = Budget(bytes=round(least * (most / least) ** (i / (points - 1))))
+        plan = search(menu, budget, judge=None, rng=torch.Generator(), log=lambda _: None)
+        found.append({"bytes": plan.bytes, "bits_per_weight": plan.bytes * 8 / parameters, "damage": plan.damage.value})
+    return found
+
+
+def menu_of(plan: Mapping[str, Any]) -> Menu:
+    """The menu that a plan was bought from."""
+    return Menu(tuple(_from_words(row) for row in plan["menu"]), sum(entry["bytes"] for entry in plan["kept"]))
+
+
+def uniform_plan(menu: Menu, bound: Budget) -> Plan | None:
+    """The best uniform plan of the same menu, None where no single level fits."""
+    try:
+        return build(UNIFORM)(menu, bound, judge=None, rng=torch.Generator(), log=lambda _: None)  # type: ignore[no-any-return]
+    except UserError:
+        return None
+
+
+# ---- apply
+
+
+class Applied(NamedTuple):
+    """A model whose segments are all finished: the keys of its parts, forms by stored name, bytes held, notes, and the logits of a probe."""
+
+    parts: tuple[str, ...]
+    forms: dict[str, Any]
+    bytes: int
+    notes: tuple[str, ...]
+    probe: Tensor
+    view: Parts
+
+
+def batch_of(source: Any) -> int:
+    """Sequences run at once: fewer for wider models."""
+    return 8 if source.parameters < 100_000_000 else 1
+
+
+def apply_plan(
+    source: Any, inputs: Tensor, plan: Mapping[str, Any], *, work: Any, progress: Progress = quiet, log: Log = print, prefix: str = "apply"
+) -> Applied:
+    """Changes the model block by block, each block seeing the errors of those before it. inputs (count, ...): calibration rows, used by
+    methods that want statistics and by the probe. Finished blocks are read from the journal, never computed again."""
+    chosen: dict[str, Offer] = {}
+    sites = {site.name: site for site in source.anatomy.sites()}
+    for choice in plan["choices"]:
+        if choice["site"] not in sites:
+            raise UserError(f"the plan names {choice['site']}, which this model does not have; make the plan again for this model")
+        transform = build(choice["method"])
+        chosen[choice["site"]] = Offer(sites[choice["site"]], choice["method"], transform, level_of(transform, choice["level"]))
+    wanted = any(offer.transform.wants for offer in chosen.values())
+    probe_rows = inputs[:1]
+    walk_inputs = inputs if wanted else probe_rows
+    view = Parts(source, work)
+    segments = source.anatomy.segments()
+    rest = next(s for s in segments if not s.name)
+    layers = [s for s in segments if s.name]
+    total = len(segments)
+    notes: list[str] = []
+    parts: list[str] = []
+    tables = [site for site in rest.sites if isinstance(site.kind, Embedding)] if layers else []
+
+    def take_in(key: str, value: Mapping[str, Any]) -> None:
+        view.add(key, value)
+        parts.append(key)
+        notes.extend(value["notes"])
+
+    # tables first: every block then sees their errors
+    for site in tables:
+        key = f"{prefix}/{site.name}"
+        if (value := work.done(key)) is None:
+            progress("compressing", 0, total, site.name)
+            stats = _table_stats(source, inputs, site, chosen, work)
+            weight = source.read(site.tensors["weight"].name)
+            value, tensors = _pack(site, chosen.get(site.name), {"weight": weight}, stats)
+            work.finish(key, value, tensors)
+            del weight, tensors
+        take_in(key, value)
+    walk = Walk(view, walk_inputs, batch=batch_of(source))
+    table = view.packed(tables[0].tensors["weight"].name) if tables else None
+    walk.begin(table.rows if table is not None else None)
+    del table
+    for number, segment in enumerate(layers):
+        key = f"{prefix}/{segment.name}"
+        value = work.done(key)
+        if value is None:
+            progress("compressing", number + 1, total, segment.name)
+            module = walk.take(segment)
+            value, tensors = _compress_segment(walk, module, segment, chosen, source)
+            work.finish(key, value, tensors)
+            del tensors
+        else:
+            view.add(key, value)
+            module = walk.take(segment)
+        take_in(key, value)
+        walk.advance(module, segment)
+        release(module)
+    key = f"{prefix}/"
+    value = work.done(key)
+    if value is None:
+        progress("compressing", total, total, "head and norms")
+        done = {site.name for site in tables}
+        value, tensors = _compress_rest(walk, rest, layers, chosen, source, done, log)
+        work.finish(key, value, tensors)
+        del tensors
+    take_in(key, value)
+    probe = next(finished_logits(view, probe_rows, 1))
+    expected = int(plan["predicted"]["bytes"])
+    held = sum(entry["bytes"] for entry in (work.done(k) for k in parts))
+    if held != expected:
+        raise ValueError(f"the result holds {held} bytes where the plan says {expected}")
+    return Applied(tuple(parts), dict(view.forms), held, tuple(dict.fromkeys(notes)), probe, view)
+
+
+def _pack(
+    site: Site, offer: Offer | None, weights: Mapping[str, Tensor], stats: Mapping[Statistic, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One site on its own: journal value and tensors."""
+    name = site.tensors["weight"].name
+    if offer is None:
+        kept = kept_tensor(weights["weight"])
+        return {"forms": {}, "kept": [name], "bytes": kept.numel() * kept.element_size(), "notes": []}, {name: kept}
+    change = offer.transform(site, weights, {s: stats[s] for s in offer.transform.wants}, offer.level)
+    size = _same_bytes(offer, change)
+    forms, tensors = _stored(change)
+    return {"forms": forms, "kept": [], "bytes": size, "notes": list(change.notes)}, tensors
+
+
+def _stored(change: Change) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if change.fold or change.cut or change.place or change.learn:
+        raise ValueError("this pipeline applies `hold` only; the change folds, cuts, places or learns")
+    forms, tensors = {}, {}
+    for tid, packed in change.hold.items():
+        forms[tid.name] = packed.describe()
+        tensors.update({f"{tid.name}.{key}": value for key, value in packed.tensors().items()})
+    return forms, tensors
+
+
+def _compress_segment(
+    walk: Walk, module: nn.Module, segment: Segment, chosen: Mapping[str, Offer], source: Any, skip: frozenset[str] = frozenset()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """All stages of a segment in order: each stage's statistics are taken with the stages before it already changed."""
+    value: dict[str, Any] = {"forms": {}, "kept": [], "bytes": 0, "notes": []}
+    tensors: dict[str, Tensor] = {}
+    for stage in segment.stages:
+        todo = [chosen[site.name] for site in stage.sites if site.name in chosen and site.name not in skip]
+        wants = tuple(dict.fromkeys(s for offer in todo for s in offer.transform.wants))
+        stats = walk.observe(module, segment, [offer.site for offer in todo], wants) if wants else {}
+        for offer in todo:
+            target = walk.site_module(module, segment, offer.site)
+            weight = target.weight.detach()  # type: ignore[union-attr, operator]
+            change = offer.transform(offer.site, {"weight": weight}, observed(stats, offer.site, offer.transform.wants), offer.level)
+            value["bytes"] += _same_bytes(offer, change)
+            forms, held = _stored(change)
+            value["forms"].update(forms)
+            value["notes"] += change.notes
+            tensors.update(held)
+            target.weight.data.copy_(change.hold[offer.site.tensors["weight"]].dense().reshape(weight.shape))  # type: ignore[union-attr, operator]
+    for name in segment.tensors:
+        if name not in value["forms"] and name not in skip and name in source.infos:
+            kept = kept_tensor(source.read(name))
+            tensors[name] = kept
+            value["kept"].append(name)
+            value["bytes"] += kept.numel() * kept.element_size()
+    return value, tensors
+
+
+def _compress_rest(
+    walk: Walk, rest: Segment, layers: Sequence[Segment], chosen: Mapping[str, Offer], source: Any, done: set[str], log: Log
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What stands outside the layers (head, last norm), or the whole of a model without layers."""
+    if not layers:
+        return _compress_segment(walk, walk.take(rest), rest, chosen, source)
+    value: dict[str, Any] = {"forms": {}, "kept": [], "bytes": 0, "notes": []}
+    tensors: dict[str, Tensor] = {}
+    settled = {site.tensors["weight"].name for site in rest.sites if site.name in done}
+    for site in rest.sites:
+        if site.name in done:
+            continue
+        offer = chosen.get(site.name)
+        stats = walk.observe_tail(site, offer.transform.wants) if offer is not None and offer.transform.wants else {}
+        one, held = _pack(site, offer, {"weight": source.read(site.tensors["weight"].name)}, stats)
+        settled.add(site.tensors["weight"].name)
+        value["forms"].update(one["forms"])
+        value["kept"] += one["kept"]
+        value["notes"] += one["notes"]
+        value["bytes"] += one["bytes"]
+        tensors.update(held)
+    for name in rest.tensors:
+        if name not in settled and name in source.infos:
+            kept = kept_tensor(source.read(name))
+            tensors[name] = kept
+            value["kept"].append(name)
+            value["bytes"] += kept.numel() * kept.element_size()
+    return value, tensors
+
+
+def _table_stats(source: Any, inputs: Tensor, site: Site, chosen: Mapping[str, Offer], work: Any) -> dict[Statistic, Tensor]:
+    """Statistics of a table before anything is changed: from pricing where that happened, else from one walk of the original. A tied
+    table is seen as the head (the last hidden states are its input), an untied one by how often each row is read."""
+    offer = chosen.get(site.name)
+    if offer is None or not offer.transform.wants:
+        return {}
+    if work.done("stats") is None:
+        walk = Walk(source, inputs, batch=batch_of(source))
+        walk.begin()
+        for segment in walk.layers:
+            module = walk.take(segment)
+            walk.advance(module, segment)
+            release(module)
+        stats = walk.observe_tail(site, (Gram(),)) if site.roles.get("tied") else {}
+        work.finish("stats", {"sites": [site.name]}, {f"{site.name}|{type(k).__name__}": v for k, v in stats.items()})
+    found = dict(_load_stats(work).get(site.name, {}))
+    # an untied table has one-hot inputs: their Gram is diagonal, so nothing is correlated and columns of its rows stand alone
+    if Gram() in offer.transform.wants and Gram() not in found:
+        found[Gram()] = torch.eye(site.matrix[1])
+    return found
+
+
+def finished_logits(opened: Any, inputs: Tensor, batch: int) -> Iterator[Tensor]:
+    """Logits of a model over inputs, batch by batch, one segment in memory at a time."""
+    walk = Walk(opened, inputs, batch=batch)
+    walk.begin()
+    for segment in walk.layers:
+        module = walk.take(segment)
+        walk.advance(module, segment)
+        release(module)
+    if walk.whole:
+        module = walk.take(walk.rest)
+        with torch.no_grad():
+            yield from walk.outputs(module, walk.rest)
+        return
+    yield from walk.logits()
+
+
+def reload_difference(written: Any, applied: Applied, inputs: Tensor) -> float:
+    """Norm of the difference over the norm, between the logits of what was searched and of what was written and read back."""
+    again = next(finished_logits(written, inputs[:1], 1))
+    return float((again - applied.probe).norm() / applied.probe.norm().clamp(min=1e-12))

@@ -1,0 +1,213 @@
+"""A recipe is a list of (method, where, levels) and a search over their price list, in YAML or Python; unknown keys are refused.
+
+A method is written as its path, with knobs in brackets: `quantize.residual.lorc(first=quantize.round.gptq(clip=True))`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from laconic.core.errors import UserError, nearest
+from laconic.core.menu import Search
+from laconic.core.score import Score
+from laconic.core.site import Conv, Embedding, Linear, Site
+from laconic.core.transform import Transform
+
+HOME = Path(__file__).parent
+KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding}
+ROLES = (Transform, Score, Search)
+
+
+class Choice(BaseModel):
+    """One method, where it may act and at which levels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: str
+    levels: tuple[dict[str, Any], ...] = Field(min_length=1)
+    where: str = ".*"
+    kinds: tuple[Literal["linear", "conv", "embedding"], ...] = ("linear", "conv", "embedding")
+
+    def offers(self, site: Site) -> bool:
+        """Whether the method may act at a site."""
+        return isinstance(site.kind, tuple(KINDS[k] for k in self.kinds)) and re.fullmatch(self.where, site.name) is not None
+
+
+class Recipe(BaseModel):
+    """search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing.
+    judge: measure the solved plan against the best uniform one at the output and take the better."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    says: str = ""
+    search: str = "search.allocate.knapsack"
+    choices: tuple[Choice, ...] = Field(min_length=1)
+    keep: str = "(?!)"
+    price_rows: int = Field(default=32, ge=1)
+    judge: bool = True
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything, defaults filled in: what is stored in the output."""
+        return self.model_dump(mode="json")
+
+    def hash(self) -> str:
+        """sha256 of the resolved recipe."""
+        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+
+
+def named() -> dict[str, Path]:
+    """The recipes that come with laconic."""
+    return {path.stem: path for path in sorted((HOME / "recipes").glob("*.yaml"))}
+
+
+def load_recipe(name: str) -> Recipe:
+    """A named recipe or a YAML file."""
+    known = named()
+    path = known.get(name, Path(name))
+    if name not in known and not path.is_file():
+        if path.suffix in (".yaml", ".yml") or "/" in name:
+            raise UserError(f"recipe file {name} does not exist; named recipes are {', '.join(known)}")
+        raise UserError(f"unknown recipe {name!r}{nearest(name, known)}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {name} is not readable YAML ({str(error).splitlines()[0]}); mend the file") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"recipe {name} holds no keys; it needs at least `name` and `choices`")
+    try:
+        recipe = Recipe.model_validate({"name": path.stem, **content})
+    except ValidationError as error:
+        raise UserError(f"recipe {name}: {_first(error)}") from None
+    check(recipe)
+    return recipe
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors()[0]
+    place = ".".join(str(part) for part in found["loc"])
+    if found["type"] == "extra_forbidden":
+        known = Choice.model_fields if "choices" in found["loc"] else Recipe.model_fields
+        return f"unknown key {place!r}{nearest(str(found['loc'][-1]), known)}"
+    return f"{place}: {found['msg'].lower()}"
+
+
+def check(recipe: Recipe) -> None:
+    """Builds every method and level once, so that a mistake is found before work starts."""
+    for choice in recipe.choices:
+        transform = build(choice.method)
+        if not isinstance(transform, Transform):
+            raise UserError(f"recipe {recipe.name}: {choice.method} is no transform; choices change weights, scores and searches go inside them")
+        for level in choice.levels:
+            level_of(transform, level)
+        try:
+            re.compile(choice.where)
+        except re.error as error:
+            raise UserError(f"recipe {recipe.name}: where={choice.where!r} is no regular expression ({error})") from None
+    if not isinstance(build(recipe.search), Search):
+        raise UserError(f"recipe {recipe.name}: {recipe.search} is no search; try search.allocate.knapsack")
+
+
+def paths() -> list[str]:
+    """Names of all methods, from the files."""
+    root = HOME / "methods"
+    return sorted(".".join(p.relative_to(root).with_suffix("").parts) for p in root.glob("*/*/*.py") if p.stem != "__init__")
+
+
+def method_class(path: str) -> type:
+    """The one public class of a role in the file of that path."""
+    if path not in paths():
+        raise UserError(f"unknown method {path!r}{nearest(path, paths())}")
+    module = importlib.import_module(f"laconic.methods.{path}")
+    found = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__ and issubclass(c, ROLES)]
+    if len(found) != 1:
+        raise UserError(f"{path} is not a method that a recipe can name: its file holds {len(found)} transforms, scores or searches")
+    return found[0]
+
+
+def build(text: str) -> Any:
+    """A method from its written form; knobs are literals or methods."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        raise UserError(f"method {text!r} is not understood; write a path such as quantize.round.gptq, knobs in brackets") from None
+    return _build(tree, text)
+
+
+def _path(node: ast.expr) -> str | None:
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
+
+
+def _build(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Call) and (path := _path(node.func)) and not node.args:
+        cls = method_class(path)
+        fields = [f.name for f in dataclasses.fields(cls)]
+        knobs = {}
+        for keyword in node.keywords:
+            if keyword.arg not in fields:
+                raise UserError(f"{path} has no knob {keyword.arg!r}{nearest(str(keyword.arg), fields)}")
+            knobs[keyword.arg] = _build(keyword.value, text)
+        try:
+            return cls(**knobs)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: {error}") from None
+    if path := _path(node):
+        cls = method_class(path)
+        try:
+            return cls()
+        except TypeError as error:
+            raise UserError(f"{path} needs knobs: {error}") from None
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise UserError(f"method {text!r} is not understood; knobs are numbers, words in quotes or other methods") from None
+
+
+def level_of(transform: Transform, level: Mapping[str, Any]) -> Any:
+    """A method's level from plain values; nested levels too; unknown keys are refused."""
+    return _dataclass(transform.level, level, type(transform).__name__)
+
+
+def _dataclass(cls: type, values: Mapping[str, Any], owner: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise UserError(f"a level of {owner} has no {key!r}{nearest(key, fields)}")
+    made = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            made[key] = _dataclass(_plain(hints[key]), value, owner)
+        else:
+            made[key] = value
+    try:
+        return cls(**made)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a level of {owner} is not right: {error}") from None
+
+
+def _plain(hint: Any) -> type:
+    """The dataclass inside `X | None`."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint  # type: ignore[no-any-return]
+
+
+def level_words(level: Any) -> dict[str, Any]:
+    """The plain values of a level: what plans and menus store."""
+    return dataclasses.asdict(level)

@@ -1,0 +1,180 @@
+"""The command line as a user meets it: every test runs the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("compress", "plan", "measure", "bench", "generate", "report", "list", "show", "verify")
+
+
+def laconic(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command with its output."""
+    environment = {**os.environ, "TERM": "dumb", "COLUMNS": "160"}
+    return subprocess.run(
+        [sys.executable, "-m", "laconic", *words], capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=600
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence of a refusal, checked to be one: exit code 2, nothing on stdout, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_help_comes_within_a_second() -> None:
+    # seconds of processor time, the least of three: other work on the machine does not count
+    best = 60.0
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = laconic("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert best < 1.0
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys\nsys.argv = ['laconic', '--help']\ntry:\n    from laconic.cli import main\n    main()\nexcept SystemExit:\n    pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_has_examples(command: str) -> None:
+    done = laconic(command, "--help")
+    assert done.returncode == 0
+    assert "Examples:" in done.stdout
+    assert f"  laconic {command}" in done.stdout
+
+
+def test_alone_it_prints_three_first_commands() -> None:
+    done = laconic()
+    assert done.returncode == 0
+    assert sum(line.startswith("  laconic ") for line in done.stdout.splitlines()) == 3
+
+
+def test_version() -> None:
+    import laconic as package
+
+    done = laconic("--version")
+    assert (done.returncode, done.stdout) == (0, f"laconic {package.__version__}\n")
+
+
+def test_list_as_json() -> None:
+    rows = json.loads(laconic("list", "--json").stdout)
+    names = [row["name"] for row in rows]
+    assert {"quantize.round.rtn", "quantize.round.gptq", "prune.score.wanda", "prune.score.magnitude"} <= set(names)
+    assert names == sorted(names)
+    for row in rows:
+        assert {"name", "role", "family", "catalogue", "paper", "sibling", "verdicts"} <= set(row)
+        assert row["role"], row["name"]
+        assert row["name"].startswith(row["family"] + ".")
+        assert row["paper"]["year"] > 1900
+        assert row["sibling"] in names
+
+
+def test_list_by_family_and_role() -> None:
+    rows = json.loads(laconic("list", "--family", "prune", "--role", "score", "--json").stdout)
+    assert sorted(row["name"] for row in rows) == ["prune.score.magnitude", "prune.score.wanda"]
+
+
+def test_show() -> None:
+    done = laconic("show", "quantize.round.gptq")
+    assert done.returncode == 0
+    assert "arXiv:2210.17323" in done.stdout
+    assert "sibling: quantize.round.rtn" in done.stdout
+    found = json.loads(laconic("show", "quantize.round.gptq", "--json").stdout)
+    assert found["doc"].startswith(found["summary"])
+    assert isinstance(found["claims"], list)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("show", "quantize.round.gtpq"), "did you mean 'quantize.round.gptq'"),
+        (("show", "gptq"), "did you mean 'quantize.round.gptq'"),
+        (("list", "--family", "prunes"), "did you mean 'prune'"),
+        (("list", "--role", "scores"), "did you mean 'Score'"),
+        (("compress",), "no budget given"),
+        (("plan",), "no budget given"),
+        (("compress", "--budget", "bits=4", "--max-memory", "8GB"), "not yet"),
+        (("compress", "--budget", "bits=4", "--device", "tpu"), "use cpu or cuda"),
+        (("compress", "nowhere", "--budget", "bits=4"), "nowhere"),
+        (("compress", "--plan", "nowhere.json"), "does not exist"),
+        (("generate", "nowhere", "--prompt", "a"), "nowhere"),
+        (("generate", "--max-tokens", "0"), "at least 1"),
+        (("generate", "--temperature", "-1"), "0 (always the likeliest token) or more"),
+        (("generate", "--cache", "kivi:2"), "not yet"),
+        (("measure", "nowhere"), "--against"),
+        (("bench", "nowhere"), "--against"),
+        (("report", "nowhere"), "laconic compress"),
+        (("verify",), "verify needs one thing"),
+        (("verify", "quantize.round.gtpq"), "did you mean 'quantize.round.gptq'"),
+        (("verify", "--family", "prunes"), "did you mean 'prune'"),
+    ],
+    ids=" ".join,
+)
+def test_refusals(words: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    assert says in refused(laconic(*words, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [("compres",), ("compress", "--budgets", "bits=4"), ("show",)], ids=" ".join)
+def test_wrong_usage_is_the_users_input(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = laconic(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_output_that_exists_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert "--overwrite" in refused(laconic("compress", "--budget", "bits=4", "-o", "out", cwd=tmp_path))
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_a_plan_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("[1, 2]")
+    assert "no plan of laconic" in refused(laconic("compress", "--plan", "plan.json", cwd=tmp_path))
+    (tmp_path / "plan.json").write_text("{")
+    assert "cannot be read as JSON" in refused(laconic("compress", "--plan", "plan.json", cwd=tmp_path))
+
+
+def test_catalogue_reads_a_card_without_importing(tmp_path: Path) -> None:
+    from laconic import catalogue
+
+    path = tmp_path / "method.py"
+    path.write_text(
+        '"""Kind: one line.\n\nMore."""\nimport no_such_module\nCARD = Card(Paper("A et al.", 2020, "arXiv:1"), "row", sibling="x.y.z")\n'
+        "class Level: ...\nclass Kind(Score): ...\n"
+    )
+    entry = catalogue.read("a.b.method", path)
+    assert entry is not None
+    assert (entry.role, entry.family, entry.catalogue, entry.sibling) == ("Score", "a", "row", "x.y.z")
+    assert entry.summary == "Kind: one line."
+    assert str(entry.paper) == "A et al. 2020, arXiv:1"
+    path.write_text('CARD = Card(Paper(name(), 2020, "arXiv:1"), "row", sibling="x.y.z")\n')
+    with pytest.raises(ValueError, match="literals"):
+        catalogue.read("a.b.method", path)
+
+
+def test_a_moved_method_is_found_by_its_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from laconic import catalogue
+
+    monkeypatch.setitem(catalogue.ALIASES, "quantize.round.nearest", "quantize.round.rtn")
+    assert catalogue.find("quantize.round.nearest").name == "quantize.round.rtn"

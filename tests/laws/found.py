@@ -1,0 +1,80 @@
+"""Finds every method by itself: builds it with its defaults (knobs that are methods get the plainest one) and takes levels from the recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import typing
+from typing import Any
+
+import torch
+
+from laconic.core.packed import Packed
+from laconic.core.score import Score
+from laconic.core.site import Conv, Linear, Site, TensorId
+from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookups, Seen
+from laconic.core.transform import Transform
+from laconic.recipe import ROLES, build, level_of, load_recipe, named, paths
+
+PLAINEST = {Transform: "quantize.round.rtn", Score: "prune.score.magnitude"}
+STATISTICS = (Gram(), Fisher(), CrossGram(), Lookups(), LookupFisher())
+
+
+def classes(role: type) -> list[tuple[str, type]]:
+    """(name, class) of every method of a role."""
+    found = []
+    for path in paths():
+        module = importlib.import_module(f"laconic.methods.{path}")
+        for value in vars(module).values():
+            if inspect.isclass(value) and value.__module__ == module.__name__ and issubclass(value, role):
+                found.append((path, value))
+    return found
+
+
+def instance(cls: type) -> Any:
+    """The method with its defaults."""
+    hints = typing.get_type_hints(cls)
+    knobs = {}
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            knobs[field.name] = build(PLAINEST[hints[field.name]])
+    return cls(**knobs)
+
+
+def levels(path: str, transform: Transform) -> list[Any]:
+    """Levels of a transform that the shipped recipes name; at least one, or the method is not reachable by a user."""
+    found = []
+    for name in named():
+        for choice in load_recipe(name).choices:
+            if choice.method.split("(")[0] == path:
+                found += [level_of(transform, level) for level in choice.levels]
+    return list(dict.fromkeys(found))
+
+
+def transforms() -> list[tuple[str, Transform, Any]]:
+    """Every (name, transform, level), quantizers of what stays filled in where a level asks for one."""
+    found = []
+    for path, cls in classes(Transform):
+        transform = instance(cls)
+        if any(f.name == "hold" for f in dataclasses.fields(cls)):
+            transform = dataclasses.replace(transform, hold=build(PLAINEST[Transform]))
+        found += [(path, transform, level) for level in levels(path, transform)]
+    return found
+
+
+def site(n: int, m: int) -> Site:
+    return Site("layer", Linear(), {"weight": TensorId("layer.weight")}, (n, m))
+
+
+def conv_site(n: int, channels: int, kernel: int) -> Site:
+    return Site("layer", Conv(), {"weight": TensorId("layer.weight")}, (n, channels, kernel, kernel))
+
+
+def stats_of(x: torch.Tensor, where: Site) -> dict[Any, torch.Tensor]:
+    """What a pass over rows x (t, m) leaves behind, all transforms' wishes filled."""
+    gram = Gram()
+    return {gram: gram.finish(gram.update(gram.init(where), Seen(x=x)))}
+
+
+__all__ = ["ROLES", "Packed", "classes", "conv_site", "instance", "levels", "site", "stats_of", "transforms"]
