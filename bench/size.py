@@ -125,9 +125,8 @@ def main() -> int:
     if methods:
         longest = max(methods, key=lambda name: methods[name])
         over = "" if methods[longest] <= LONGEST else f", over {LONGEST}: cut it or move parts down"
-        print(
-            f"methods: {len(methods)} files, longest {longest} with {methods[longest]} code lines{over}, median {statistics.median(methods.values()):g}"
-        )
+        median = statistics.median(methods.values())
+        print(f"methods: {len(methods)} files, longest {longest} with {methods[longest]} code lines{over}, median {median:g}")
     print(f"circles of imports: {len(rings)}" + "".join(f"\n  {' <-> '.join(ring)}" for ring in rings))
     print(f"methods without a passing claim: {len(unproven)} of {len(catalogue.entries())}" + "".join(f"\n  {name}" for name in unproven))
     return int(sum(core.values()) > CEILING or bool(rings))

@@ -1,11 +1,10 @@
 """AutoRound: rounding and clipping learned block by block with signed gradients."""
 
+import json
 import logging
 
+import common
 import torch
-from auto_round import AutoRound
-from common import arguments, check_levels, clock, finish, gptq_weight, load_model, read_checkpoint, read_tokens, refuse, scratch, unpack_bits
-from transformers import AutoTokenizer
 
 # the order in which an AWQ word holds its eight 4-bit outputs
 AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
@@ -13,18 +12,21 @@ AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 
 def awq_weight(packed: dict[str, torch.Tensor]) -> torch.Tensor:
     """The (n, m) fp32 weight of one AWQ layer: 4-bit codes and zeros packed along the output in AWQ's order."""
-    codes, zeros = (unpack_bits(packed[key], 4).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2) for key in ("qweight", "qzeros"))
+    codes, zeros = (common.unpack_bits(packed[key], 4).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2) for key in ("qweight", "qzeros"))
     length, groups = codes.shape[0], zeros.shape[0]
     owner = torch.arange(length) // (length // groups)
     return ((codes - zeros[owner]).float() * packed["scales"].float()[owner]).T.contiguous()
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = common.arguments(__doc__)
+    from auto_round import AutoRound
+    from transformers import AutoTokenizer
+
     if args.bits == 8 and args.asymmetric:
-        refuse("AutoRound's packed formats hold no 8-bit zero point.")
-    tokens = read_tokens(args.calibration)
-    model, tokenizer = load_model(args.model), AutoTokenizer.from_pretrained(args.model)
+        common.refuse("AutoRound's packed formats hold no 8-bit zero point.")
+    tokens = common.read_tokens(args.calibration)
+    model, tokenizer = common.load_model(args.model), AutoTokenizer.from_pretrained(args.model)
     # rows are packed: no token is padding, whatever the tokenizer says
     tokenizer.pad_token = None
     logging.getLogger("autoround").setLevel(logging.WARNING)
@@ -44,21 +46,26 @@ def main() -> None:
         enable_torch_compile=False,
         device_map="cpu",
     )
-    with scratch(args.out) as folder:
-        with clock() as spent:
+    with common.scratch(args.out) as folder:
+        with common.clock() as spent:
             rounder.quantize_and_save(str(folder), format="auto_round")
         files = list(folder.rglob("*.safetensors"))
         bytes_file = sum(file.stat().st_size for file in files)
-        stored = read_checkpoint(files[0].parent)
+        stored = common.read_checkpoint(files[0].parent)
+        layout = json.loads((files[0].parent / "config.json").read_text())["quantization_config"]["packing_format"]
 
     weights, bytes_linears = {}, 0
     for name in sorted({key.rpartition(".")[0] for key in stored if key.endswith(".qweight")}):
         packed = {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
-        awq = packed["qweight"].shape[1] < packed["scales"].shape[1]
-        weights[f"{name}.weight"] = weight = awq_weight(packed) if awq else gptq_weight(packed, args.bits)
-        check_levels(name, weight, 2**args.bits, args.group)
+        # symmetric goes to GPTQ's layout, 4 bits with a zero point to AWQ's, the rest to AutoRound's own
+        if "awq" in layout:
+            weight = awq_weight(packed)
+        else:
+            weight = common.gptq_weight(packed, args.bits, zero_shift=1 if "gptq" in layout else 0)
+        weights[f"{name}.weight"] = weight
+        common.check_levels(name, weight, 2**args.bits, args.group)
         bytes_linears += sum(tensor.nbytes for tensor in packed.values())
-    finish(
+    common.finish(
         args,
         weights,
         spent,

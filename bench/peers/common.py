@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
-# two scripts bear the name of the package they run: with their folder out of the way, imports after this one find the packages
+# two scripts bear the name of the package they run: with their folder out of the way, later imports find the packages
 _HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
 
@@ -73,6 +72,8 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_model(folder: Path, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
@@ -111,13 +112,13 @@ def unpack_bits(words: torch.Tensor, bits: int) -> torch.Tensor:
     return (stream << torch.arange(bits)).sum(-1)
 
 
-def gptq_weight(packed: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
-    """The (n, m) fp32 weight that one layer of a GPTQ v1 checkpoint stands for.
+def gptq_weight(packed: dict[str, torch.Tensor], bits: int, *, zero_shift: int = 1) -> torch.Tensor:
+    """The (n, m) fp32 weight that one layer of a GPTQ checkpoint stands for.
 
-    qweight is packed down the input, qzeros along the output, and each zero is stored less one.
+    qweight is packed down the input, qzeros along the output; GPTQ v1 stores each zero less one, later layouts (shift 0) as it is.
     """
     codes = unpack_bits(packed["qweight"].T.contiguous(), bits)
-    zeros = (unpack_bits(packed["qzeros"], bits) + 1) % 2**bits
+    zeros = (unpack_bits(packed["qzeros"], bits) + zero_shift) % 2**bits
     groups, length = packed["scales"].shape[0], codes.shape[1]
     owner = packed.get("g_idx", torch.arange(length) // (length // groups)).long()
     return ((codes - zeros.T[:, owner]).float() * packed["scales"].T.float()[:, owner]).contiguous()
@@ -148,6 +149,16 @@ def finish(args: argparse.Namespace, weights: dict[str, torch.Tensor], spent: Si
     config["dtype"] = "float32"
     blocks = {name for name, tensor in original.items() if is_block_linear(name, tensor)}
     skipped = sorted(blocks - weights.keys())
+    quantized = sorted(blocks & weights.keys())
+    errors = [float((weights[name] - original[name].float()).norm() / original[name].float().norm()) for name in quantized]
+    # a misread layout gives unrelated weights, at 1.4
+    if not errors or max(errors) > 1:
+        raise ValueError(f"relative error {max(errors, default=float('nan')):.2f} to the original weights: the layout was misread.")
+    for name in quantized:
+        change = weights[name] - original[name].float()
+        # a zero read one off moves all weights the same way by a whole step
+        if abs(float(change.mean())) > 0.5 * float(change.square().mean().sqrt()):
+            raise ValueError(f"{name} moved as a whole, by {float(change.mean()):.2g}: its zero points were misread.")
 
     args.out.mkdir(parents=True, exist_ok=True)
     for file in args.model.iterdir():
@@ -164,6 +175,7 @@ def finish(args: argparse.Namespace, weights: dict[str, torch.Tensor], spent: Si
         "version": importlib.metadata.version(report["tool"]),
         "torch": torch.__version__,
         "command": shlex.join(["python", *sys.argv]),
+        "relative_error": round(sum(errors) / len(errors), 5),
         "skipped_layers": [name.removesuffix(".weight") for name in skipped],
         "seconds_wall": round(spent.wall, 3),
         "seconds_cpu": round(spent.cpu, 3),

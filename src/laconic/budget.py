@@ -1,4 +1,4 @@
-"""Budget words: `size=25%`, `size=120MB`, `size=3MiB`, `bits=4.25`. Several hold together; each is turned into bytes of the stored model."""
+"""Budget words: `size=25%`, `size=120MB`, `size=3MiB`, `bits=4.25`. Several hold together; each becomes bytes of the stored model."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ after that each layer is filled, run over all batches, observed, and released. F
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,12 +135,18 @@ def rows_of(site: Site, x: Tensor, module: nn.Module) -> Tensor:
     grouped ones, of each group, whose matrices are then seen with each other's inputs as one mean)."""
     if not isinstance(site.kind, Conv):
         return x.reshape(-1, x.shape[-1])
-    kernel, stride = module.kernel_size, module.stride
-    padding, dilation = module.padding, module.dilation
+    conv: Any = module
+    kernel, stride, padding, dilation = conv.kernel_size, conv.stride, conv.padding, conv.dilation
     if len(site.shape) == 3:
-        x, kernel, stride = x.unsqueeze(2), (1, *kernel), (1, *stride)  # type: ignore[misc]
-        padding, dilation = (0, *padding), (1, *dilation)  # type: ignore[misc]
-    columns = F.unfold(x, kernel, dilation, padding, stride)  # type: ignore[arg-type]
+        x, kernel, stride = x.unsqueeze(2), (1, *kernel), (1, *stride)
+        padding = padding if isinstance(padding, str) else (0, *padding)
+        dilation = (1, *dilation)
+    if isinstance(padding, str):
+        # "same": what torch pads, the odd one at the end; "valid": nothing
+        ends = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+        x = F.pad(x, (ends[1] // 2, ends[1] - ends[1] // 2, ends[0] // 2, ends[0] - ends[0] // 2))
+        padding = (0, 0)
+    columns = F.unfold(x, kernel, dilation, padding, stride)
     b, _, positions = columns.shape
     width = site.matrix[1]
     return columns.reshape(b, -1, width, positions).permute(0, 3, 1, 2).reshape(-1, width)
@@ -187,7 +194,11 @@ class Observer:
 
     def finish(self, site: Site) -> dict[Statistic, Tensor]:
         """All statistics of one site; its running sums are dropped."""
-        return {statistic: statistic.finish(self.state.pop((site.name, statistic))) for statistic in self.wants if (site.name, statistic) in self.state}
+        return {
+            statistic: statistic.finish(self.state.pop((site.name, statistic)))
+            for statistic in self.wants
+            if (site.name, statistic) in self.state
+        }
 
 
 class Walk:
@@ -276,9 +287,13 @@ class Walk:
         """The segment's output for each batch, in order, without storing it."""
         at = -1 if not segment.name else self.layers.index(segment)
         for i, hidden in enumerate(self.hidden):
-            yield module(hidden) if at < 0 else run_layer(module, hidden, self.handed[i][at])
+            with torch.no_grad():
+                out = module(hidden) if at < 0 else run_layer(module, hidden, self.handed[i][at])
+            yield out
 
-    def observe(self, module: nn.Module, segment: Segment, sites: Sequence[Site], wants: Sequence[Statistic]) -> dict[str, dict[Statistic, Tensor]]:
+    def observe(
+        self, module: nn.Module, segment: Segment, sites: Sequence[Site], wants: Sequence[Statistic]
+    ) -> dict[str, dict[Statistic, Tensor]]:
         """Statistics of some sites over all batches; the pass is cut short once the last of them has run."""
         observer = Observer(sites, wants)
         hooks = []
@@ -301,10 +316,8 @@ class Walk:
             with torch.no_grad():
                 for i, hidden in enumerate(self.hidden):
                     pending.update(site.name for site in sites)
-                    try:
+                    with contextlib.suppress(Stop):
                         _ = module(hidden) if at < 0 else run_layer(module, hidden, self.handed[i][at])
-                    except Stop:
-                        pass
         finally:
             for hook in hooks:
                 hook.remove()
@@ -316,8 +329,7 @@ class Walk:
 
     def advance(self, module: nn.Module, segment: Segment) -> None:
         """Moves every hidden state through the segment."""
-        with torch.no_grad():
-            self.hidden = list(self.outputs(module, segment))
+        self.hidden = list(self.outputs(module, segment))
 
     def logits(self, head: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
         """The model's output for each batch from the hidden states after the last layer. `head` maps normed hidden states to logits
@@ -326,9 +338,11 @@ class Walk:
             yield from self.hidden
             return
         self._open_tail(head)
-        with torch.no_grad():
-            for batch, hidden in zip(self.batches, self.hidden, strict=True):
-                yield self._tail(batch, hidden)
+        for batch, hidden in zip(self.batches, self.hidden, strict=True):
+            # never across a yield: a generator left half-way would keep gradients off for everyone
+            with torch.no_grad():
+                out = self._tail(batch, hidden)
+            yield out
 
     def observe_tail(self, site: Site, wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
         """Statistics of the head over all batches, from the hidden states after the last layer."""
@@ -388,7 +402,7 @@ class Walk:
         if self.whole:
             yield self._backward_whole(wants, generator)
             return
-        shelf = self.shelf or Shelf(Path("."))
+        shelf = self.shelf or Shelf(Path())
         total = 2 * len(self.layers) + 1
         for number, segment in enumerate(self.layers):
             for i, hidden in enumerate(self.hidden):

@@ -287,20 +287,15 @@ def compress(
         _print_json({"out": str(made.path), "certificate": made.certificate, "measurements": made.measurements})
         return
     _show(result_table(out, made.certificate, made.measurements))
-    against = f" --against {model}" if model else ""
-    _next(f"laconic report {out}", f"laconic generate {out} --prompt ..." if "perplexity" in made.certificate["quality"] else f"laconic verify {out}",
-          f"laconic measure {out}{against} --json")  # fmt: skip
+    run = f"laconic generate {out} --prompt ..." if "perplexity" in made.certificate["quality"] else f"laconic verify {out}"
+    _next(f"laconic report {out}", run, f"laconic measure {out} --json")
 
 
 def result_table(out: str, certificate: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
     """What came out, before and after."""
     quality, parameters = certificate["quality"], certificate["model"]["parameters"]
-    table = _table(
-        f"{out}: {certificate['model'].get('spec') or 'the embedded model'}, {' '.join(certificate['budget']['words'])}",
-        "",
-        "before",
-        "after",
-    )
+    name, words = certificate["model"].get("spec") or "the embedded model", " ".join(certificate["budget"]["words"])
+    table = _table(f"{out}: {name}, {words}", "", "before", "after")
     before, after = certificate["bytes_original"], certificate["bytes"]
     table.add_row("stored bytes", f"{before:,} ({_bytes(before)})", f"{after:,} ({_bytes(after)})")
     table.add_row("bits per weight", f"{before * 8 / parameters:.3f}", f"{certificate['bits_per_weight']:.3f}")

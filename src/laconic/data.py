@@ -447,7 +447,7 @@ def _open_text(
             "rows": one.inputs.shape[0],
             "sha256": one.sha256,
         }
-    return Split(*samples, record, "kl")
+    return Split(samples[0], samples[1], samples[2], record, "kl")
 
 
 def _apart(parts: Sequence[Sequence[str]], taken: set[bytes]) -> list[list[str]]:
@@ -480,7 +480,7 @@ def _tensor_hash(*tensors: Tensor | None) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 # ---- (inputs, target) from a function
@@ -602,4 +602,4 @@ def _open_pairs(spec: str, certify: str | None, *, seed: int, limits: tuple[int,
         x, y = pairs.inputs[index], pairs.targets[index]
         samples.append(Samples(x, y, 1, len(index), _tensor_hash(x, y)))
         record["parts"][part] = {"documents": len(chosen), "documents_used": len(index), "rows": len(index), "sha256": samples[-1].sha256}
-    return Split(*samples, record, own.metric)
+    return Split(samples[0], samples[1], samples[2], record, own.metric)

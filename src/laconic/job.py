@@ -28,6 +28,7 @@ from laconic.pipeline import (
     Progress,
     apply_plan,
     batch_of,
+    calibration_rows,
     finished_logits,
     make_plan,
     menu_of,
@@ -46,10 +47,17 @@ def versions() -> dict[str, str]:
     """What the result depends on besides the inputs."""
     import transformers
 
-    return {"laconic": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    return {
+        "laconic": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
-def identity_of(source: Source, split: Split, recipe: Recipe, budget: Sequence[str], seed: int, plan: Mapping[str, Any] | None) -> dict[str, Any]:
+def identity_of(
+    source: Source, split: Split, recipe: Recipe, budget: Sequence[str], seed: int, plan: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """All that a run's result depends on; a work folder of another identity is refused."""
     return {
         "model": source.hashes(),
@@ -158,15 +166,16 @@ def _run(
     plan["notes"] = list(dict.fromkeys([*plan["notes"], *applied.notes]))
     files = _files(source, plan, recipe, applied)
     work.assemble(files, applied.parts)
-    from laconic.artifact import stream
-
-    difference = reload_difference(stream(work.assembled), applied, split.calibrate.inputs)
+    written = _written(work, source, inputs=split.calibrate.inputs[:1])
+    difference = reload_difference(written, applied, split.calibrate.inputs)
     if difference > RELOAD:
-        raise BrokenPromise(f"what was written differs from what was searched by {difference:.2e} of its norm (bound {RELOAD:g}); {work.assembled} is kept")
+        raise BrokenPromise(
+            f"what was written differs from what was searched by {difference:.2e} of its norm (bound {RELOAD:g}); {work.assembled} is kept"
+        )
     clock("write", at)
     at = time.monotonic()
     progress("measuring", 0, 1, "held-out data")
-    found = quality_of(source, stream(work.assembled), split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
+    found = quality_of(source, written, split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
     clock("measure", at)
     size = sizes(applied.bytes, plan["model"]["bytes"], source.parameters)
     details = found.pop("details") | size.pop("details")
@@ -203,11 +212,30 @@ def _run(
     return certificate | {"measurements": measurements}
 
 
+def _written(work: Work, source: Source, inputs: Any) -> Any:
+    """What was assembled, opened as a stream of segments."""
+    from laconic.artifact import stream
+
+    written = stream(work.assembled)
+    if source.path is None:
+        written.trace(inputs)
+    return written
+
+
 def _judged(
-    source: Source, split: Split, budget: Sequence[str], recipe: Recipe, seed: int, plan: dict[str, Any], judge: bool, work: Work, progress: Progress, log: Log
+    source: Source,
+    split: Split,
+    budget: Sequence[str],
+    recipe: Recipe,
+    seed: int,
+    plan: dict[str, Any],
+    judge: bool,
+    work: Work,
+    progress: Progress,
+    log: Log,
 ) -> tuple[dict[str, Any], Applied]:
-    """The solved plan applied; where the recipe judges, also the best uniform plan of the same menu, and the better of the two at the output."""
-    inputs = split.calibrate.inputs
+    """The solved plan applied; where the recipe judges, also the best uniform plan of its menu; the better at the output is taken."""
+    inputs = calibration_rows(source, split)
     applied = apply_plan(source, inputs, plan, work=work, progress=progress, log=log, prefix="solved")
     if not (judge and recipe.judge and recipe.search != UNIFORM):
         return plan, applied
@@ -286,7 +314,8 @@ def model_card(source: Source, certificate: Mapping[str, Any]) -> str:
     if "accuracy" in quality:
         lines.append(f"| accuracy | {quality.get('accuracy_original', float('nan')):.4f} | {quality['accuracy']:.4f} |")
     lines += [
-        f"| KL to the original, nats a prediction | 0 | {quality['kl_mean']:.5f} ({quality['kl_mean_low']:.5f} to {quality['kl_mean_high']:.5f}) |",
+        f"| KL to the original, nats a prediction | 0 | {quality['kl_mean']:.5f} "
+        f"({quality['kl_mean_low']:.5f} to {quality['kl_mean_high']:.5f}) |",
         f"| same first choice as the original | 100 % | {quality['top1_agreement']:.2%} |",
         "",
         "Made with",
@@ -295,8 +324,8 @@ def model_card(source: Source, certificate: Mapping[str, Any]) -> str:
         certificate["replay"],
         "```",
         "",
-        "Load it with `laconic.load(folder)`, or with transformers after `import laconic`. Everything that was measured, with hashes of the data and of",
-        "the files, is in `certificate.json`; the choice for every tensor is in `plan.json`.",
+        "Load it with `laconic.load(folder)`, or with transformers after `import laconic`. All that was measured, with hashes of the",
+        "data and of the files, is in `certificate.json`; the choice for every tensor is in `plan.json`.",
         "",
     ]
     return "\n".join(lines)

@@ -4,13 +4,8 @@ Each arrow is a function of values, and each value is journalled, so a killed ru
 
 from __future__ import annotations
 
-import json
 import math
-import platform
-import shlex
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +14,13 @@ from torch import Tensor, nn
 from laconic import __version__
 from laconic.budget import parse_budget
 from laconic.calibration import PRICING, Walk, observed, release
-from laconic.core.errors import BrokenPromise, UserError
+from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
 from laconic.core.packed import Packed, below, restore
 from laconic.core.site import Anatomy, Embedding, Segment, Site
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
 from laconic.core.transform import Change, Transform
-from laconic.kernels.obs import output_error, predicted_loss
+from laconic.kernels.obs import predicted_loss
 from laconic.models import Source
 from laconic.recipe import Recipe, build, level_of, level_words
 
@@ -58,7 +53,7 @@ class Parts:
     def add(self, key: str, value: Mapping[str, Any]) -> None:
         """Take a finished stage in."""
         self.forms.update(value["forms"])
-        self.held.update({name: key for name in [*value["forms"], *value["kept"]]})
+        self.held.update(dict.fromkeys([*value["forms"], *value["kept"]], key))
 
     def skeleton(self) -> nn.Module:
         return self.source.skeleton()  # type: ignore[no-any-return]
@@ -126,11 +121,16 @@ def offers(source: Any, recipe: Recipe) -> list[Offer]:
     return found
 
 
+def calibration_rows(source: Any, split: Any) -> Tensor:
+    """The inputs that statistics are taken from. Of images 256 are enough: every position of a convolution is a row of its Gram."""
+    return split.calibrate.inputs if source.task == "text" else split.calibrate.inputs[:256]  # type: ignore[no-any-return]
+
+
 def kept_bytes(source: Any, covered: set[str]) -> dict[str, int]:
     """Bytes of every stored tensor that no site covers, as it will be stored: floating point as bf16."""
     kept = {}
     for name, info in source.infos.items():
-        if name in covered or name in source.tied.values() and name in covered:
+        if name in covered:
             continue
         count = math.prod(info.shape)
         kept[name] = count * (2 if info.dtype.is_floating_point else info.dtype.itemsize)
@@ -189,20 +189,22 @@ def price(
     def walked(done: int, total: int) -> None:
         progress("reading the model", done, total, "forward and back once")
 
-    for segment, module, stats in walk.backward(PRICING, generator, walked):
+    for segment, _, stats in walk.backward(PRICING, generator, walked):
         found = []
         for site in segment.sites:
             have = stats.get(site.name, {})
             if not segment.name:
                 rest[site.name] = have
             weight = source.read(site.tensors["weight"].name).float() if site.name in by_site else None
-            for offer in by_site.get(site.name, ()):
-                assert weight is not None
-                count += 1
-                progress("pricing", count, len(offered), site.name)
-                change = offer.transform(site, {"weight": weight}, observed(stats, site, offer.transform.wants), offer.level)
-                _same_bytes(offer, change)
-                found.append(_row(offer, Damage(damage_of(site, weight, change, have), UNIT, PREDICTED)))
+            for method in dict.fromkeys(offer.method for offer in by_site.get(site.name, ())):
+                group = [offer for offer in by_site[site.name] if offer.method == method]
+                transform = group[0].transform
+                changes = transform.several(site, {"weight": weight}, observed(stats, site, transform.wants), [offer.level for offer in group])
+                for offer, change in zip(group, changes, strict=True):
+                    count += 1
+                    progress("pricing", count, len(offered), site.name)
+                    _same_bytes(offer, change)
+                    found.append(_row(offer, Damage(damage_of(site, weight, change, have), UNIT, PREDICTED)))
         rows_of[segment.name] = found
         if not segment.name:
             work.finish("stats", {"sites": sorted(rest)}, {f"{n}|{type(k).__name__}": v for n, s in rest.items() for k, v in s.items()})
@@ -223,14 +225,16 @@ def _load_stats(work: Any) -> dict[str, dict[Statistic, Tensor]]:
 def _same_bytes(offer: Offer, change: Change) -> int:
     held = sum(packed.nbytes for packed in change.hold.values())
     if held != offer.transform.stored(offer.site, offer.level):
-        raise ValueError(f"{offer.method} at {offer.site.name} holds {held} bytes, not the {offer.transform.stored(offer.site, offer.level)} it names")
+        raise ValueError(
+            f"{offer.method} at {offer.site.name} holds {held} bytes, not the {offer.transform.stored(offer.site, offer.level)} it names"
+        )
     return held
 
 
 def _row(offer: Offer, damage: Damage) -> Row:
     covers = frozenset({offer.site.tensors["weight"].name})
     cost = Cost(offer.transform.stored(offer.site, offer.level))
-    return Row(covers, offer.method, level_words(offer.level), cost, damage, offer.site.name)
+    return Row(covers, offer.method, level_words(offer.level), cost, damage, offer.site.name, math.prod(offer.site.shape))
 
 
 def _words(row: Row) -> dict[str, Any]:
@@ -238,6 +242,7 @@ def _words(row: Row) -> dict[str, Any]:
     return {
         "site": row.site,
         "covers": sorted(row.covers),
+        "parameters": row.parameters,
         "method": row.method,
         "level": dict(row.level),
         "bytes": row.cost.bytes,
@@ -248,9 +253,8 @@ def _words(row: Row) -> dict[str, Any]:
 def _from_words(words: Mapping[str, Any]) -> Row:
     damage = words["damage"]
     value = math.nan if damage["value"] is None else float(damage["value"])
-    return Row(
-        frozenset(words["covers"]), words["method"], words["level"], Cost(words["bytes"]), Damage(value, damage["unit"], damage["where"]), words["site"]
-    )
+    found = Damage(value, damage["unit"], damage["where"])
+    return Row(frozenset(words["covers"]), words["method"], words["level"], Cost(words["bytes"]), found, words["site"], words["parameters"])
 
 
 # ---- solve
@@ -261,14 +265,14 @@ def make_plan(
 ) -> dict[str, Any]:
     """What, where, at which level, at what price: plan.json's content. Deterministic: no times in it."""
     bound = parse_budget(budget, source)
-    covered = {tid.name for site in source.anatomy.sites() for role, tid in site.tensors.items() if role == "weight"}
     offered_sites = {o.site.name for o in offers(source, recipe)}
     covered = {site.tensors["weight"].name for site in source.anatomy.sites() if site.name in offered_sites}
     if not covered:
         raise UserError(f"recipe {recipe.name} offers nothing for this model; look at `where`, `kinds` and `keep` in it")
     kept = kept_bytes(source, covered)
     needs = recipe.search != UNIFORM
-    inputs = split.calibrate.inputs[: recipe.price_rows] if needs else None
+    inputs = calibration_rows(source, split)
+    inputs = (inputs[: recipe.price_rows] if source.task == "text" else inputs) if needs else None
     # what is impossible is said before the long work, from bytes alone
     bare = Menu(tuple(_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offers(source, recipe)), sum(kept.values()))
     if bound.bytes is not None and cheapest(bare) > bound.bytes:
@@ -330,7 +334,10 @@ def plan_words(
 def predicted_memory(source: Any) -> int:
     """Peak resident bytes of an apply walk: interpreter and libraries, the widest segment in fp32 three times (weights, dense copy of a
     form, codes), or the widest single tensor outside the layers."""
-    widest = max((sum(math.prod(source.infos[t].shape) for t in s.tensors if t in source.infos) for s in source.anatomy.segments() if s.name), default=0)
+    widest = max(
+        (sum(math.prod(source.infos[t].shape) for t in s.tensors if t in source.infos) for s in source.anatomy.segments() if s.name),
+        default=0,
+    )
     single = max(math.prod(i.shape) * (i.dtype.itemsize + 1) for i in source.infos.values())
     return 450_000_000 + max(widest * 4 * 2, single * 2)
 
@@ -371,7 +378,7 @@ def uniform_plan(menu: Menu, bound: Budget) -> Plan | None:
 
 
 class Applied(NamedTuple):
-    """A model whose segments are all finished: the keys of its parts, forms by stored name, bytes held, notes, and the logits of a probe."""
+    """A model whose segments are all finished: the keys of its parts, forms by stored name, bytes held, notes, logits of a probe."""
 
     parts: tuple[str, ...]
     forms: dict[str, Any]
@@ -382,7 +389,9 @@ class Applied(NamedTuple):
 
 
 def batch_of(source: Any) -> int:
-    """Sequences run at once: fewer for wider models."""
+    """Sequences (or samples) run at once: fewer for wider models."""
+    if source.task != "text":
+        return 64
     return 8 if source.parameters < 100_000_000 else 1
 
 
@@ -577,8 +586,7 @@ def finished_logits(opened: Any, inputs: Tensor, batch: int) -> Iterator[Tensor]
         release(module)
     if walk.whole:
         module = walk.take(walk.rest)
-        with torch.no_grad():
-            yield from walk.outputs(module, walk.rest)
+        yield from walk.outputs(module, walk.rest)
         return
     yield from walk.logits()
 

@@ -108,7 +108,9 @@ def check(recipe: Recipe) -> None:
     for choice in recipe.choices:
         transform = build(choice.method)
         if not isinstance(transform, Transform):
-            raise UserError(f"recipe {recipe.name}: {choice.method} is no transform; choices change weights, scores and searches go inside them")
+            raise UserError(
+                f"recipe {recipe.name}: {choice.method} is no transform; choices change weights, scores and searches go inside them"
+            )
         for level in choice.levels:
             level_of(transform, level)
         try:

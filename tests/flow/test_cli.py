@@ -126,10 +126,21 @@ def test_show() -> None:
         (("verify", "quantize.round.gtpq"), "did you mean 'quantize.round.gptq'"),
         (("verify", "--family", "prunes"), "did you mean 'prune'"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_refusals(words: tuple[str, ...], says: str, tmp_path: Path) -> None:
-    assert says in refused(laconic(*words, cwd=tmp_path))
+def test_refusals(
+    words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # within this process: starting torch anew for each would take minutes
+    from laconic.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["laconic", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    code = end.value.code if isinstance(end.value.code, int) else 1
+    assert says in refused(subprocess.CompletedProcess(words, code, said.out, said.err))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,3 +189,66 @@ def test_a_moved_method_is_found_by_its_old_name(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(catalogue.ALIASES, "quantize.round.nearest", "quantize.round.rtn")
     assert catalogue.find("quantize.round.nearest").name == "quantize.round.rtn"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The embedded model, rounded to nearest with a little text: the folder and what the command said."""
+    from laconic.zoo import corpus, nano
+
+    if not (nano.path() / "config.json").is_file():
+        pytest.skip("no embedded model in this clone")
+    folder = tmp_path_factory.mktemp("cli")
+    blocks = [block for _, text in corpus.named("search")[:4] for block in text.split("\n\n") if block.strip()]
+    (folder / "data.txt").write_text("\n\n".join(blocks), encoding="utf-8")
+    words = ("--data", "data.txt", "--budget", "bits=5", "--recipe", "rtn", "-o", "out")
+    return folder, laconic("compress", *words, "--json", cwd=folder)
+
+
+def test_compress_answers_with_the_certificate_alone(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = made
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    written = json.loads((folder / "out" / "certificate.json").read_text())
+    assert answer["certificate"] == written
+    assert written["bits_per_weight"] <= 5
+    assert written["reload"]["ok"]
+    assert written["replay"] == "laconic compress --budget bits=5 --recipe rtn --data data.txt --seed 0 -o out"
+    assert sorted(path.name for path in folder.iterdir()) == ["data.txt", "out"]
+
+
+def test_a_result_is_generated_from_measured_and_verified(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = made
+    spoken = json.loads(laconic("generate", "out", "--prompt", "def main(", "--max-tokens", "8", "--json", cwd=folder).stdout)
+    assert spoken["prompt"] == "def main("
+    assert isinstance(spoken["text"], str)
+    found = json.loads(laconic("measure", "out", "--no-speed", "--json", cwd=folder).stdout)
+    written = json.loads((folder / "out" / "certificate.json").read_text())["quality"]
+    for key in ("kl_mean", "perplexity", "perplexity_original", "top1_agreement", "bytes", "bits_per_weight"):
+        assert found[key] == pytest.approx(written[key], rel=1e-3)
+        assert {"unit", "n", "low", "high", "spread"} <= set(found["details"][key])
+    verified = laconic("verify", "out", "--json", cwd=folder)
+    assert verified.returncode == 0, verified.stderr
+    assert json.loads(verified.stdout)["reproduced"] is True
+
+
+def test_a_certificate_that_says_something_else_is_not_reproduced(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = made
+    file = folder / "out" / "certificate.json"
+    honest = file.read_text()
+    said = json.loads(honest)
+    said["quality"]["kl_mean"] *= 0.9
+    file.write_text(json.dumps(said))
+    done = laconic("verify", "out", "--json", cwd=folder)
+    file.write_text(honest)
+    assert done.returncode == 1, done.stderr
+    assert [one["key"] for one in json.loads(done.stdout)["differences"]] == ["kl_mean"]
+
+
+def test_the_page_holds_speeds_and_generations(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = made
+    done = laconic("report", "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "report: out/report.html\n"
+    assert 10_000 < (folder / "out" / "report.html").stat().st_size < 5_000_000
+    assert json.loads((folder / "out" / "measurements.json").read_text())["decode_tokens_per_s"] > 0

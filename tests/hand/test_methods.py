@@ -79,16 +79,16 @@ def test_gptq_two_columns_by_hand():
     grid = Grid(2, None)
     w = torch.tensor([[0.4, 0.55], [0.0, 3.0]])
     factor = inverse_factor(gram, 0.0)
-    out = round_columns(w[1:], factor, grid)
+    (out,) = round_columns(w[1:], factor, [grid])
     assert out.codes.tolist() == [[0, 3]]
     # row range 0 .. 3, scale 1: force the same grid on the first row by widening it with a third, unseen column
     w = torch.tensor([[0.4, 0.55, 3.0]])
     gram = torch.tensor([[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    out = round_columns(w, inverse_factor(gram, 0.0), grid)
+    (out,) = round_columns(w, inverse_factor(gram, 0.0), [grid])
     # column 0: 0.4 -> 0, error 0.4 pushed: column 1 becomes 0.55 + 0.5 * 0.4 = 0.75 -> 1; nearest alone would be 1 too, loss by formula
     assert out.codes.tolist() == [[0, 1, 3]]
     # 0.45 alone rounds to 0; with the push of 0.2 it becomes 0.65 -> 1
-    out = round_columns(torch.tensor([[0.4, 0.45, 3.0]]), inverse_factor(gram, 0.0), grid)
+    (out,) = round_columns(torch.tensor([[0.4, 0.45, 3.0]]), inverse_factor(gram, 0.0), [grid])
     assert out.codes.tolist() == [[0, 1, 3]]
     assert encode(torch.tensor([[0.4, 0.45, 3.0]]), *fit_range(torch.tensor([[0.4, 0.45, 3.0]]), grid), grid).tolist() == [[0, 0, 3]]
 
@@ -97,7 +97,9 @@ def test_gptq_equals_rtn_on_white_inputs_and_beats_it_on_coloured_ones():
     torch.manual_seed(0)
     w = torch.randn(8, 8)
     eye = {Gram(): torch.eye(8)}
-    assert torch.equal(held(GPTQ()(site(8, 8), {"weight": w}, eye, Grid(3, 4))).codes, held(RTN()(site(8, 8), {"weight": w}, {}, Grid(3, 4))).codes)
+    assert torch.equal(
+        held(GPTQ()(site(8, 8), {"weight": w}, eye, Grid(3, 4))).codes, held(RTN()(site(8, 8), {"weight": w}, {}, Grid(3, 4))).codes
+    )
     x = torch.randn(200, 8) @ torch.randn(8, 8)
     gram = x.T @ x / 200
 

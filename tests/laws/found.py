@@ -1,4 +1,4 @@
-"""Finds every method by itself: builds it with its defaults (knobs that are methods get the plainest one) and takes levels from the recipes."""
+"""Finds every method by itself: builds it with its defaults (a knob that is a method gets the plainest one), levels from the recipes."""
 
 from __future__ import annotations
 

@@ -168,7 +168,9 @@ def test_transform_errs_less_where_it_may_store_more(path, transform):
         assert errors[-1][1] < errors[0][1]
 
 
-@pytest.mark.parametrize(("path", "transform", "level"), TRANSFORMS[:: max(len(TRANSFORMS) // 12, 1)], ids=NAMES[:: max(len(TRANSFORMS) // 12, 1)])
+@pytest.mark.parametrize(
+    ("path", "transform", "level"), TRANSFORMS[:: max(len(TRANSFORMS) // 12, 1)], ids=NAMES[:: max(len(TRANSFORMS) // 12, 1)]
+)
 def test_held_layers_compute_what_is_held(path, transform, level):
     if Linear not in transform.acts_on:
         pytest.skip("not for linears")
@@ -247,3 +249,13 @@ def test_every_method_has_a_card_and_a_real_sibling(path):
     assert ast.get_docstring(source)
     assert len(card.exceptions) == 0 or all(card.exceptions.values())
     assert all(cls.__doc__ for cls in roles)
+
+
+@pytest.mark.parametrize(("path", "transform"), list({p: t for p, t, _ in TRANSFORMS}.items()))
+def test_several_levels_at_once_are_the_same_as_one_by_one(path, transform):
+    site, w = found.site(12, 70), weight(12, 70)
+    stats = found.stats_of(rows(300, 70), site)
+    levels = [level for p, _, level in TRANSFORMS if p == path]
+    for level, change in zip(levels, transform.several(site, {"weight": w}, stats, levels), strict=True):
+        (together,), (alone,) = change.hold.values(), transform(site, {"weight": w}, stats, level).hold.values()
+        assert all(torch.equal(a, b) for a, b in zip(together.tensors().values(), alone.tensors().values(), strict=True)), level

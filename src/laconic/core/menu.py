@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,8 @@ class Damage(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One choice: it settles the tensors it covers with `method` at `level`. `requires` and `excludes` name other rows by index."""
+    """One choice: it settles the tensors it covers (`parameters` weights in all) with `method` at `level`. `requires` and `excludes`
+    name other rows by index."""
 
     covers: frozenset[str]
     method: str
@@ -38,6 +38,7 @@ class Row(NamedTuple):
     cost: Cost
     damage: Damage
     site: str = ""
+    parameters: int = 0
     requires: tuple[int, ...] = ()
     excludes: tuple[int, ...] = ()
 
@@ -109,4 +110,6 @@ def cheapest(menu: Menu) -> int:
 
 def refuse(menu: Menu, budget: Budget) -> UserError:
     """The error for a budget that nothing fits."""
-    return UserError(f"the budget of {budget.bytes:,} bytes is below what is possible: the least is {cheapest(menu):,} bytes; ask for that or more")
+    return UserError(
+        f"the budget of {budget.bytes:,} bytes is below what is possible: the least is {cheapest(menu):,} bytes; ask for that or more"
+    )

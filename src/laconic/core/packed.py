@@ -195,7 +195,17 @@ class Held(nn.Module):
             self.bias: nn.Parameter | None = nn.Parameter(bias, requires_grad=False)
         else:
             self.register_parameter("bias", None)
-        for name in ("stride", "padding", "dilation", "groups", "padding_mode", "in_features", "out_features", "num_embeddings", "embedding_dim"):
+        for name in (
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+            "in_features",
+            "out_features",
+            "num_embeddings",
+            "embedding_dim",
+        ):
             if hasattr(like, name):
                 setattr(self, name, getattr(like, name))
 
@@ -216,8 +226,9 @@ class Held(nn.Module):
             return flat.reshape(*x.shape, -1).to(self.dtype)
         if self.kind.startswith("Conv"):
             dense = self._copy if self._copy is not None else self.weight.dense().to(x.dtype)
-            conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[dense.dim()]
-            return conv(x, dense, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[operator]
+            conv: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[dense.dim()]
+            out: Tensor = conv(x, dense, bias, self.stride, self.padding, self.dilation, self.groups)
+            return out
         if self._copy is not None:
             return F.linear(x, self._copy, bias)
         y = self.weight.matmul(x)

@@ -113,7 +113,8 @@ class IndexMap:
         return range(start, start + self.block)
 
 
-class Member(NamedTuple):
+@dataclass(frozen=True)
+class Member:
     """A slice set of one site along one axis (0 = out, 1 = in) and how it maps to the group's canonical axis of `width` indices."""
 
     site: Site

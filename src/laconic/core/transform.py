@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,6 +61,11 @@ class Transform(ABC):
     @abstractmethod
     def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Level) -> Change:
         """weights: the site's tensors by role, fp32 or as stored; they are not written to. stats: what `wants` asked for."""
+
+    def several(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, levels: Sequence[Level]) -> Iterator[Change]:
+        """One Change for each level, in order. A method that can share work between levels does so here; the results are the same."""
+        for level in levels:
+            yield self(site, weights, stats, level)
 
     @abstractmethod
     def stored(self, site: Site, level: Level) -> int:

@@ -71,7 +71,9 @@ def fit_range(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return _scale_zero(*_ends(weight, grid), grid)
 
 
-def fit_clipped(weight: Tensor, grid: Grid, importance: Tensor | None = None, *, least: float = 0.4, steps: int = 24) -> tuple[Tensor, Tensor]:
+def fit_clipped(
+    weight: Tensor, grid: Grid, importance: Tensor | None = None, *, least: float = 0.4, steps: int = 16
+) -> tuple[Tensor, Tensor]:
     """Scale and zero with both ends shrunk by the one factor of `steps` from 1 down to `least` that makes the squared error smallest,
     each column weighted by importance (m,), for instance the mean square of its input. Shapes as fit_range."""
     low, high = _ends(weight, grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,61 +57,78 @@ class Rounded(NamedTuple):
 
 
 def round_columns(
-    weight: Tensor, factor: Factor, grid: Grid, *, importance: Tensor | None = None, block: int = 128, order: Tensor | None = None
-) -> Rounded:
-    """Rounds weight (n, m) to the grid column by column with error compensation.
+    weight: Tensor,
+    factor: Factor,
+    grids: Sequence[Grid],
+    *,
+    importance: Tensor | None = None,
+    block: int = 128,
+    order: Tensor | None = None,
+) -> list[Rounded]:
+    """Rounds weight (n, m) column by column with error compensation, to each of several grids in one sweep: rows are independent of one
+    another, so grids are stacked as rows and share the factor and every step.
 
     importance (m,): when given, each group's range is clipped for least error under it instead of taking least and greatest weight.
     order (m,): a permutation in which to visit the columns; scales are then fixed beforehand from the weights as they are (static
     groups), else each group's scale is fitted when the walk reaches it, from weights that carry the errors so far."""
     n, m = weight.shape
-    work = weight.float().clone()
-    codes = torch.empty(n, m, dtype=torch.uint8)
-    top = 2**grid.bits - 1
-    group_of = grid.index(m)
-
-    def fit(columns: Tensor, chosen: slice) -> tuple[Tensor, Tensor]:
-        inner = Grid(grid.bits, None, grid.symmetric)
-        if importance is None:
-            return fit_range(columns, inner)
-        return fit_clipped(columns, inner, importance[chosen])
-
-    scale, zero = fit_range(work, grid) if importance is None else fit_clipped(work, grid, importance)
+    count = len(grids)
     fixed = order is not None
     visit = torch.arange(m) if order is None else order
-    upper = factor.upper
-    if fixed:
-        # the factor of the permuted problem; damping stays as it was found
-        work = work[:, visit]
-    diagonal = upper.diagonal().tolist()
-    width = grid.width(m)
     columns = visit.tolist()
+    base = weight.float()
+
+    def fit(values: Tensor, grid: Grid, chosen: slice) -> tuple[Tensor, Tensor]:
+        return fit_range(values, grid) if importance is None else fit_clipped(values, grid, importance[chosen])
+
+    scales, zeros = [torch.empty(n, grid.count(m)) for grid in grids], [torch.empty(n, grid.count(m)) for grid in grids]
+    if fixed:
+        for scale, zero, grid in zip(scales, zeros, grids, strict=True):
+            scale[:], zero[:] = fit(base, grid, slice(None))
+    widths = [grid.width(m) for grid in grids]
+    whole_rows = [Grid(grid.bits, None, grid.symmetric) for grid in grids]
+    # one row for each (grid, output channel); scale and zero of the column at hand
+    work = base[:, visit].repeat(count, 1)
+    top = torch.tensor([2.0**grid.bits - 1 for grid in grids]).repeat_interleave(n)
+    s_now, z_now = torch.empty(count * n), torch.empty(count * n)
+    codes = torch.empty(m, count * n, dtype=torch.uint8)
+    upper = factor.upper
+    diagonal = upper.diagonal().tolist()
     for start in range(0, m, block):
         stop = min(start + block, m)
-        inside = work[:, start:stop].clone()
+        # columns as rows: each step then works on contiguous memory
+        inside = work[:, start:stop].T.contiguous()
         errors = torch.empty_like(inside)
         for i in range(stop - start):
             at = start + i
             column = columns[at]
-            g = int(group_of[column])
-            if not fixed and column % width == 0:
-                end = min(column + width, m)
-                # columns of this group beyond the block have not had this block's earlier errors yet: add them for the fit
-                ahead = work[:, max(stop, column) : end] - errors[:, :i] @ upper[start:at, max(stop, column) : end] if end > stop else work[:, :0]
-                here = inside[:, i : min(end, stop) - start]
-                s, z = fit(torch.cat([here, ahead], 1), slice(column, end))
-                scale[:, g], zero[:, g] = s[:, 0], z[:, 0]
-            w = inside[:, i]
-            s_g, z_g = scale[:, g], zero[:, g]
-            q = torch.round(w / s_g).add_(z_g).clamp_(0, top)
-            codes[:, column] = q.to(torch.uint8)
-            error = (w - (q - z_g) * s_g) / diagonal[at]
-            errors[:, i] = error
+            for level in range(count):
+                rows = slice(level * n, (level + 1) * n)
+                group, into = divmod(column, widths[level])
+                if not fixed and into == 0:
+                    end = min(column + widths[level], m)
+                    here = inside[i : min(end, stop) - start, rows].T
+                    if end > stop:
+                        # columns of this group beyond the block have not had this block's earlier errors yet
+                        ahead = work[rows, stop:end] - errors[:i, rows].T @ upper[start:at, stop:end]
+                        here = torch.cat([here, ahead], 1)
+                    s, z = fit(here, whole_rows[level], slice(column, end))
+                    scales[level][:, group], zeros[level][:, group] = s[:, 0], z[:, 0]
+                    s_now[rows], z_now[rows] = s[:, 0], z[:, 0]
+                elif fixed:
+                    s_now[rows], z_now[rows] = scales[level][:, group], zeros[level][:, group]
+            w = inside[i]
+            q = torch.addcdiv(z_now, w, s_now).round_().clamp_(min=0)
+            q = torch.minimum(q, top, out=q)
+            codes[column] = q
+            error = torch.addcmul(w, q - z_now, s_now, value=-1.0).div_(diagonal[at])
+            errors[i] = error
             if i + 1 < stop - start:
-                inside[:, i + 1 :].addr_(error, upper[at, at + 1 : stop], alpha=-1.0)
+                inside[i + 1 :].addr_(upper[at, at + 1 : stop], error, alpha=-1.0)
         if stop < m:
-            work[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1.0)
-    return Rounded(codes, scale, zero)
+            work[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1.0)
+    split = [codes[:, level * n : (level + 1) * n].T.contiguous() for level in range(count)]
+    return [Rounded(*found) for found in zip(split, scales, zeros, strict=True)]
 
 
 def output_error(delta: Tensor, gram: Tensor) -> Tensor:

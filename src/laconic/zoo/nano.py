@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from laconic.core.errors import UserError
 from laconic.zoo import corpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import numpy as np
     import torch
@@ -63,8 +64,8 @@ class Recipe:
     batch: int = 4096
     short: int = 512
     micro: int = 512
-    muon: float = 0.005
-    adamw: float = 0.0012
+    muon: float = 0.008
+    adamw: float = 0.002
     weight_decay: float = 0.05
     warmup: int = 100
     decay_at: float = 0.75
@@ -123,34 +124,44 @@ def new_model(shape: Shape, seed: int = 0) -> torch.nn.Module:
 
 
 class Stream:
-    """Endless packed tokens: a pass holds every document as often as it says, shuffled anew."""
+    """Endless packed tokens: a pass holds every document as often as it says, shuffled anew.
 
-    def __init__(self, documents: list[tuple[np.ndarray, int]], seed: int) -> None:
+    A pass is cut into `lanes` and rows are taken from one lane after the other: rows that followed one another in
+    the text would fill a batch from one or two files.
+    """
+
+    def __init__(self, documents: list[tuple[np.ndarray, int]], seed: int, lanes: int = 64) -> None:
         self.documents = documents
         self.seed = seed
+        self.lanes = lanes
         self.passes = 0
-        self.left = self._pass()
+        self._pass()
 
-    def _pass(self) -> np.ndarray:
+    def _pass(self) -> None:
         import numpy as np
 
         order = [i for i, (_, times) in enumerate(self.documents) for _ in range(times)]
         np.random.default_rng([self.seed, self.passes]).shuffle(order)
         self.passes += 1
-        return np.concatenate([self.documents[i][0] for i in order])
+        flat = np.concatenate([self.documents[i][0] for i in order])
+        self.text = flat[: len(flat) // self.lanes * self.lanes].reshape(self.lanes, -1)
+        self.at = [0] * self.lanes
+        self.lane = 0
 
     def take(self, rows: int, length: int) -> torch.Tensor:
-        """Return int64 [rows, length + 1]; rows follow one another in the text, overlapping by one token."""
+        """Return int64 [rows, length + 1]; the last token of a row opens the next row of its lane."""
         import numpy as np
         import torch
 
-        need = rows * length + 1
-        while len(self.left) < need:
-            self.left = np.concatenate([self.left, self._pass()])
-        flat = self.left[:need].astype(np.int64)
-        self.left = self.left[need - 1 :]
-        index = np.arange(rows)[:, None] * length + np.arange(length + 1)[None]
-        return torch.from_numpy(flat[index])
+        out = []
+        for _ in range(rows):
+            if self.at[self.lane] + length + 1 > self.text.shape[1]:
+                self._pass()
+            start = self.at[self.lane]
+            out.append(self.text[self.lane, start : start + length + 1])
+            self.at[self.lane] = start + length
+            self.lane = (self.lane + 1) % self.lanes
+        return torch.from_numpy(np.stack(out).astype(np.int64))
 
 
 def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -316,6 +327,19 @@ def _autocast() -> torch.dtype:
     return min(took, key=lambda dtype: took[dtype])
 
 
+@contextmanager
+def _one_core() -> Iterator[None]:
+    import torch
+
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(cores)
+
+
+@_one_core()
 def fit(
     model: Any,
     stream: Stream,
@@ -334,29 +358,6 @@ def fit(
     Each thread runs whole micro-batches through its own view of the weights: on two cores this is three times as
     fast as both cores on every operation, and a core that is busy elsewhere holds a step up less.
     """
-    import torch
-
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _fit(model, stream, recipe, threads, scratch, evaluate, save, say, compiled, every, save_every)
-    finally:
-        torch.set_num_threads(cores)
-
-
-def _fit(
-    model: Any,
-    stream: Stream,
-    recipe: Recipe,
-    threads: int,
-    scratch: Path,
-    evaluate: Callable[[Any], float],
-    save: Callable[[Any, int, float], None],
-    say: Callable[[str], None],
-    compiled: bool,
-    every: float,
-    save_every: float,
-) -> tuple[int, float]:
     import copy
 
     import torch

@@ -7,7 +7,7 @@ Sibling: quantize.round.rtn (the bare quantizer); any quantizer of this family c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,7 @@ def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LoRC(Transform):
-    """first: the quantizer whose error is made up for; factor_bits: bits of the two factors; factor_group: weights for each of their scales."""
+    """first: the quantizer whose error is made up for; factor_bits: bits of the two factors; factor_group: weights a scale."""
 
     first: Transform
     factor_bits: int = 8
@@ -59,16 +59,20 @@ class LoRC(Transform):
         return Grid(self.factor_bits, self.factor_group, symmetric=True)
 
     def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Compensated) -> Change:
-        change = self.first(site, weights, stats, level.first)
-        base = change.hold[site.tensors["weight"]]
-        error = (weights["weight"].float().reshape(base.shape) - base.dense()).reshape(site.matrix)
-        left, right = low_rank(error, level.rank)
+        return next(self.several(site, weights, stats, [level]))
 
-        def held(factor: Tensor) -> Packed:
-            grid = self._factor_grid()
-            return Grouped.of(tuple(factor.shape), grid, *round_to_nearest(factor, grid))
+    def several(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, levels: Sequence[Compensated]) -> Iterator[Change]:
+        """The first quantizer's levels together, then each one's correction."""
+        for level, change in zip(levels, self.first.several(site, weights, stats, [level.first for level in levels]), strict=True):
+            base = change.hold[site.tensors["weight"]]
+            error = (weights["weight"].float().reshape(base.shape) - base.dense()).reshape(site.matrix)
+            left, right = low_rank(error, level.rank)
+            correction = Product(self._held(left.T.contiguous()), self._held(right))
+            yield Change(hold={site.tensors["weight"]: Sum(base, correction)}, notes=change.notes)
 
-        return Change(hold={site.tensors["weight"]: Sum(base, Product(held(left.T.contiguous()), held(right)))}, notes=change.notes)
+    def _held(self, factor: Tensor) -> Packed:
+        grid = self._factor_grid()
+        return Grouped.of(tuple(factor.shape), grid, *round_to_nearest(factor, grid))
 
     def stored(self, site: Site, level: Compensated) -> int:
         n, m = site.matrix

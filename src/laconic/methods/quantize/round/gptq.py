@@ -8,7 +8,7 @@ Sibling: quantize.round.rtn (no compensation)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,9 @@ from laconic.kernels.obs import inverse_factor, round_columns
 from laconic.methods.quantize.grid.grouped import Grouped
 
 CARD = Card(Paper("Frantar et al.", 2023, "arXiv:2210.17323", "algorithm 1"), catalogue="", sibling="quantize.round.rtn")
+
+# weights of all levels that are swept together (fp32: 64 MB)
+STACKED = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,27 @@ class GPTQ(Transform):
     wants = (Gram(),)
 
     def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Grid) -> Change:
+        return next(self.several(site, weights, stats, [level]))
+
+    def several(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, levels: Sequence[Grid]) -> Iterator[Change]:
+        """All levels in one sweep over the columns, with one factorization."""
         n, m = site.matrix
         weight = weights["weight"].reshape(n, m).float()
         gram = stats[Gram()]
         order = torch.argsort(gram.diagonal(), descending=True, stable=True) if self.order == "activation" else None
         factor = inverse_factor(gram if order is None else gram[order][:, order], self.damping)
-        importance = gram.diagonal() if self.clip else None
-        rounded = round_columns(weight, factor, level, importance=importance, block=self.block, order=order)
         notes = []
         if dead := int(factor.dead.sum()):
             notes.append(f"{site.name}: {dead} of {m} input channels saw no activation and were rounded to nearest")
         if factor.damping > self.damping:
             notes.append(f"{site.name}: the Hessian is singular; damping was raised from {self.damping:g} to {factor.damping:g}")
-        return Change(hold={site.tensors["weight"]: Grouped.of(site.shape, level, *rounded)}, notes=tuple(notes))
+        importance = gram.diagonal() if self.clip else None
+        # as many levels at once as keep the stacked rows small
+        step = max(1, STACKED // (n * m))
+        for first in range(0, len(levels), step):
+            some = levels[first : first + step]
+            for level, rounded in zip(some, round_columns(weight, factor, some, importance=importance, block=self.block, order=order), strict=True):
+                yield Change(hold={site.tensors["weight"]: Grouped.of(site.shape, level, *rounded)}, notes=tuple(notes))
 
     def stored(self, site: Site, level: Grid) -> int:
         return Grouped.bytes_of(*site.matrix, level)

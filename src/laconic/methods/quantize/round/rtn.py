@@ -41,7 +41,9 @@ class RTN(Transform):
         n, m = site.matrix
         weight = weights["weight"].reshape(n, m)
         step = max(1, ROWS // m)
-        pieces = [Grouped.of((min(step, n - i), m), level, *round_to_nearest(weight[i : i + step].float(), level)) for i in range(0, n, step)]
+        pieces = [
+            Grouped.of((min(step, n - i), m), level, *round_to_nearest(weight[i : i + step].float(), level)) for i in range(0, n, step)
+        ]
         if len(pieces) == 1:
             held = Grouped(site.shape, level, pieces[0].codes, pieces[0].scales, None if level.symmetric else pieces[0].zeros)
         else:

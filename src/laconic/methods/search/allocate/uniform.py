@@ -7,7 +7,7 @@ Sibling: search.allocate.knapsack (a level for each)."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ def by_level(menu: Menu) -> dict[str, list[Row]]:
     return {key: rows for key, rows in found.items() if frozenset(name for row in rows for name in row.covers) == everything}
 
 
-def _fineness(rows: list[Row]) -> tuple[float, float, int]:
+def _fineness(rows: Sequence[Row]) -> tuple[float, float, int]:
     level = rows[0].level
     inner = level.get("first") or level.get("grid") or level
     bits = float(inner.get("bits", 16))

@@ -1,0 +1,320 @@
+"""What the claims share: real models opened with real data, a method put to their matrices, and the result measured at the output.
+
+Models: nano on Python's own modules (always there); stories260k on TinyStories and ResNet-20 on CIFAR-10 (where Lab.data is).
+Calibration rows are drawn by a seed from the calibration part; the certify part is the same for all and never calibrated on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laconic.calibration import Walk, observed, release
+from laconic.core.claim import Lab, Measurement, Verdict
+from laconic.core.packed import Packed
+from laconic.core.site import Conv, Linear, Site
+from laconic.core.statistic import Gram
+from laconic.core.transform import Level, Transform
+from laconic.data import Samples, Texts, open_data
+from laconic.kernels.obs import output_error
+from laconic.measurement import compare, outputs
+from laconic.models import Source, open_model
+from laconic.zoo import corpus, nano
+
+SEEDS = (0, 1, 2)
+# a claim fails where one draw does, so one draw that fails is enough for a stand-in
+ONE = SEEDS[:1]
+# what happens at a site: a method and how far it goes, or nothing
+Choose = Callable[[Site], "tuple[Transform, Level] | None"]
+
+
+class Found(NamedTuple):
+    """A changed model on the certify part: kl and losses (changed, original) in nats a prediction, for a classifier the shares of
+    right answers in place of the losses; share of equal first choices; bytes of what the method holds."""
+
+    kl: float
+    loss: float
+    original: float
+    agreement: float
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Of the changed model."""
+        return math.exp(self.loss)
+
+    @property
+    def gap(self) -> float:
+        """How much greater the perplexity is than the original's, as a share of it."""
+        return math.exp(self.loss - self.original) - 1
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An opened model. pool: calibration inputs to draw `rows` from; logits: the original's on the certify part, batch by batch;
+    kept: results by key, so that a check and its broken stand-in measure a common baseline once."""
+
+    name: str
+    source: Source
+    pool: Tensor
+    certify: Samples
+    batch: int
+    rows: int
+    logits: tuple[Tensor, ...]
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    def drawn(self, seed: int) -> Tensor:
+        """Calibration inputs of a seed, (rows, ...)."""
+        order = torch.randperm(self.pool.shape[0], generator=torch.Generator().manual_seed(seed))
+        return self.pool[order[: self.rows].sort().values]
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for each key."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    def linears(self, transform: Transform, level: Level) -> Choose:
+        """The same for every matrix of the blocks (of a network without blocks: for every convolution and linear layer)."""
+        layers = {site.name for segment in self.source.anatomy.segments() if segment.name for site in segment.sites}
+        return lambda site: (transform, level) if isinstance(site.kind, Linear | Conv) and (not layers or site.name in layers) else None
+
+
+def on(lab: Lab, name: str, check: Callable[[Bench], Verdict]) -> Verdict:
+    """The check on a model, or why it cannot be made."""
+    bench = open_bench(name, lab.data, lab.quick)
+    if bench is None:
+        return Verdict("cannot be checked here", {}, f"the real data of {name} is not here; name its folder with --lab")
+    return check(bench)
+
+
+def judged(wrong: Sequence[str], numbers: Mapping[str, Measurement]) -> Verdict:
+    """It holds where nothing is wrong."""
+    return Verdict("fails" if wrong else "holds", numbers, "; ".join(wrong))
+
+
+def spread(values: Sequence[float], unit: str) -> Measurement:
+    """Mean, extremes and standard deviation over seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Measurement(statistics.fmean(values), unit, len(values), min(values), max(values), deviation)
+
+
+# ---- models
+
+
+@lru_cache(maxsize=3)
+def open_bench(name: str, data: Path | None, quick: bool) -> Bench | None:
+    """nano, stories260k or resnet20; None where its data is not there. Quick: 16 rows of 512 tokens of each part, or 512 images."""
+    if name == "nano":
+        source = open_model(None, default=nano.path())
+        return _text(name, source, None, quick)
+    if data is None:
+        return None
+    if name == "stories260k":
+        folder, text = data / "stories260k", data / "text" / "tinystories_1000.jsonl.gz"
+        return _text(name, open_model(folder), str(text), quick) if folder.is_dir() and text.is_file() else None
+    weights, images = data / "resnet_cifar10" / "resnet20.safetensors", data / "cifar10" / "cifar10_10k_1k.npz"
+    return _images(name, weights, images, quick) if weights.is_file() and images.is_file() else None
+
+
+def _text(name: str, source: Source, spec: str | None, quick: bool) -> Bench:
+    split = open_data(spec, source, seed=0, limits=(128, 1, 16 if quick else 64), default=_texts)
+    return _bench(name, source, split.calibrate.inputs, split.certify, 8, 16 if quick else 64)
+
+
+def _texts() -> Texts:
+    return Texts(**{part: [text for _, text in corpus.named(part)] for part in corpus.LISTS}, record={})
+
+
+def _images(name: str, weights: Path, images: Path, quick: bool) -> Bench:
+    import numpy as np
+    from safetensors.torch import load_file
+
+    module = ResNet().eval()
+    # the file leaves out how many batches the norms have seen
+    module.load_state_dict(load_file(weights), strict=False)
+    with np.load(images) as stored:
+        train, test, classes = (torch.from_numpy(stored[key]) for key in ("train_x", "test_x", "test_y"))
+    source = open_model(module)
+    source.trace(_normal(train[:2]))
+    limit = 512 if quick else 1000
+    certify = Samples(_normal(test[:limit]), classes[:limit].long(), 1, limit, "")
+    return _bench(name, source, _normal(train[:2048]), certify, 128, 256 if quick else 1024)
+
+
+def _normal(pixels: Tensor) -> Tensor:
+    """(b, 32, 32, 3) uint8 -> (b, 3, 32, 32), normalised as in training."""
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((pixels.float() / 255 - mean) / deviation).permute(0, 3, 1, 2).contiguous()
+
+
+def _bench(name: str, source: Source, pool: Tensor, certify: Samples, batch: int, rows: int) -> Bench:
+    run = outputs(source.load(torch.float32))
+    with torch.inference_mode():
+        logits = tuple(run(inputs) for inputs in certify.inputs.split(batch))
+    return Bench(name, source, pool, certify, batch, rows, logits)
+
+
+class _Block(nn.Module):
+    """Two convolutions and a shortcut that subsamples and pads channels with zeros (option A)."""
+
+    def __init__(self, into: int, width: int) -> None:
+        super().__init__()
+        self.stride = width // into
+        self.conv1 = nn.Conv2d(into, width, 3, self.stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1:
+            missing = (y.shape[1] - x.shape[1]) // 2
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, missing, missing))
+        return F.relu(y + x)
+
+
+class ResNet(nn.Module):
+    """ResNet-20 for CIFAR-10 (He et al. 2015, arXiv:1512.03385, section 4.2): (b, 3, 32, 32) -> (b, 10)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(_Block(16, 16) for _ in range(3)))
+        self.layer2 = nn.Sequential(_Block(16, 32), _Block(32, 32), _Block(32, 32))
+        self.layer3 = nn.Sequential(_Block(32, 64), _Block(64, 64), _Block(64, 64))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(F.avg_pool2d(x, x.shape[-1]).flatten(1))
+
+
+# ---- change and measure
+
+
+def change(bench: Bench, choose: Choose, seed: int = 0) -> dict[str, Packed]:
+    """Forms by stored name. Methods that want statistics are applied block by block, each stage after the errors of those before it."""
+    chosen = {site.name: found for site in bench.source.anatomy.sites() if (found := choose(site)) is not None}
+    sites = [site for site in bench.source.anatomy.sites() if site.name in chosen]
+    forms: dict[str, Packed] = {}
+
+    def one(site: Site, weight: Tensor, stats: Mapping[Any, Tensor]) -> Packed:
+        transform, level = chosen[site.name]
+        edit = transform(site, {"weight": weight}, stats, level)
+        form = forms[site.tensors["weight"].name] = edit.hold[site.tensors["weight"]]
+        return form
+
+    if not any(transform.wants for transform, _ in chosen.values()):
+        for site in sites:
+            one(site, bench.source.read(site.tensors["weight"].name).float(), {})
+        return forms
+    walk = Walk(bench.source, bench.drawn(seed), batch=bench.batch)
+    walk.begin()
+    for segment in walk.layers or (walk.rest,):
+        module = walk.take(segment)
+        for stage in segment.stages:
+            todo = [site for site in stage.sites if site.name in chosen]
+            wants = tuple(dict.fromkeys(s for site in todo for s in chosen[site.name][0].wants))
+            stats = walk.observe(module, segment, todo, wants) if wants else {}
+            for site in todo:
+                weight: Tensor = walk.site_module(module, segment, site).weight.data  # type: ignore[assignment, union-attr]
+                form = one(site, weight, observed(stats, site, chosen[site.name][0].wants))
+                weight.copy_(form.dense().reshape(weight.shape))
+        if segment.name:
+            walk.advance(module, segment)
+            release(module)
+    return forms
+
+
+def measure(bench: Bench, forms: Mapping[str, Packed]) -> Found:
+    """The model with these forms in place, on the certify part."""
+    model = bench.source.load(torch.float32)
+    for name, parameter in model.named_parameters():
+        stored = bench.source.tied.get(name, name)
+        if stored in forms:
+            parameter.data.copy_(forms[stored].dense().reshape(parameter.shape))
+    original = iter(bench.logits)
+    quality = compare(lambda _: next(original), outputs(model), bench.certify, batch=bench.batch)
+    kl, loss, before, agreement = (
+        float(values.double().mean()) for values in (quality.kl, quality.nll, quality.nll_original, quality.top1)
+    )
+    return Found(kl, loss, before, agreement, sum(form.nbytes for form in forms.values()))
+
+
+def run(bench: Bench, choose: Choose, seed: int = 0) -> Found:
+    """Change and measure."""
+    return measure(bench, change(bench, choose, seed))
+
+
+def held(bench: Bench, transform: Transform, level: Level, seed: int = 0) -> dict[str, Packed]:
+    """The same for every matrix of the blocks; made once for each method, level and seed (of methods that look at data)."""
+    seed = seed if transform.wants else 0
+    found: dict[str, Packed] = bench.once(("held", transform, level, seed), lambda: change(bench, bench.linears(transform, level), seed))
+    return found
+
+
+def seen(bench: Bench, transform: Transform, level: Level, seed: int = 0) -> Found:
+    """`held`, measured."""
+    key = ("seen", transform, level, seed if transform.wants else 0)
+    found: Found = bench.once(key, lambda: measure(bench, held(bench, transform, level, seed)))
+    return found
+
+
+def layer_error(bench: Bench, forms: Mapping[str, Packed]) -> float:
+    """Squared output error of the changed layers as a share of their squared output, the mean over layers; inputs are those of the
+    original model on the certify part."""
+    grams = bench.once("grams", lambda: _grams(bench))
+    shares = []
+    for site in bench.source.anatomy.sites():
+        if (form := forms.get(site.tensors["weight"].name)) is not None:
+            weight = bench.source.read(site.tensors["weight"].name).float().reshape(site.matrix)
+            error = output_error(form.dense().reshape(site.matrix) - weight, grams[site.name]).double().sum()
+            shares.append(float(error / output_error(weight, grams[site.name]).double().sum()))
+    return statistics.fmean(shares)
+
+
+def _grams(bench: Bench) -> dict[str, Tensor]:
+    """Gram of each site of the blocks."""
+    walk = Walk(bench.source, bench.certify.inputs, batch=bench.batch)
+    walk.begin()
+    found: dict[str, Tensor] = {}
+    for segment in walk.layers or (walk.rest,):
+        module = walk.take(segment)
+        stats = walk.observe(module, segment, segment.sites, (Gram(),))
+        found.update({name: one[Gram()] for name, one in stats.items()})
+        if segment.name:
+            walk.advance(module, segment)
+            release(module)
+    return found
+
+
+def duel(
+    label: str, ours: Sequence[Found], theirs: Sequence[Found], *, names: tuple[str, str], factor: float = 1.0
+) -> tuple[list[str], dict[str, Measurement]]:
+    """What is wrong with "ours has a lower KL, by `factor`, and a lower perplexity than theirs, in every seed", and the numbers.
+    What has no chance in it is given once."""
+    count = max(len(ours), len(theirs))
+    pairs = list(zip(*(found if len(found) > 1 else [found[0]] * count for found in (ours, theirs)), strict=True))
+    numbers = {}
+    for name, found in ((names[0], ours), (names[1], theirs)):
+        numbers[f"{label}: KL, {name}"] = spread([one.kl for one in found], "nats/token")
+        numbers[f"{label}: perplexity, {name}"] = spread([one.perplexity for one in found], "")
+        numbers[f"{label}: bytes, {name}"] = spread([float(one.bytes) for one in found], "bytes")
+    numbers[f"{label}: KL ratio {names[1]} / {names[0]}"] = spread([b.kl / a.kl for a, b in pairs], "")
+    numbers[f"{label}: same first choice as the original, {names[1]}"] = spread([one.agreement for one in theirs], "")
+    wrong = []
+    if any(a.kl * factor >= b.kl for a, b in pairs):
+        wrong.append(f"{label}: KL of {names[0]} is not below that of {names[1]}" + (f" by {factor:g}" if factor != 1 else ""))
+    if any(a.loss >= b.loss for a, b in pairs):
+        wrong.append(f"{label}: perplexity of {names[0]} is not below that of {names[1]}")
+    return wrong, numbers

@@ -1,0 +1,85 @@
+"""Claims of GPTQ: the same grid as round to nearest, so the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from laconic.claims.lab import ONE, SEEDS, Bench, duel, judged, on, seen
+from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.core.site import Linear, Site
+from laconic.core.statistic import Gram
+from laconic.core.transform import Change, Stats, Transform
+from laconic.kernels.grids import Grid
+from laconic.methods.quantize.round.gptq import GPTQ
+from laconic.methods.quantize.round.rtn import RTN
+
+
+@dataclass(frozen=True)
+class Misled(Transform):
+    """The stand-in: GPTQ with the Hessian of shuffled channels, so that errors are pushed onto the wrong weights."""
+
+    acts_on = (Linear,)
+    level = Grid
+    wants = (Gram(),)
+
+    def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Grid) -> Change:
+        gram = stats[Gram()]
+        order = torch.randperm(gram.shape[0], generator=torch.Generator().manual_seed(0))
+        return GPTQ()(site, weights, {Gram(): gram[order][:, order]}, level)
+
+    def stored(self, site: Site, level: Grid) -> int:
+        return GPTQ().stored(site, level)
+
+
+def _compare(bench: Bench, transform: Transform, seeds: Sequence[int], levels: Sequence[Grid], factor: float) -> Verdict:
+    wrong: list[str] = []
+    numbers: dict[str, Measurement] = {}
+    for level in levels:
+        label = f"{level.bits} bits, {'one scale a row' if level.group is None else f'groups of {level.group}'}"
+        nearest = seen(bench, RTN(), level)
+        ours = [seen(bench, transform, level, seed) for seed in seeds]
+        found = duel(label, ours, [nearest], names=("GPTQ", "round to nearest"), factor=factor)
+        wrong += found[0]
+        numbers |= found[1]
+    return judged(wrong, numbers)
+
+
+def _below(name: str, transform: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:
+    levels = [Grid(4, None), Grid(3, None)] if lab.quick else [Grid(bits, group) for bits in (4, 3) for group in (None, 128)]
+    return on(lab, name, lambda bench: _compare(bench, transform, seeds, levels, 1.0))
+
+
+def _well_below(transform: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:
+    return on(lab, "nano", lambda bench: _compare(bench, transform, seeds, [Grid(3, 128)], 1.5))
+
+
+PAPER = Paper("Frantar et al.", 2023, "arXiv:2210.17323", "section 4")
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        says="At 4 and 3 bits, GPTQ loses less KL and perplexity than rounding to nearest on the same grid.",
+        where=PAPER,
+        scale="nano, all matrices of the blocks, 3 draws of the calibration rows",
+        check=partial(_below, "nano", GPTQ(), SEEDS),
+        broken=partial(_below, "nano", Misled(), ONE),
+    ),
+    Claim(
+        says="At 3 bits in groups of 128, GPTQ's KL is at most 1 / 1.5 of that of rounding to nearest.",
+        where=PAPER,
+        scale="nano, all matrices of the blocks, 3 draws of the calibration rows",
+        check=partial(_well_below, GPTQ(), SEEDS),
+        broken=partial(_well_below, Misled(), ONE),
+    ),
+    Claim(
+        says="At 4 and 3 bits, GPTQ loses less KL and perplexity than rounding to nearest on the same grid, on a model trained by others.",
+        where=PAPER,
+        scale="stories260k on TinyStories, all matrices of the blocks, 3 draws of the calibration rows",
+        check=partial(_below, "stories260k", GPTQ(), SEEDS),
+        broken=partial(_below, "stories260k", Misled(), ONE),
+    ),
+)

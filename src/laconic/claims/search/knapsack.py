@@ -1,0 +1,151 @@
+"""Claims of exact allocation: a level for each matrix against one for all, and against levels drawn at random, at equal bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laconic.claims.lab import ONE, SEEDS, Bench, Found, duel, judged, on, run
+from laconic.claims.search.uniform import RECIPE, allocation, one_for_all
+from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.core.menu import Budget, Menu, Plan, Row, plan_of
+from laconic.methods.search.allocate.knapsack import Knapsack
+from laconic.pipeline import price, quiet
+
+Spoil = Callable[[Menu, int], Menu]
+
+
+class Forgetful:
+    """A journal that keeps nothing: pricing is not resumed here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def done(self, key: str) -> dict[str, Any] | None:
+        """Nothing ever is."""
+        return None
+
+    def finish(self, key: str, value: Any, tensors: Any = None) -> None:
+        """Not kept."""
+
+
+def priced(bench: Bench, scratch: Path, seed: int) -> Menu:
+    """The price list from calibration rows of a seed, damages in nats a token at the output."""
+
+    def make() -> Menu:
+        rows, _ = price(bench.source, bench.drawn(seed), RECIPE, seed=seed, work=Forgetful(scratch), progress=quiet, batch=bench.batch)
+        return Menu(tuple(rows))
+
+    found: Menu = bench.once(("menu", seed), make)
+    return found
+
+
+def kept(menu: Menu, seed: int) -> Menu:
+    """The menu as it is."""
+    return menu
+
+
+def shuffled(menu: Menu, seed: int) -> Menu:
+    """The stand-in: the damages of each site belong to another one."""
+    by_site: dict[str, list[Row]] = {}
+    for row in menu.rows:
+        by_site.setdefault(row.site, []).append(row)
+    names = list(by_site)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Menu(
+        tuple(
+            row._replace(damage=other.damage)
+            for name, at in zip(names, order, strict=True)
+            for row, other in zip(by_site[name], by_site[names[at]], strict=True)
+        )
+    )
+
+
+def reversed_ranks(menu: Menu, seed: int) -> Menu:
+    """The stand-in: the site that suffers most takes the damages of the one that suffers least, and so on."""
+    by_site: dict[str, list[Row]] = {}
+    for row in menu.rows:
+        by_site.setdefault(row.site, []).append(row)
+    names = sorted(by_site, key=lambda name: sum(row.damage.value for row in by_site[name]))
+    pairs = zip(names, reversed(names), strict=True)
+    return Menu(
+        tuple(row._replace(damage=other.damage) for name, twin in pairs for row, other in zip(by_site[name], by_site[twin], strict=True))
+    )
+
+
+def at_random(menu: Menu, budget: int, seed: int) -> Plan:
+    """Levels drawn at random within the budget: from the cheapest cover, random sites take random dearer levels until nothing fits."""
+    generator = torch.Generator().manual_seed(seed)
+    by_site: dict[str, list[Row]] = {}
+    for row in menu.rows:
+        by_site.setdefault(row.site, []).append(row)
+    chosen = {name: min(rows, key=lambda row: row.cost.bytes) for name, rows in by_site.items()}
+    left = budget - sum(row.cost.bytes for row in chosen.values())
+    while True:
+        fits = [row for name, rows in by_site.items() for row in rows if 0 < row.cost.bytes - chosen[name].cost.bytes <= left]
+        if not fits:
+            return plan_of(menu, list(chosen.values()))
+        sites = sorted({row.site for row in fits})
+        site = sites[int(torch.randint(len(sites), (), generator=generator))]
+        options = [row for row in fits if row.site == site]
+        row = options[int(torch.randint(len(options), (), generator=generator))]
+        left -= row.cost.bytes - chosen[site].cost.bytes
+        chosen[site] = row
+
+
+def _solved(bench: Bench, scratch: Path, spoil: Spoil, budget: int, seed: int, log: Callable[[str], None]) -> Found:
+    def make() -> Found:
+        menu = spoil(priced(bench, scratch, seed), seed)
+        plan = Knapsack()(menu, Budget(budget), judge=None, rng=torch.Generator(), log=log)
+        return run(bench, allocation(plan))
+
+    found: Found = bench.once(("solved", spoil, budget, seed), make)
+    return found
+
+
+def _against(bench: Bench, lab: Lab, rival: str, spoil: Spoil, seeds: Sequence[int]) -> Verdict:
+    wrong: list[str] = []
+    numbers: dict[str, Measurement] = {}
+    for bits in (4, 3):
+        uniform = one_for_all(bench, bits)
+        budget = uniform.bytes
+        ours = [_solved(bench, lab.scratch, spoil, budget, seed, lab.log) for seed in seeds]
+        if rival == "uniform":
+            theirs = [bench.once(("uniform", bits), partial(run, bench, allocation(uniform)))]
+        else:
+            plans = [at_random(priced(bench, lab.scratch, 0), budget, seed) for seed in seeds]
+            theirs = [bench.once(("random", bits, seed), partial(run, bench, allocation(p))) for p, seed in zip(plans, seeds, strict=True)]
+        found = duel(f"bytes of uniform {bits} bits", ours, theirs, names=("knapsack", rival))
+        wrong += found[0]
+        numbers |= found[1]
+    return judged(wrong, numbers)
+
+
+def _on(name: str, rival: str, spoil: Spoil, seeds: Sequence[int], lab: Lab) -> Verdict:
+    return on(lab, name, lambda bench: _against(bench, lab, rival, spoil, seeds))
+
+
+PAPER = Paper("Yao et al.", 2021, "arXiv:2011.10680", "section 3.4")
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        says="At equal bytes, levels from the integer program lose less KL and perplexity than one level for all.",
+        where=PAPER,
+        scale="nano, embedding included, round to nearest at 2 to 8 bits in groups of 64, bytes of uniform 4 and 3 bits, 3 draws of the "
+        "rows for pricing",
+        check=partial(_on, "nano", "uniform", kept, SEEDS),
+        broken=partial(_on, "nano", "uniform", shuffled, ONE),
+    ),
+    Claim(
+        says="At equal bytes, levels from the integer program lose less KL and perplexity than levels drawn at random.",
+        where=PAPER,
+        scale="nano, embedding included, round to nearest at 2 to 8 bits in groups of 64, bytes of uniform 4 and 3 bits, 3 draws of the "
+        "rows for pricing and 3 random plans",
+        check=partial(_on, "nano", "random", kept, SEEDS),
+        broken=partial(_on, "nano", "random", reversed_ranks, ONE),
+    ),
+)
