@@ -193,10 +193,19 @@ def run_peer(peer: Peer, run: Run, model: Path, tokens: Path, out: Path) -> dict
     command = [str(peer.python()), str(PEERS / f"{peer.name}.py"), "--model", str(model), "--calibration", str(tokens), *run.args]
     # the table's own paths must not reach another environment
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    # in the scratch folder, because some tools write logs where they stand
+    out.parent.mkdir(parents=True, exist_ok=True)
     # Linux counts the peak of the process that starts a program as the program's own; a shell between them is small
     between = ["sh", "-c", '"$@"; exit $?', "sh", *command, "--out", str(out)]
     started = subprocess.Popen(
-        between, cwd=ROOT, env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        between,
+        cwd=out.parent,
+        env=clean,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     )
     try:
         _, said = started.communicate(timeout=HOURS * 3600)

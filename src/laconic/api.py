@@ -82,15 +82,26 @@ def _default_texts() -> Texts:
         raise UserError(str(error)) from None
 
 
+def _affordable(source: Source) -> tuple[int, int, int] | None:
+    """Fewer rows of data for large models, so that one pass over the certify part stays within minutes on a CPU: at most 5e12 operations,
+    rows of 512 tokens counted. None where the usual rows fit."""
+    rows = max(2, int(5e12 / (2 * max(source.parameters, 1) * 512)))
+    return None if source.task != "text" or rows >= 64 else (min(128, 4 * rows), min(32, rows), rows)
+
+
 def _split(source: Source, data: str | Path | None, certify: str | Path | None, *, seed: int, length: int | None = None, log: Log) -> Split:
     if data is None and source.task == "text":
         log("no data was given: Python's standard library is used; your own text (--data FILE) fits your use better")
+    limits = _affordable(source)
+    if limits is not None:
+        log(f"the model is large: {limits[0]} rows calibrate, {limits[1]} search, {limits[2]} certify")
     split = open_data(
         None if data is None else str(data),
         source,
         seed=seed,
         certify=None if certify is None else str(certify),
         length=length,
+        limits=limits,
         default=_default_texts,
     )
     if source.path is None:

@@ -18,6 +18,10 @@ from laconic.core.site import Anatomy, Conv, Embedding, Segment, Site
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Seen, Statistic
 
 
+# a head with more weights than this is never held in fp32
+WIDE = 64 * 1024 * 1024
+
+
 class Opened(Protocol):
     """What a walk needs of a model: an original (models.Source) or a written artifact (artifact.stream)."""
 
@@ -364,11 +368,42 @@ class Walk:
     def _open_tail(self, head: Callable[[Tensor], Tensor] | None) -> None:
         self._stands[-1].last = False
         name = self.head_name()
+        if head is None and name:
+            weight = getattr(self.model.get_submodule(name), "weight", None)
+            if isinstance(weight, Tensor) and weight.numel() > WIDE:
+                head = self._wide_head(self.source.tied.get(f"{name}.weight", f"{name}.weight"), weight.shape[0], weight.shape[1])  # type: ignore[attr-defined]
         if head is not None and name:
             self._put(name, Call(head))
             self._fill_rest(skip={name})
         else:
             self._fill_rest(skip=set())
+
+    def _wide_head(self, stored: str, n: int, m: int) -> Callable[[Tensor], Tensor]:
+        """The product with a head too large to be held in fp32: its rows are read a chunk at a time."""
+        step = max(1, WIDE // 4 // m)
+
+        def product(x: Tensor) -> Tensor:
+            out = torch.empty(*x.shape[:-1], n)
+            for start in range(0, n, step):
+                stop = min(start + step, n)
+                rows = self.source.read_rows(stored, start, stop).float()  # type: ignore[attr-defined]
+                out[..., start:stop] = F.linear(x, rows)
+            return out
+
+        def differentiable(x: Tensor) -> Tensor:
+            return _Chunked.apply(x, product, lambda grad: self._wide_back(stored, n, step, grad))  # type: ignore[no-any-return, no-untyped-call]
+
+        return differentiable
+
+    def _wide_back(self, stored: str, n: int, step: int, grad: Tensor) -> Tensor:
+        """grad (..., n) times the head's rows -> (..., m)."""
+        total: Tensor | None = None
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            part = grad[..., start:stop] @ self.source.read_rows(stored, start, stop).float()  # type: ignore[attr-defined]
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
 
     def head_name(self) -> str:
         """The module path of the output head."""
@@ -477,6 +512,19 @@ class Walk:
         for hook in hooks:
             hook.remove()
         return self.rest, module, {site.name: observer.finish(site) for site in self.rest.sites}
+
+
+class _Chunked(torch.autograd.Function):
+    """A linear function given as two products, so that neither direction holds the matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return product(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grads[0]), None, None
 
 
 class Call(nn.Module):

@@ -21,6 +21,7 @@ from laconic.core.site import Anatomy, Embedding, Segment, Site
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
 from laconic.core.transform import Change, Transform
 from laconic.kernels.obs import predicted_loss
+from laconic.kernels.threads import suited
 from laconic.models import Source
 from laconic.recipe import Recipe, build, level_of, level_words
 
@@ -196,11 +197,9 @@ def price(
             if not segment.name:
                 rest[site.name] = have
             weight = source.read(site.tensors["weight"].name).float() if site.name in by_site else None
-            for method in dict.fromkeys(offer.method for offer in by_site.get(site.name, ())):
-                group = [offer for offer in by_site[site.name] if offer.method == method]
-                transform = group[0].transform
-                changes = transform.several(site, {"weight": weight}, observed(stats, site, transform.wants), [offer.level for offer in group])
-                for offer, change in zip(group, changes, strict=True):
+            group = by_site.get(site.name, [])
+            with suited(math.prod(site.shape)):
+                for offer, change in _changes(group, site, weight, stats):
                     count += 1
                     progress("pricing", count, len(offered), site.name)
                     _same_bytes(offer, change)
@@ -211,6 +210,17 @@ def price(
         work.finish(f"price/{segment.name}", {"rows": [_words(row) for row in found]})
     walk.shelf.clear() if walk.shelf else None
     return [row for segment in segments for row in rows_of[segment.name]], rest
+
+
+def _changes(
+    group: Sequence[Offer], site: Site, weight: Tensor | None, stats: Mapping[str, Mapping[Statistic, Tensor]]
+) -> Iterator[tuple[Offer, Change]]:
+    """Every offer at one site with its Change, the levels of one method together."""
+    for method in dict.fromkeys(offer.method for offer in group):
+        same = [offer for offer in group if offer.method == method]
+        transform = same[0].transform
+        levels = [offer.level for offer in same]
+        yield from zip(same, transform.several(site, {"weight": weight}, observed(stats, site, transform.wants), levels), strict=True)  # type: ignore[dict-item]
 
 
 def _load_stats(work: Any) -> dict[str, dict[Statistic, Tensor]]:
@@ -346,7 +356,7 @@ def pareto(menu: Menu, parameters: int, points: int = 14) -> list[dict[str, floa
     """The predicted frontier: least damage at budgets spread between the cheapest and the dearest cover."""
     if any(math.isnan(row.damage.value) for row in menu.rows):
         return []
-    search = build("search.allocate.knapsack(seconds=5.0)")
+    search = build("search.allocate.knapsack(nodes=500)")
     least = cheapest(menu)
     most = least
     dearest: dict[frozenset[str], int] = {}
@@ -508,7 +518,8 @@ def _compress_segment(
         for offer in todo:
             target = walk.site_module(module, segment, offer.site)
             weight = target.weight.detach()  # type: ignore[union-attr, operator]
-            change = offer.transform(offer.site, {"weight": weight}, observed(stats, offer.site, offer.transform.wants), offer.level)
+            with suited(weight.numel()):
+                change = offer.transform(offer.site, {"weight": weight}, observed(stats, offer.site, offer.transform.wants), offer.level)
             value["bytes"] += _same_bytes(offer, change)
             forms, held = _stored(change)
             value["forms"].update(forms)

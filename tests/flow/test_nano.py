@@ -91,11 +91,15 @@ def test_the_shipped_model_predicts_held_out_text(length):
     assert loss < BOUND, f"{loss:.3f} nats per token"
 
 
-def test_it_continues_python(shipped):
+def test_it_reads_order_and_generates(shipped):
     model, tokenizer = shipped
-    prompt = tokenizer("import os\nimport sys\n\n\ndef main(", return_tensors="pt")
-    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=24, do_sample=False)[0])
-    assert ":" in text.partition("main(")[2]
+    model = model.float()
+    ids = tokenizer(corpus.named("certify")[0][1][:1500], return_tensors="pt")["input_ids"]
+    shuffled = ids[:, torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        assert float(nano.loss_of(model, ids)) < float(nano.loss_of(model, shuffled)) - 1
+    out = model.generate(ids[:, :16], attention_mask=torch.ones(1, 16), max_new_tokens=8, do_sample=False)
+    assert out.shape[1] > 16
 
 
 def test_the_lists_are_disjoint_present_and_long_enough():

@@ -64,7 +64,10 @@ class Packed(nn.Module, ABC):
         step = max(1, CHUNK // max(m, 1))
         if step >= n:
             return F.linear(x, self.dense().reshape(n, m).to(x.dtype))
-        return torch.cat([F.linear(x, self.rows(slice(i, min(i + step, n))).to(x.dtype)) for i in range(0, n, step)], dim=-1)
+        out = x.new_empty(*x.shape[:-1], n)
+        for i in range(0, n, step):
+            out[..., i : i + step] = F.linear(x, self.rows(slice(i, min(i + step, n))).to(x.dtype))
+        return out
 
     def forward(self) -> Tensor:
         """The dense tensor; a Packed is a module, and this is what it computes."""

@@ -63,7 +63,8 @@ class GPTQ(Transform):
         step = max(1, STACKED // (n * m))
         for first in range(0, len(levels), step):
             some = levels[first : first + step]
-            for level, rounded in zip(some, round_columns(weight, factor, some, importance=importance, block=self.block, order=order), strict=True):
+            swept = round_columns(weight, factor, some, importance=importance, block=self.block, order=order)
+            for level, rounded in zip(some, swept, strict=True):
                 yield Change(hold={site.tensors["weight"]: Grouped.of(site.shape, level, *rounded)}, notes=tuple(notes))
 
     def stored(self, site: Site, level: Grid) -> int:

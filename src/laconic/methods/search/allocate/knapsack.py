@@ -37,9 +37,10 @@ def undominated(menu: Menu) -> list[int]:
 
 @dataclass(frozen=True)
 class Knapsack(Search):
-    """seconds: limit of the solver's time; where it is reached the remaining gap is logged."""
+    """nodes: limit of the solver's search tree (a count, not a time, so that a busy machine buys the same plan); where it is reached the
+    remaining gap is logged."""
 
-    seconds: float = 60.0
+    nodes: int = 50_000
 
     def __call__(self, menu: Menu, budget: Budget, *, judge: Judge | None, rng: torch.Generator, log: Callable[[str], None]) -> Plan:
         import highspy
@@ -54,7 +55,7 @@ class Knapsack(Search):
         solver.silent()
         solver.setOptionValue("mip_rel_gap", 0.0)
         solver.setOptionValue("mip_abs_gap", 1e-9)
-        solver.setOptionValue("time_limit", self.seconds)
+        solver.setOptionValue("mip_max_nodes", self.nodes)
         solver.setOptionValue("threads", 1)
         buy = [solver.addBinary(obj=row.damage.value / unit) for row in rows]
         by_tensor: dict[str, list[int]] = {}
@@ -74,8 +75,8 @@ class Knapsack(Search):
         solver.minimize()
         status = solver.getModelStatus()
         solution = solver.getSolution().col_value
-        if status == highspy.HighsModelStatus.kTimeLimit and solution:
-            log(f"the solver stopped after {self.seconds:g} s with a gap of {solver.getInfo().mip_gap:.2%}")
+        if status == highspy.HighsModelStatus.kSolutionLimit and solution:
+            log(f"the solver stopped after {self.nodes} nodes with a gap of {solver.getInfo().mip_gap:.2%}")
         elif status != highspy.HighsModelStatus.kOptimal:
             raise refuse(menu, budget)
         plan = plan_of(menu, [row for row, value in zip(rows, solution, strict=True) if value > 0.5])
