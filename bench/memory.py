@@ -87,7 +87,7 @@ def main() -> None:
     while child.poll() is None:
         peak = max(peak, tree_bytes(child.pid))
         time.sleep(0.05)
-    answer = json.loads(child.stdout.read()) if child.stdout is not None and child.returncode == 0 else {}
+    answer = json.loads(child.stdout.read())["certificate"] if child.stdout is not None and child.returncode == 0 else {}
     print(
         json.dumps({
             "command": " ".join(command[1:]), "exit": child.returncode, "seconds": round(time.monotonic() - start, 1), "peak_memory_bytes": peak,

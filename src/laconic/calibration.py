@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.core.site import Anatomy, Conv, Embedding, Segment, Site
+from laconic.core.site import Anatomy, Conv, Embedding, Segment, Site, Stage
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Seen, Statistic
-
 
 # a head with more weights than this is never held in fp32
 WIDE = 64 * 1024 * 1024
@@ -164,11 +163,12 @@ def columns_of(site: Site, y: Tensor) -> Tensor:
 
 
 class Observer:
-    """Running statistics of some sites, filled by hooks on their modules."""
+    """Running statistics of sites, filled by hooks on their modules. Sites of one stage see the same input: what depends on the input
+    alone is summed once, for the first of them."""
 
-    def __init__(self, sites: Iterable[Site], wants: Sequence[Statistic]) -> None:
+    def __init__(self, stages: Iterable[Stage], wants: Sequence[Statistic]) -> None:
         self.wants = tuple(wants)
-        self.sites = tuple(sites)
+        self.first = {site.name: stage.sites[0].name for stage in stages for site in stage.sites}
         self.state: dict[tuple[str, Statistic], Any] = {}
 
     def _offer(self, site: Site, needs: str, seen: Seen) -> None:
@@ -176,6 +176,8 @@ class Observer:
             if needs in statistic.needs and len(statistic.needs) == 1:
                 table = isinstance(statistic, Lookups | LookupFisher)
                 if table != (seen.routing is not None):
+                    continue
+                if needs == "x" and self.first[site.name] != site.name:
                     continue
                 key = (site.name, statistic)
                 if key not in self.state:
@@ -197,12 +199,65 @@ class Observer:
         return [module.register_forward_hook(forward)]
 
     def finish(self, site: Site) -> dict[Statistic, Tensor]:
-        """All statistics of one site; its running sums are dropped."""
-        return {
-            statistic: statistic.finish(self.state.pop((site.name, statistic)))
-            for statistic in self.wants
-            if (site.name, statistic) in self.state
-        }
+        """All statistics of one site."""
+        found = {}
+        for statistic in self.wants:
+            key = (self.first[site.name] if statistic.needs == {"x"} else site.name, statistic)
+            if key in self.state:
+                found[statistic] = statistic.finish(self.state[key])
+        return found
+
+
+# inputs of one site that are kept over the passes of a segment take at most this many bytes
+KEPT = 512 * 1024 * 1024
+
+
+class _Memo:
+    """A sub-module that gives back what its last site computes, computed from that site's kept inputs."""
+
+    def __init__(self, walk: Walk, parent: nn.Module, leaf: str) -> None:
+        self.walk, self.parent, self.leaf = walk, parent, leaf
+        self.kept: dict[int, Tensor] = {}
+        self.last: Tensor | None = None
+        # what the parent gives back besides the site's output; None until the two were seen to be one tensor
+        self.more: tuple[Any, ...] | None = None
+        self.whole = True
+
+    def hooks(self) -> list[Any]:
+        """Hooks that note the site's inputs and compare its output with the parent's, then end the pass."""
+
+        def site(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self.kept[self.walk._batch], self.last = args[0], output
+
+        def parent(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            same = first is self.last
+            if not same:
+                self.whole = False
+            elif isinstance(output, tuple):
+                self.more = output[1:]
+            raise Stop
+
+        return [self.parent.get_submodule(self.leaf).register_forward_hook(site), self.parent.register_forward_hook(parent)]
+
+    def settle(self) -> None:
+        """From now on the parent computes from the kept inputs, if it gives back nothing else."""
+        self.last = None
+        if not self.whole or any(value is not None for value in self.more or ()):
+            self.kept.clear()
+            return
+        leaf = self.parent.get_submodule(self.leaf)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            out = leaf(self.kept[self.walk._batch])
+            return out if self.more is None else (out, *self.more)
+
+        self.parent.forward = forward
+
+    def forget(self) -> None:
+        """The parent computes by itself again."""
+        self.kept.clear()
+        self.parent.__dict__.pop("forward", None)
 
 
 class Walk:
@@ -222,7 +277,8 @@ class Walk:
         self.handed: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._stands: list[_StandIn] = []
         self._modules: dict[str, nn.Module] = {}
-        self.grads: list[Tensor] = []
+        self._batch = 0
+        self._memos: list[_Memo] = []
 
     def begin(self, table: Callable[[Tensor], Tensor] | None = None) -> None:
         """Sets out: the hidden state before the first layer, and what every layer is handed. `table` gives rows of the embedding by index
@@ -289,19 +345,29 @@ class Walk:
 
     def outputs(self, module: nn.Module, segment: Segment) -> Iterator[Tensor]:
         """The segment's output for each batch, in order, without storing it."""
-        at = -1 if not segment.name else self.layers.index(segment)
-        for i, hidden in enumerate(self.hidden):
+        for i in range(len(self.hidden)):
             with torch.no_grad():
-                out = module(hidden) if at < 0 else run_layer(module, hidden, self.handed[i][at])
+                out = self._through(module, segment, i)
             yield out
+
+    def _through(self, module: nn.Module, segment: Segment, i: int) -> Tensor:
+        """Batch i through the segment."""
+        self._batch = i
+        if not segment.name:
+            return module(self.hidden[i])  # type: ignore[no-any-return]
+        return run_layer(module, self.hidden[i], self.handed[i][self.layers.index(segment)])
 
     def observe(
         self, module: nn.Module, segment: Segment, sites: Sequence[Site], wants: Sequence[Statistic]
     ) -> dict[str, dict[Statistic, Tensor]]:
-        """Statistics of some sites over all batches; the pass is cut short once the last of them has run."""
-        observer = Observer(sites, wants)
-        hooks = []
+        """Statistics of some sites of one stage over all batches; a pass is cut short once the last of them has run.
+
+        What comes before a stage does not change any more once the stage is reached. Where a sub-module gives back just what its last
+        site computes (attention and its output projection, say), that site's inputs are kept, and later passes over the segment start
+        from them; `advance` forgets them."""
+        observer = Observer([Stage(tuple(sites))], wants)
         pending: set[str] = set()
+        hooks = []
 
         def done(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -312,28 +378,47 @@ class Walk:
             return hook
 
         for site in sites:
-            found = self.site_module(module, segment, site)
-            hooks += observer.attach(site, found)
-            hooks.append(found.register_forward_hook(done(site.name)))
-        at = -1 if not segment.name else self.layers.index(segment)
+            hooks += observer.attach(site, self.site_module(module, segment, site))
+        memo = self._memo(module, segment, sites)
+        if memo is not None:
+            hooks += memo.hooks()
+        else:
+            hooks += [self.site_module(module, segment, site).register_forward_hook(done(site.name)) for site in sites]
         try:
-            with torch.no_grad():
-                for i, hidden in enumerate(self.hidden):
-                    pending.update(site.name for site in sites)
-                    with contextlib.suppress(Stop):
-                        _ = module(hidden) if at < 0 else run_layer(module, hidden, self.handed[i][at])
+            for i in range(len(self.hidden)):
+                pending.update(site.name for site in sites)
+                with torch.no_grad(), contextlib.suppress(Stop):
+                    self._through(module, segment, i)
         finally:
             for hook in hooks:
                 hook.remove()
+        if memo is not None:
+            memo.settle()
         return {site.name: observer.finish(site) for site in sites}
+
+    def _memo(self, module: nn.Module, segment: Segment, sites: Sequence[Site]) -> _Memo | None:
+        """A memo for a stage of one site inside a sub-module, where its inputs are small enough to be kept."""
+        if len(sites) != 1 or not segment.name:
+            return None
+        parent, _, leaf = sites[0].name[len(segment.name) + 1 :].rpartition(".")
+        rows = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
+        if not parent or 4 * rows * sites[0].matrix[1] > KEPT:
+            return None
+        memo = _Memo(self, module.get_submodule(parent), leaf)
+        self._memos.append(memo)
+        return memo
+
+    def advance(self, module: nn.Module, segment: Segment) -> None:
+        """Moves every hidden state through the segment."""
+        for i, out in enumerate(self.outputs(module, segment)):
+            self.hidden[i] = out
+        for memo in self._memos:
+            memo.forget()
+        self._memos.clear()
 
     @staticmethod
     def site_module(module: nn.Module, segment: Segment, site: Site) -> nn.Module:
         return module.get_submodule(site.name[len(segment.name) + 1 :] if segment.name else site.name)
-
-    def advance(self, module: nn.Module, segment: Segment) -> None:
-        """Moves every hidden state through the segment."""
-        self.hidden = list(self.outputs(module, segment))
 
     def logits(self, head: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
         """The model's output for each batch from the hidden states after the last layer. `head` maps normed hidden states to logits
@@ -347,11 +432,13 @@ class Walk:
             with torch.no_grad():
                 out = self._tail(batch, hidden)
             yield out
+            # not kept while the next one is made: logits over a large vocabulary are wide
+            del out
 
     def observe_tail(self, site: Site, wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
         """Statistics of the head over all batches, from the hidden states after the last layer."""
         self._open_tail(None)
-        observer = Observer([site], wants)
+        observer = Observer([Stage((site,))], wants)
         hooks = observer.attach(site, self.model.get_submodule(self.head_name()))
         with torch.no_grad():
             for batch, hidden in zip(self.batches, self.hidden, strict=True):
@@ -446,13 +533,13 @@ class Walk:
             self.advance(module, segment)
             release(module)
             log(number + 1, total)
-        observer = Observer(self.rest.sites, wants)
+        observer = Observer([Stage((site,)) for site in self.rest.sites], wants)
         stats, grads = self._backward_tail(observer, generator)
         log(len(self.layers) + 1, total)
         for number in reversed(range(len(self.layers))):
             segment = self.layers[number]
             module = self.take(segment)
-            watch = Observer(segment.sites, wants)
+            watch = Observer(segment.stages, wants)
             hooks = [hook for site in segment.sites for hook in watch.attach(site, self.site_module(module, segment, site))]
             for i in range(len(self.batches)):
                 hidden = shelf.get(f"{number}-{i}").detach().requires_grad_(True)
@@ -496,7 +583,7 @@ class Walk:
         self, wants: Sequence[Statistic], generator: torch.Generator
     ) -> tuple[Segment, nn.Module, dict[str, dict[Statistic, Tensor]]]:
         module = self.take(self.rest)
-        observer = Observer(self.rest.sites, wants)
+        observer = Observer([Stage((site,)) for site in self.rest.sites], wants)
         hooks = [hook for site in self.rest.sites for hook in observer.attach(site, self.site_module(module, self.rest, site))]
         for batch in self.batches:
             inputs = batch.detach()

@@ -75,6 +75,8 @@ def compare(
                 shapes = f"{tuple(p.shape)} and {tuple(q.shape)}"
                 raise UserError(f"the models answer in different shapes, {shapes}: compare a model with the one it was made from")
             kept.append(_text(inputs, p, q) if targets is None else _classes(targets[start : start + batch], p, q))
+            # not kept while the next are made: logits over a large vocabulary are wide
+            del p, q
             if progress is not None:
                 progress(min(start + batch, total), total)
     return Quality(*(torch.cat(column) for column in zip(*kept, strict=True)))

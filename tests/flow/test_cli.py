@@ -199,7 +199,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
     if not (nano.path() / "config.json").is_file():
         pytest.skip("no embedded model in this clone")
     folder = tmp_path_factory.mktemp("cli")
-    blocks = [block for _, text in corpus.named("search")[:2] for block in text.split("\n\n") if block.strip()]
+    blocks = [block for _, text in corpus.named("search")[:4] for block in text.split("\n\n") if block.strip()]
     (folder / "data.txt").write_text("\n\n".join(blocks), encoding="utf-8")
     words = ("--data", "data.txt", "--budget", "bits=5", "--recipe", "rtn", "-o", "out")
     return folder, laconic("compress", *words, "--json", cwd=folder)

@@ -5,7 +5,7 @@ Llama architecture, 7.3 M parameters, byte-level BPE of 4,096, context 2,048, tr
 linear decay to zero. Progress is the larger of tokens over their target and time over its limit, so either can end
 a run; a file FINISH in the scratch folder starts the decay at once, and it then takes a third of the tokens seen.
 The scratch folder holds train.log and, written every five minutes, model/, a folder that `--resume` accepts.
-Without `--quick` or `--hours` a run sees 100 M tokens, which takes two cores with AVX-512 bf16 about nine hours.
+Without `--quick` or `--hours` a run sees 100 M tokens, which takes two idle cores with AVX-512 bf16 about eight hours.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from laconic.core.errors import UserError
 from laconic.zoo import corpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     import torch
@@ -447,7 +448,7 @@ def _step(
     forward: Callable[[Any, torch.Tensor], torch.Tensor],
     views: list[Any],
     queue: list[torch.Tensor],
-    muons: list[torch.optim.Optimizer],
+    muons: Sequence[torch.optim.Optimizer],
     adam: torch.optim.Optimizer,
     scale: float,
     recipe: Recipe,
@@ -470,7 +471,7 @@ def _step(
             (loss / number).backward()
             losses.append(loss.item())
 
-    _together([lambda view=view: work(view) for view in views])
+    _together([partial(work, view) for view in views])
     own = list(views[0].parameters())
     for view in views[1:]:
         for mine, theirs in zip(own, view.parameters(), strict=True):
