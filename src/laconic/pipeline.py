@@ -199,7 +199,7 @@ def price(
             weight = source.read(site.tensors["weight"].name).float() if site.name in by_site else None
             group = by_site.get(site.name, [])
             with suited(math.prod(site.shape)):
-                for offer, change in _changes(group, site, weight, stats):
+                for offer, change in _changes(group, site, weight, stats) if weight is not None else ():
                     count += 1
                     progress("pricing", count, len(offered), site.name)
                     _same_bytes(offer, change)
@@ -213,14 +213,14 @@ def price(
 
 
 def _changes(
-    group: Sequence[Offer], site: Site, weight: Tensor | None, stats: Mapping[str, Mapping[Statistic, Tensor]]
+    group: Sequence[Offer], site: Site, weight: Tensor, stats: Mapping[str, Mapping[Statistic, Tensor]]
 ) -> Iterator[tuple[Offer, Change]]:
     """Every offer at one site with its Change, the levels of one method together."""
     for method in dict.fromkeys(offer.method for offer in group):
         same = [offer for offer in group if offer.method == method]
         transform = same[0].transform
         levels = [offer.level for offer in same]
-        yield from zip(same, transform.several(site, {"weight": weight}, observed(stats, site, transform.wants), levels), strict=True)  # type: ignore[dict-item]
+        yield from zip(same, transform.several(site, {"weight": weight}, observed(stats, site, transform.wants), levels), strict=True)
 
 
 def _load_stats(work: Any) -> dict[str, dict[Statistic, Tensor]]:
@@ -281,8 +281,8 @@ def make_plan(
         raise UserError(f"recipe {recipe.name} offers nothing for this model; look at `where`, `kinds` and `keep` in it")
     kept = kept_bytes(source, covered)
     needs = recipe.search != UNIFORM
-    inputs = calibration_rows(source, split)
-    inputs = (inputs[: recipe.price_rows] if source.task == "text" else inputs) if needs else None
+    rows_wanted = recipe.price_rows if source.task == "text" else None
+    inputs = calibration_rows(source, split)[:rows_wanted] if needs else None
     # what is impossible is said before the long work, from bytes alone
     bare = Menu(tuple(_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offers(source, recipe)), sum(kept.values()))
     if bound.bytes is not None and cheapest(bare) > bound.bytes:

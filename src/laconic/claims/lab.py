@@ -290,8 +290,9 @@ def _grams(bench: Bench) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for segment in walk.layers or (walk.rest,):
         module = walk.take(segment)
-        stats = walk.observe(module, segment, segment.sites, (Gram(),))
-        found.update({name: one[Gram()] for name, one in stats.items()})
+        for stage in segment.stages:
+            stats = walk.observe(module, segment, stage.sites, (Gram(),))
+            found.update({name: one[Gram()] for name, one in stats.items()})
         if segment.name:
             walk.advance(module, segment)
             release(module)
