@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192,
+    "num_attention_heads": 24,
     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "rope_theta": 500000.0, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
@@ -26,8 +27,9 @@ CONFIG = {
 def make(folder: Path, layers: int) -> None:
     """Random weights, one shard a layer, nano's tokenizer."""
     import torch
-    from laconic.zoo import nano
     from safetensors.torch import save_file
+
+    from laconic.zoo import nano
 
     folder.mkdir(parents=True, exist_ok=True)
     config = CONFIG | {"num_hidden_layers": layers}
@@ -80,7 +82,8 @@ def main() -> None:
     model, out = given.folder / "model", given.folder / "out"
     if not (model / "model.safetensors.index.json").is_file():
         make(model, given.layers)
-    command = [sys.executable, "-m", "laconic", "compress", str(model), "--recipe", given.recipe, "--budget", given.budget, "-o", str(out), "--overwrite"]
+    chosen = ["--recipe", given.recipe, "--budget", given.budget, "-o", str(out), "--overwrite"]
+    command = [sys.executable, "-m", "laconic", "compress", str(model), *chosen]
     start = time.monotonic()
     child = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE)
     peak = 0
@@ -90,7 +93,8 @@ def main() -> None:
     answer = json.loads(child.stdout.read())["certificate"] if child.stdout is not None and child.returncode == 0 else {}
     print(
         json.dumps({
-            "command": " ".join(command[1:]), "exit": child.returncode, "seconds": round(time.monotonic() - start, 1), "peak_memory_bytes": peak,
+            "command": " ".join(command[1:]), "exit": child.returncode, "seconds": round(time.monotonic() - start, 1),
+            "peak_memory_bytes": peak,
             "bits_per_weight": answer.get("bits_per_weight"), "reload": answer.get("reload"),
         }, indent=1)
     )  # fmt: skip

@@ -67,7 +67,7 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
-            tensors.update({name: stored.get_tensor(name) for name in stored.keys()})
+            tensors.update({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
     return tensors
 
 

@@ -196,10 +196,11 @@ def price(
             have = stats.get(site.name, {})
             if not segment.name:
                 rest[site.name] = have
-            weight = source.read(site.tensors["weight"].name).float() if site.name in by_site else None
-            group = by_site.get(site.name, [])
-            with suited(math.prod(site.shape)):
-                for offer, change in _changes(group, site, weight, stats) if weight is not None else ():
+            if (group := by_site.get(site.name)) is None:
+                continue
+            weight: Tensor = source.read(site.tensors["weight"].name).float()
+            with suited(weight.numel()):
+                for offer, change in _changes(group, site, weight, stats):
                     count += 1
                     progress("pricing", count, len(offered), site.name)
                     _same_bytes(offer, change)

@@ -296,7 +296,7 @@ value = 4
 def classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> models.Source:
     (tmp_path / "house_of_pairs.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path])
+    monkeypatch.setattr(sys, "path", list(sys.path))
     sys.modules.pop("house_of_pairs", None)
     return models.open_model(nn.Sequential(nn.Flatten(), nn.Linear(12, 10)))
 

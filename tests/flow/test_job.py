@@ -56,7 +56,8 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "model" / name).write_bytes((nano.path() / name).read_bytes())
-    (folder / "text.txt").write_text("\n\n".join("\n\n".join(text for _, text in corpus.named("search")).split("\n\n")[:200]), encoding="utf-8")
+    blocks = "\n\n".join(text for _, text in corpus.named("search")).split("\n\n")
+    (folder / "text.txt").write_text("\n\n".join(blocks[:200]), encoding="utf-8")
     return folder / "model", folder / "text.txt"
 
 
@@ -121,7 +122,8 @@ def test_a_given_plan_is_followed(small, tmp_path):
 @pytest.mark.parametrize(
     ("budget", "says"),
     [
-        ("bits=0", "above zero"), ("bits=-1", "above zero"), ("size=101%", "over 100 %"), ("size=lots", "unit"), ("sise=3%", "did you mean 'size'"),
+        ("bits=0", "above zero"), ("bits=-1", "above zero"), ("size=101%", "over 100 %"), ("size=lots", "unit"),
+        ("sise=3%", "did you mean 'size'"),
         ("latency=0.5x", "not yet"), ("bits=0.5", "the least is"), ("size=12", "unit"), ("bits", "not understood"),
     ],
 )  # fmt: skip
@@ -151,7 +153,8 @@ def _killed(small, tmp_path, recipe: str, kills: int, seed: int) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
     def start(out: Path, trace: Path) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, str(script), *map(str, small), str(out), str(trace), recipe], env=env, stdout=subprocess.PIPE)
+        command = [sys.executable, str(script), *map(str, small), str(out), str(trace), recipe]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
 
     calm = start(tmp_path / "calm", tmp_path / "calm.trace")
     calm.stdout.readline()
