@@ -19,7 +19,8 @@ from pathlib import Path
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192,
     "num_attention_heads": 24,
-    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "rope_theta": 500000.0, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 
