@@ -1,0 +1,49 @@
+"""The main job on real weights and real data; skipped where ../shared/data is not there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from laconic.data import open_data
+from laconic.job import compress
+from laconic.models import open_model
+from laconic.recipe import Recipe, load_recipe
+
+
+def one_scale_a_channel(bits: int) -> Recipe:
+    """GPTQ, every matrix, one scale for each output channel."""
+    return Recipe(
+        name=f"w{bits}",
+        search="search.allocate.uniform",
+        judge=False,
+        choices=({"method": "quantize.round.gptq(clip=True)", "levels": ({"bits": bits, "group": None},)},),
+    )
+
+
+@pytest.mark.parametrize(("bits", "least"), [(8, 0.992), (4, 0.97), (3, 0.93)])
+def test_resnet20_agrees_with_itself(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, least: float) -> None:
+    monkeypatch.setenv("LACONIC_DATA", str(shared))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    sys.modules.pop("cifar", None)
+    source = open_model("cifar:resnet20")
+    split = open_data("cifar:train", source, seed=0, certify="cifar:test")
+    source.trace(split.calibrate.inputs[:1])
+    certificate = compress(source, split, budget=["size=100%"], recipe=one_scale_a_channel(bits), out=tmp_path / "out", log=lambda _: None)
+    assert certificate["quality"]["top1_agreement"] >= least
+    assert certificate["details"]["top1_agreement"]["n"] == 1000
+    assert certificate["reload"]["difference"] < 1e-4
+
+
+def test_stories260k_gptq_beats_round_to_nearest(shared: Path, tmp_path: Path) -> None:
+    source = open_model(shared / "stories260k")
+    split = open_data(str(shared / "text" / "tinystories_1000.jsonl.gz"), source, seed=0, limits=(24, 8, 16))
+    kl = {}
+    for recipe in ("rtn", "gptq"):
+        certificate = compress(source, split, budget=["bits=4.5"], recipe=load_recipe(recipe), out=tmp_path / recipe, log=lambda _: None)
+        kl[recipe] = certificate["quality"]["kl_mean"]
+        assert certificate["bits_per_weight"] <= 4.5
+    assert sum(split.record["parts"][part]["documents"] for part in ("calibrate", "search", "certify")) == 1000
+    assert kl["gptq"] < 0.8 * kl["rtn"]
