@@ -24,8 +24,10 @@ from laconic.models import open_model
 from laconic.recipe import load_recipe
 
 CHILD = """
-import sys, torch
+import signal, sys, torch
 from pathlib import Path
+# a suite that was started in the background hands an ignored SIGINT down
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from laconic.data import open_data
 from laconic.job import compress
 from laconic.models import open_model

@@ -53,6 +53,8 @@ RUNS = textwrap.dedent("""
     def forked(pause):
         pid = os.fork()
         if pid == 0:
+            # a suite that was started in the background hands an ignored SIGINT down
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 run(pause)
                 os._exit(0)
