@@ -33,6 +33,7 @@ from laconic.pipeline import (
     make_plan,
     menu_of,
     plan_words,
+    priced_again,
     quiet,
     reload_difference,
     uniform_plan,
@@ -150,6 +151,7 @@ def _run(
         plan = dict(given)
         if plan["model"]["hashes"] != source.hashes():
             raise UserError("the plan was made for another model (its hashes differ); make it again with `laconic plan`")
+        plan["predicted"] = plan["predicted"] | priced_again(source, plan)
     elif (journalled := work.done("plan")) is not None:
         plan = journalled["plan"]
     else:
@@ -289,6 +291,11 @@ def _files(source: Source, plan: Mapping[str, Any], recipe: Recipe, applied: App
     return files
 
 
+def _ends(quality: Mapping[str, Any]) -> str:
+    """The interval of the mean KL in brackets; a single sequence has none."""
+    return f" ({quality['kl_mean_low']:.5f} to {quality['kl_mean_high']:.5f})" if "kl_mean_low" in quality else ""
+
+
 def model_card(source: Source, certificate: Mapping[str, Any]) -> str:
     """README.md of the result: front matter, command, data, numbers."""
     quality = certificate["quality"]
@@ -314,8 +321,7 @@ def model_card(source: Source, certificate: Mapping[str, Any]) -> str:
     if "accuracy" in quality:
         lines.append(f"| accuracy | {quality.get('accuracy_original', float('nan')):.4f} | {quality['accuracy']:.4f} |")
     lines += [
-        f"| KL to the original, nats a prediction | 0 | {quality['kl_mean']:.5f} "
-        f"({quality['kl_mean_low']:.5f} to {quality['kl_mean_high']:.5f}) |",
+        f"| KL to the original, nats a prediction | 0 | {quality['kl_mean']:.5f}{_ends(quality)} |",
         f"| same first choice as the original | 100 % | {quality['top1_agreement']:.2%} |",
         "",
         "Made with",

@@ -358,7 +358,8 @@ def hardware() -> dict[str, Any]:
     """The machine in hand: processor, cores this process may use, threads of torch, memory, versions."""
     import psutil
 
-    name = platform.processor() or platform.machine()
+    # not platform.processor(): it starts a child, which for a moment counts as large as this process
+    name = platform.machine()
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

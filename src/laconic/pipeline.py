@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from laconic import __version__
 from laconic.budget import parse_budget
-from laconic.calibration import PRICING, Walk, observed, release
+from laconic.calibration import KEPT, PRICING, Walk, observed, release
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
 from laconic.core.packed import Packed, below, restore
@@ -334,7 +334,7 @@ def plan_words(
             "bytes": plan.bytes,
             "bits_per_weight": plan.bytes * 8 / source.parameters,
             "damage": None if math.isnan(plan.damage.value) else plan.damage.value,
-            "peak_memory_bytes": predicted_memory(source),
+            "peak_memory_bytes": predicted_memory(source, split),
         },
         "menu": [_words(row) for row in menu.rows],
         "pareto": pareto(menu, source.parameters) if frontier is None else frontier,
@@ -342,15 +342,36 @@ def plan_words(
     }
 
 
-def predicted_memory(source: Any) -> int:
-    """Peak resident bytes of an apply walk: interpreter and libraries, the widest segment in fp32 three times (weights, dense copy of a
-    form, codes), or the widest single tensor outside the layers."""
-    widest = max(
-        (sum(math.prod(source.infos[t].shape) for t in s.tensors if t in source.infos) for s in source.anatomy.segments() if s.name),
-        default=0,
-    )
+def predicted_memory(source: Any, split: Any = None) -> int:
+    """Peak resident bytes of an apply walk: interpreter and libraries; the widest segment in fp32 twice (weights, and a dense copy of a
+    form while codes are made), or the widest single tensor outside the layers twice; hidden states of all calibration rows, in and out,
+    and the inputs of one segment that are kept over its passes."""
+    segments = [segment for segment in source.anatomy.segments() if segment.name]
+    shapes = [[source.infos[t].shape for t in s.tensors if t in source.infos] for s in segments]
+    widest = max((sum(math.prod(shape) for shape in some) for some in shapes), default=0)
     single = max(math.prod(i.shape) * (i.dtype.itemsize + 1) for i in source.infos.values())
-    return 450_000_000 + max(widest * 4 * 2, single * 2)
+    states = 0
+    if split is not None and segments:
+        tokens = calibration_rows(source, split).numel()
+        widths = [site.matrix[1] for site in segments[0].sites]
+        states = 4 * tokens * 2 * min(widths) + min(2 * KEPT, 4 * tokens * (min(widths) + max(widths)))
+    return 500_000_000 + max(widest * 4 * 2, single * 2) + states
+
+
+def priced_again(source: Any, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What an edited plan holds in all: bytes and bits a weight. UserError where it exceeds its own budget."""
+    sites = {site.name: site for site in source.anatomy.sites()}
+    held = sum(entry["bytes"] for entry in plan["kept"])
+    for choice in plan["choices"]:
+        if choice["site"] not in sites:
+            raise UserError(f"the plan names {choice['site']}, which this model does not have; make the plan again for this model")
+        transform = build(choice["method"])
+        choice["bytes"] = transform.stored(sites[choice["site"]], level_of(transform, choice["level"]))
+        held += choice["bytes"]
+    bound = plan["budget"]["bytes"]
+    if bound is not None and held > bound:
+        raise UserError(f"the plan holds {held:,} bytes, its budget is {bound:,}; choose smaller levels, or make a plan for a larger budget")
+    return {"bytes": held, "bits_per_weight": held * 8 / source.parameters}
 
 
 def pareto(menu: Menu, parameters: int, points: int = 14) -> list[dict[str, float]]:

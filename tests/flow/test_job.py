@@ -116,6 +116,15 @@ def test_a_given_plan_is_followed(small, tmp_path):
     compress(source, split, budget=["bits=4"], recipe=recipe, out=tmp_path / "second", plan=plan, log=lambda _: None)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
     assert first == second
+    # an edited plan is priced anew, and held to its budget
+    edited = json.loads(json.dumps(plan))
+    for choice in edited["choices"]:
+        choice.update(method="quantize.round.rtn", level={"bits": 2, "group": 32, "symmetric": False})
+    made = compress(source, split, budget=["bits=4"], recipe=recipe, out=tmp_path / "edited", plan=edited, log=lambda _: None)
+    assert made["bytes"] < plan["predicted"]["bytes"]
+    edited["choices"][0]["level"] = {"bits": 8, "group": 1}
+    with pytest.raises(UserError, match="its budget is"):
+        compress(source, split, budget=["bits=4"], recipe=recipe, out=tmp_path / "over", plan=edited, log=lambda _: None)
     plan["model"]["hashes"] = {}
     with pytest.raises(UserError, match="another model"):
         compress(source, split, budget=["bits=4"], recipe=recipe, out=tmp_path / "third", plan=plan, log=lambda _: None)
