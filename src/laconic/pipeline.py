@@ -370,7 +370,7 @@ def priced_again(source: Any, plan: Mapping[str, Any]) -> dict[str, Any]:
         held += choice["bytes"]
     bound = plan["budget"]["bytes"]
     if bound is not None and held > bound:
-        raise UserError(f"the plan holds {held:,} bytes, its budget is {bound:,}; choose smaller levels, or make a plan for a larger budget")
+        raise UserError(f"the plan holds {held:,} bytes, its budget is {bound:,}; choose smaller levels, or make a plan for a larger budget")  # noqa: E501
     return {"bytes": held, "bits_per_weight": held * 8 / source.parameters}
 
 

@@ -122,7 +122,8 @@ def test_a_given_plan_is_followed(small, tmp_path):
         choice.update(method="quantize.round.rtn", level={"bits": 2, "group": 32, "symmetric": False})
     made = compress(source, split, budget=["bits=4"], recipe=recipe, out=tmp_path / "edited", plan=edited, log=lambda _: None)
     assert made["bytes"] < plan["predicted"]["bytes"]
-    edited["choices"][0]["level"] = {"bits": 8, "group": 1}
+    for choice in edited["choices"]:
+        choice["level"] = {"bits": 8, "group": 8, "symmetric": False}
     with pytest.raises(UserError, match="its budget is"):
         compress(source, split, budget=["bits=4"], recipe=recipe, out=tmp_path / "over", plan=edited, log=lambda _: None)
     plan["model"]["hashes"] = {}
