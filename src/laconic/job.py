@@ -34,6 +34,7 @@ from laconic.pipeline import (
     menu_of,
     plan_words,
     priced_again,
+    probe_of,
     quiet,
     reload_difference,
     uniform_plan,
@@ -169,7 +170,7 @@ def _run(
     files = _files(source, plan, recipe, applied)
     work.assemble(files, applied.parts)
     written = _written(work, source, inputs=split.calibrate.inputs[:1])
-    difference = reload_difference(written, applied, split.calibrate.inputs)
+    difference = reload_difference(written, applied, probe_of(source, split.calibrate.inputs))
     if difference > RELOAD:
         raise BrokenPromise(
             f"what was written differs from what was searched by {difference:.2e} of its norm (bound {RELOAD:g}); {work.assembled} is kept"
