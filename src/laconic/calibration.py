@@ -637,14 +637,6 @@ def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
 PRICING: tuple[Statistic, ...] = (Gram(), Fisher(), Lookups(), LookupFisher())
 
 
-def merged(statistic: Statistic, states: Sequence[Any]) -> Any:
-    """Sums of several passes (halves, machines) as one."""
-    first, *others = states
-    for other in others:
-        first = statistic.merge(first, other)
-    return first
-
-
 def observed(stats: Mapping[str, Mapping[Statistic, Tensor]], site: Site, wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
     """The wanted statistics of one site, an error naming it where one is missing."""
     have = stats.get(site.name, {})

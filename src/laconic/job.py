@@ -16,7 +16,6 @@ import yaml
 from laconic import __version__
 from laconic.budget import parse_budget
 from laconic.core.errors import BrokenPromise, UserError
-from laconic.core.menu import Menu
 from laconic.data import Samples, Split
 from laconic.journal import Work, sha256_of
 from laconic.measurement import compare, hardware, peak_memory, sizes, summarize, watch
@@ -250,7 +249,7 @@ def _judged(
     if other is None:
         return plan, applied
     kept = {entry["tensor"]: entry["bytes"] for entry in plan["kept"]}
-    uniform = plan_words(source, split, recipe, budget, bound, Menu(menu.rows, menu.fixed), other, kept, seed, frontier=plan["pareto"])
+    uniform = plan_words(source, split, recipe, budget, bound, menu, other, kept, seed, frontier=plan["pareto"])
     progress("compressing", 0, 1, "the uniform plan, to compare with")
     second = apply_plan(source, inputs, uniform, work=work, progress=progress, log=log, prefix="uniform")
     uniform_kl = _kl(source, second, split, "uniform", work, progress)

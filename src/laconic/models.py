@@ -187,6 +187,7 @@ class FolderSource(Source):
 
     def __init__(self, spec: str, path: Path) -> None:
         self.spec, self.path = spec, path
+        self._hashes: dict[str, str] | None = None
         raw = _config(path)
         self._check_config(raw)
         self.infos = _headers(path)
@@ -363,8 +364,11 @@ class FolderSource(Source):
 
     def hashes(self) -> dict[str, str]:
         assert self.path is not None
-        files = sorted({info.file for info in self.infos.values()} | {"config.json"})
-        return {file: _sha256(self.path / file) for file in files}
+        if self._hashes is None:
+            # gigabytes are read for these: once for each opened model
+            files = sorted({info.file for info in self.infos.values()} | {"config.json"})
+            self._hashes = {file: _sha256(self.path / file) for file in files}
+        return dict(self._hashes)
 
 
 def stored_name(parameter: str, stored: Collection[str]) -> str | None:

@@ -127,6 +127,18 @@ def calibration_rows(source: Any, split: Any) -> Tensor:
     return split.calibrate.inputs if source.task == "text" else split.calibrate.inputs[:256]  # type: ignore[no-any-return]
 
 
+def chosen_by(source: Any, plan: Mapping[str, Any]) -> dict[str, Offer]:
+    """What a plan chose, by site. UserError where it names a site that the model does not have."""
+    sites = {site.name: site for site in source.anatomy.sites()}
+    chosen = {}
+    for choice in plan["choices"]:
+        if choice["site"] not in sites:
+            raise UserError(f"the plan names {choice['site']}, which this model does not have; make the plan again for this model")
+        transform = build(choice["method"])
+        chosen[choice["site"]] = Offer(sites[choice["site"]], choice["method"], transform, level_of(transform, choice["level"]))
+    return chosen
+
+
 def kept_bytes(source: Any, covered: set[str]) -> dict[str, int]:
     """Bytes of every stored tensor that no site covers, as it will be stored: floating point as bf16."""
     kept = {}
@@ -276,8 +288,8 @@ def make_plan(
 ) -> dict[str, Any]:
     """What, where, at which level, at what price: plan.json's content. Deterministic: no times in it."""
     bound = parse_budget(budget, source)
-    offered_sites = {o.site.name for o in offers(source, recipe)}
-    covered = {site.tensors["weight"].name for site in source.anatomy.sites() if site.name in offered_sites}
+    offered = offers(source, recipe)
+    covered = {offer.site.tensors["weight"].name for offer in offered}
     if not covered:
         raise UserError(f"recipe {recipe.name} offers nothing for this model; look at `where`, `kinds` and `keep` in it")
     kept = kept_bytes(source, covered)
@@ -285,7 +297,7 @@ def make_plan(
     rows_wanted = recipe.price_rows if source.task == "text" else None
     inputs = calibration_rows(source, split)[:rows_wanted] if needs else None
     # what is impossible is said before the long work, from bytes alone
-    bare = Menu(tuple(_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offers(source, recipe)), sum(kept.values()))
+    bare = Menu(tuple(_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offered), sum(kept.values()))
     if bound.bytes is not None and cheapest(bare) > bound.bytes:
         least = cheapest(bare)
         raise UserError(
@@ -360,13 +372,11 @@ def predicted_memory(source: Any, split: Any = None) -> int:
 
 def priced_again(source: Any, plan: Mapping[str, Any]) -> dict[str, Any]:
     """What an edited plan holds in all: bytes and bits a weight. UserError where it exceeds its own budget."""
-    sites = {site.name: site for site in source.anatomy.sites()}
     held = sum(entry["bytes"] for entry in plan["kept"])
+    chosen = chosen_by(source, plan)
     for choice in plan["choices"]:
-        if choice["site"] not in sites:
-            raise UserError(f"the plan names {choice['site']}, which this model does not have; make the plan again for this model")
-        transform = build(choice["method"])
-        choice["bytes"] = transform.stored(sites[choice["site"]], level_of(transform, choice["level"]))
+        offer = chosen[choice["site"]]
+        choice["bytes"] = offer.transform.stored(offer.site, offer.level)
         held += choice["bytes"]
     bound = plan["budget"]["bytes"]
     if bound is not None and held > bound:
@@ -432,13 +442,7 @@ def apply_plan(
 ) -> Applied:
     """Changes the model block by block, each block seeing the errors of those before it. inputs (count, ...): calibration rows, used by
     methods that want statistics and by the probe. Finished blocks are read from the journal, never computed again."""
-    chosen: dict[str, Offer] = {}
-    sites = {site.name: site for site in source.anatomy.sites()}
-    for choice in plan["choices"]:
-        if choice["site"] not in sites:
-            raise UserError(f"the plan names {choice['site']}, which this model does not have; make the plan again for this model")
-        transform = build(choice["method"])
-        chosen[choice["site"]] = Offer(sites[choice["site"]], choice["method"], transform, level_of(transform, choice["level"]))
+    chosen = chosen_by(source, plan)
     wanted = any(offer.transform.wants for offer in chosen.values())
     probe_rows = probe_of(source, inputs)
     walk_inputs = inputs if wanted else probe_rows
