@@ -62,15 +62,15 @@ class Recipe:
 
     tokens: int = FULL
     hours: float = math.inf
-    batch: int = 4096
-    short: int = 512
+    batch: int = 8192
+    short: int = 256
     micro: int = 512
     muon: float = 0.008
     adamw: float = 0.002
     weight_decay: float = 0.05
     warmup: int = 100
     decay_at: float = 0.75
-    long_at: float = 0.85
+    long_at: float = 0.88
 
 
 def rate(progress: float, step: int, recipe: Recipe) -> float:
@@ -237,7 +237,8 @@ def card(record: dict[str, Any]) -> str:
     """Return the model card that states a training record."""
     tokens = record["tokens"]
     runs = "\n".join(
-        f"| {i + 1} | {run['seen']:,} | {run['batch']:,} | {run['muon']} / {run['adamw']} | {run['minutes']:.0f} "
+        f"| {i + 1} | {run['seen']:,} | {run['batch']:,} | {run['short']}, then 2,048 in the last {1 - run['long_at']:.0%} "
+        f"| {run['muon']} / {run['adamw']} | {run['minutes']:.0f} "
         f"| {'decayed to zero' if run['finished'] else 'cut short'} |"
         for i, run in enumerate(record["runs"])
     )
@@ -287,10 +288,10 @@ are not text, {left.get("over the cap", 0):,} files over a package's cap.
 
 {tokens:,} tokens seen, over all runs. Muon for the hidden matrices, AdamW for the embedding and the norms, gradient norm
 clipped at 1, documents packed, bf16 autocast over fp32 weights. Linear warm-up, stable, linear decay to zero over the last
-quarter; rows of 512 tokens, of 2,048 in the last 15 %. A resumed run starts from the stored weights with a new optimiser state.
+quarter; the last rows are 2,048 tokens long. A resumed run starts from the stored weights with a new optimiser state.
 
-| run | tokens | tokens a step | rates (Muon / AdamW) | minutes | end |
-| --- | --- | --- | --- | --- | --- |
+| run | tokens | tokens a step | tokens a row | rates (Muon / AdamW) | minutes | end |
+| --- | --- | --- | --- | --- | --- | --- |
 {runs}
 
 Retrain with `python -m laconic.zoo.nano`, go on with `--resume`.
