@@ -1,7 +1,8 @@
 """The quality table: `python -m bench.quality` compares laconic with HQQ, AutoRound, GPTQModel and llama.cpp on one model and one text.
 
-Every row that finished is kept in bench/results/.cache under a hash of all that it depends on, so a run that is stopped goes on, and a
-rerun does only what changed. `--check` is the gate: exit code 1 where the kept table no longer fits the model or the code."""
+Every row that finished is kept, in bench/results/.cache and in the table itself, under a hash of all that it depends on, so a run that is
+stopped goes on, and a rerun does only what changed. `--kept` writes the table of what is kept and says what is not there yet. `--check` is
+the gate: exit code 1 where the table no longer fits the model or the code."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,9 @@ EVALUATOR = "kernels/divergence.py"
 ROWS = 128
 HOURS = 4
 ABSENT = "is not installed here"
+PENDING = "not run yet"
+# what a row is told by the table, not by its own run
+PLACE = ("panel", "tool", "setting", "command", "point")
 
 Row = dict[str, Any]
 Job = dict[str, Any]
@@ -131,7 +136,12 @@ class Peer:
     def version(self) -> str:
         """From the names of the installed distributions: nothing is imported."""
         found = [p.name for p in self.python().parent.parent.glob(f"lib/python3*/site-packages/{self.dist}-*.dist-info")]
-        return found[0].removeprefix(f"{self.dist}-").removesuffix(".dist-info") if found else ""
+        if found:
+            return found[0].removeprefix(f"{self.dist}-").removesuffix(".dist-info")
+        # not installed: the one that install.sh would install, so that rows of an earlier table are found again
+        script = PEERS / "install.sh"
+        pinned = re.search(rf"{self.dist.replace('_', '[-_]')}==([\w.]+)", script.read_text(encoding="utf-8")) if script.is_file() else None
+        return pinned[1] if pinned else ""
 
     def script_hash(self) -> str:
         """Of its script and of what the scripts share."""
@@ -151,8 +161,8 @@ class Peer:
                 both, f"W{bits} g{group} {'asymmetric' if zeros else 'symmetric'}", _grid(bits, group, *(["--asymmetric"] if zeros else []))
             )
             for bits in (4, 3, 2)
-            for group in (128, 64)
-            for zeros in (True, False)
+            # groups of 64 with zero points exceed every point, so they count nowhere
+            for group, zeros in ((128, True), (128, False), (64, False))
         ]
         best = [Run(both, f"W{bits} g64 symmetric, best recipe", _grid(bits, 64, "--best")) for bits in (4, 3, 2)] if self.best else []
         return plain[:1] if quick else plain + best
@@ -353,6 +363,9 @@ class Bench:
     split: Any
     cache: Path
     hash: str
+    # rows of an earlier table by key; whether rows that are not kept are made
+    earlier: Mapping[str, Row]
+    make: bool
 
     def identity(self) -> list[Any]:
         """Model and tokens: part of every cached row's name."""
@@ -362,13 +375,22 @@ class Bench:
             evaluator_hash(),
         ]
 
+    def holds(self, key: str) -> bool:
+        """Whether a row is kept."""
+        return key in self.earlier or (self.cache / f"{key}.json").is_file()
+
     def cached(self, key: str, make: Callable[[], Row]) -> tuple[Row, bool]:
-        """A row from the cache, or made and kept. A failure that may pass is not kept."""
+        """A row that is kept, or made and kept. A failure that may pass is not kept."""
         file = self.cache / f"{key}.json"
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8")), True
+        if key in self.earlier:
+            return {name: value for name, value in self.earlier[key].items() if name not in PLACE}, True
+        if not self.make:
+            return {"reason": PENDING}, False
         row = make()
         if row.pop("final", True):
+            row["key"] = key
             self.cache.mkdir(parents=True, exist_ok=True)
             near = file.with_suffix(".new")
             near.write_text(json.dumps(row), encoding="utf-8")
@@ -411,22 +433,24 @@ def our_rows(bench: Bench) -> Iterator[tuple[Row, bool]]:
 
 def peer_rows(bench: Bench, peer: Peer, tokens: Path) -> Iterator[tuple[Row, bool]]:
     """One row for each setting and panel of a peer."""
-    if not peer.python().exists():
+    runs = peer.runs(bench.panels, bench.quick)
+    keys = [key_of("peer", bench.identity(), peer.version(), peer.script_hash(), shown(peer, run)) for run in runs]
+    if not peer.python().exists() and not any(bench.holds(key) for key in keys):
         reason = f"{ABSENT}; run bench/peers/install.sh {peer.name}"
         for panel in bench.panels:
             yield {"panel": panel, "tool": peer.name, "setting": "all", "command": "", "reason": reason}, False
         return
-    for run in peer.runs(bench.panels, bench.quick):
-        command = shown(peer, run)
-        key = key_of("peer", bench.identity(), peer.version(), peer.script_hash(), command)
-        row, old = bench.cached(key, lambda run=run: evaluated(bench, peer, run, tokens))  # type: ignore[misc]
+    for run, key in zip(runs, keys, strict=True):
+        row, old = bench.cached(key, partial(evaluated, bench, peer, run, tokens))
         for panel in run.panels:
             setting = f"{run.setting}, embedding in 16 bits" if panel == "b" and not peer.whole else run.setting
-            yield {"panel": panel, "tool": peer.name, "setting": setting, "command": command} | row | bench.sizes(row, panel), old
+            yield {"panel": panel, "tool": peer.name, "setting": setting, "command": shown(peer, run)} | row | bench.sizes(row, panel), old
 
 
 def evaluated(bench: Bench, peer: Peer, run: Run, tokens: Path) -> Row:
     """A peer's result, measured by our own evaluator on the test rows."""
+    if not peer.python().exists():
+        return {"reason": f"{ABSENT}; run bench/peers/install.sh {peer.name}", "final": False}
     from laconic.core.errors import BrokenPromise, UserError
     from laconic.job import quality_of
     from laconic.models import open_model
@@ -552,6 +576,8 @@ def stale(file: Path, model: Path) -> list[str]:
     # what a peer says of itself stands; that nobody installed it does not
     absent = {row["tool"] for row in kept["rows"] if row.get("reason", "").startswith(ABSENT)}
     reasons += [f"{title(name)} was not installed" for name in sorted(absent)]
+    if pending := sum(row.get("reason") == PENDING for row in kept["rows"]):
+        reasons.append(f"{pending} rows were not run yet")
     if ahead(kept["rows"]) and not (file.parent / "why.md").is_file():
         reasons.append(f"a peer is ahead and {file.parent / 'why.md'} does not say why")
     return reasons
@@ -570,6 +596,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default=RESULTS / "quality.json", type=Path, help="quality.md is written beside it")
     parser.add_argument("--quick", action="store_true", help="the first point, one setting a peer")
     parser.add_argument("--tokens", default=None, type=Path, help="keep the calibration tokens in this .npy file")
+    parser.add_argument("--kept", action="store_true", help="write the table of the rows that are kept, without making any")
     parser.add_argument("--check", action="store_true", help="exit code 1 where the kept table is stale")
     parser.add_argument("--data", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--cache", default=RESULTS / ".cache", type=Path, help=argparse.SUPPRESS)
@@ -602,7 +629,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = args.model.resolve()
     source, split = open_all(str(model), args.data, args.rows)
     panels = tuple(PANELS) if args.panel == "both" else (args.panel,)
-    bench = Bench(model, args.data, args.rows, args.quick, panels, source, split, args.cache, model_hash(model))
+    earlier = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.is_file() else []
+    by_key = {row["key"]: row for row in earlier if "key" in row}
+    bench = Bench(model, args.data, args.rows, args.quick, panels, source, split, args.cache, model_hash(model), by_key, not args.kept)
     code = code_hash()
     with tempfile.TemporaryDirectory(prefix="laconic-bench-") as scratch:
         tokens = (args.tokens or Path(scratch) / "tokens.npy").resolve()
