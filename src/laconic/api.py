@@ -511,7 +511,7 @@ def report(
 ) -> Path:
     """Writes `out`/report.html. extras: for a language model whose original is at hand, also the speeds (measured now where they were not
     yet) and `count` generations of both models side by side, from prompts of the certify data."""
-    from laconic.report import render
+    from laconic.page import render
 
     folder = Path(out)
     certificate = _certificate(folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from laconic.report import render
+from laconic.page import render
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "flow"))
 from test_report import GENERATIONS, write_run

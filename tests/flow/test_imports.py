@@ -22,7 +22,7 @@ LAYERS = [
     ("zoo",),
     ("budget", "recipe", "pipeline", "measurement"),
     ("job",),
-    ("report", "serve"),
+    ("page", "serve"),
     ("catalogue",),
     ("api", "claims"),
     ("cli",),

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from laconic import report
+from laconic import page
 from laconic.core.errors import UserError
-from laconic.report import Axis, Place, figure, level_words, pair_of, percent, places, render, shade, size
+from laconic.page import Axis, Place, figure, level_words, pair_of, percent, places, render, shade, size
 
 SHAPES = {"self_attn.q_proj": (256, 256), "self_attn.k_proj": (128, 256), "self_attn.v_proj": (128, 256), "self_attn.o_proj": (256, 256),
           "mlp.gate_proj": (768, 256), "mlp.up_proj": (768, 256), "mlp.down_proj": (256, 768)}  # fmt: skip
@@ -411,5 +411,5 @@ def test_shades_end_where_the_palette_ends() -> None:
 
 
 def test_ragged_single_points_are_drawn() -> None:
-    only = [report.Mark("certified", "result, certified", 1000, 0.1)]
-    assert "m-certified" in report.pareto_picture(350, [], only, 8000, "KL")
+    only = [page.Mark("certified", "result, certified", 1000, 0.1)]
+    assert "m-certified" in page.pareto_picture(350, [], only, 8000, "KL")
