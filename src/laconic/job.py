@@ -21,6 +21,7 @@ from laconic.journal import Work, sha256_of
 from laconic.measurement import compare, hardware, peak_memory, sizes, summarize, watch
 from laconic.models import Source
 from laconic.pipeline import (
+    TUNABLE,
     UNIFORM,
     Applied,
     Log,
@@ -36,9 +37,10 @@ from laconic.pipeline import (
     probe_of,
     quiet,
     reload_difference,
+    tune_plan,
     uniform_plan,
 )
-from laconic.recipe import Recipe
+from laconic.recipe import Recipe, build
 
 # a reloaded model's logits may differ by the order of sums, not more
 RELOAD = 1e-4
@@ -162,6 +164,9 @@ def _run(
     plan, applied = _judged(source, split, budget, recipe, seed, plan, given is None, work, progress, log)
     clock("apply", at)
     at = time.monotonic()
+    applied = _tuned(source, split, recipe, seed, plan, applied, work, progress, log)
+    clock("tune", at)
+    at = time.monotonic()
     progress("writing", 0, 1, str(work.out))
     for note in applied.notes:
         log(note)
@@ -260,6 +265,41 @@ def _judged(
         uniform["notes"] = [*plan["notes"], "the solved plan lost to the best uniform plan on the search data; the uniform plan was taken"]
         return uniform, second
     return plan, applied
+
+
+def _tuned(
+    source: Source,
+    split: Split,
+    recipe: Recipe,
+    seed: int,
+    plan: dict[str, Any],
+    applied: Applied,
+    work: Work,
+    progress: Progress,
+    log: Log,
+) -> Applied:
+    """What the recipe learns over the whole model, taken where the search data say that it is better."""
+    if recipe.tune is None:
+        return applied
+    if source.parameters > TUNABLE:
+        return _noted(plan, log, applied, f"{recipe.tune} was left out: it holds the whole model and is for {TUNABLE:,} weights at most")
+    name = applied.parts[0].partition("/")[0]
+    before = _kl(source, applied, split, name, work, progress)
+    if not plan["judged"]:
+        plan["judged"].append({"plan": name, "bytes": applied.bytes, "kl": before})
+    tuned = tune_plan(source, calibration_rows(source, split), applied, build(recipe.tune), seed=seed, work=work, progress=progress)
+    after = _kl(source, tuned, split, "tuned", work, progress)
+    plan["judged"].append({"plan": "tuned", "bytes": tuned.bytes, "kl": after})
+    if after < before:
+        return tuned
+    return _noted(plan, log, applied, f"{recipe.tune} did not lower KL on the search data ({after:.4g} from {before:.4g}) and was dropped")
+
+
+def _noted(plan: dict[str, Any], log: Log, applied: Applied, note: str) -> Applied:
+    """The model as it was, with a sentence in plan and log that says why."""
+    plan["notes"].append(note)
+    log(note)
+    return applied
 
 
 def _kl(source: Source, applied: Applied, split: Split, name: str, work: Work, progress: Progress) -> float:

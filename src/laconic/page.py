@@ -828,7 +828,11 @@ def kept_of(kept: Sequence[Mapping[str, Any]]) -> list[Kept]:
 
 def marks_of(plan: Mapping[str, Any], certificate: Mapping[str, Any], quality: Mapping[str, Any], on_kl: bool) -> list[Mark]:
     """The points to draw: judged plans, the chosen plan as predicted, and what was certified."""
-    judged = {"solved": "chosen plan, judged on the search part", "uniform": "best uniform plan, judged on the search part"}
+    judged = {
+        "solved": "chosen plan, judged on the search part",
+        "uniform": "best uniform plan, judged on the search part",
+        "tuned": "the better plan, tuned, judged on the search part",
+    }
     found = [Mark(j["plan"], judged.get(j["plan"], j["plan"]), j["bytes"], j["kl"]) for j in plan.get("judged") or () if on_kl]
     predicted = plan.get("predicted") or {}
     if predicted.get("damage"):

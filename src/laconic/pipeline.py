@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from laconic import __version__
 from laconic.budget import parse_budget
-from laconic.calibration import KEPT, PRICING, Walk, observed, release
+from laconic.calibration import KEPT, PRICING, Shelf, Walk, observed, release
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
-from laconic.core.packed import Packed, below, restore
+from laconic.core.packed import Packed, Soft, below, restore
 from laconic.core.site import Anatomy, Embedding, Segment, Site
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
-from laconic.core.transform import Change, Transform
+from laconic.core.transform import Change, Lesson, Transform
 from laconic.kernels.obs import predicted_loss
 from laconic.kernels.threads import suited
 from laconic.models import Source
 from laconic.recipe import Recipe, build, level_of, level_words
+from laconic.tuning import tune
 
 Progress = Callable[[str, int, int, str], None]
 Log = Callable[[str], None]
@@ -523,8 +524,8 @@ def _pack(
 
 
 def _stored(change: Change) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if change.fold or change.cut or change.place or change.learn:
-        raise ValueError("this pipeline applies `hold` only; the change folds, cuts, places or learns")
+    if change.fold or change.cut or change.place:
+        raise ValueError("this pipeline applies `hold` only; the change folds, cuts or places")
     forms, tensors = {}, {}
     for tid, packed in change.hold.items():
         forms[tid.name] = packed.describe()
@@ -612,6 +613,92 @@ def _table_stats(source: Any, inputs: Tensor, site: Site, chosen: Mapping[str, O
     if Gram() in offer.transform.wants and Gram() not in found:
         found[Gram()] = torch.eye(site.matrix[1])
     return found
+
+
+# ---- tune
+
+# a lesson over the whole model is left out where the model has more parameters than this: it needs some 24 bytes for each
+TUNABLE = 200_000_000
+
+
+class _Filed:
+    """The original's predictions for each batch, in half precision, in memory up to a limit and on disk beyond it."""
+
+    def __init__(self, shelf: Shelf, logits: Iterator[Tensor]) -> None:
+        self.shelf, self.count = shelf, 0
+        for batch in logits:
+            shelf.put(str(self.count), batch.half())
+            self.count += 1
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.shelf.get(str(i)).float()
+
+
+def tune_plan(
+    source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, *, seed: int, work: Any, progress: Progress = quiet
+) -> Applied:
+    """The applied model with all that can be learned in it tuned together against the original's outputs on calibration rows (count, ...).
+    Bytes and forms stay; each finished part is written anew under its own key. A cut run tunes again from the start."""
+    keys = [f"tuned/{part}" for part in applied.parts]
+    if not all(work.done(key) for key in keys):
+        forms, losses = _tuned_forms(source, inputs, applied, lesson, seed, work, progress)
+        said = f"tuned over {lesson.steps} steps: {_first_and_last(losses)}"
+        for key, part in zip(keys, applied.parts, strict=True):
+            value = dict(work.done(part))
+            tensors = dict(work.tensors(part))
+            for name in value["forms"]:
+                if name in forms:
+                    tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in forms[name].tensors().items()})
+            if work.done(key) is None:
+                work.finish(key, value | {"notes": [*value["notes"], said]}, tensors)
+    view = Parts(source, work)
+    for key in keys:
+        view.add(key, work.done(key))
+    notes = tuple(dict.fromkeys(note for key in keys for note in work.done(key)["notes"]))
+    probe = next(finished_logits(view, probe_of(source, inputs), 1))
+    view.cached = ("", {})
+    return Applied(tuple(keys), dict(view.forms), applied.bytes, notes, probe, view)
+
+
+def _tuned_forms(
+    source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, seed: int, work: Any, progress: Progress
+) -> tuple[dict[str, Packed], list[float]]:
+    softs: dict[str, Soft] = {}
+    for name in applied.forms:
+        held = applied.view.packed(name)
+        soft = None if held is None else held.soften(source.read(name).float().reshape(held.shape))
+        if soft is not None:
+            softs[name] = soft
+    model = applied.view.skeleton()
+    applied.view.fill(model, "", torch.float32)
+    path: dict[str, str] = {}
+    for name, _ in model.named_parameters():
+        path.setdefault(source.tied.get(name, name), name)
+    # images are small: a step sees as many as a batch of the walk
+    batches = inputs.split(lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source)))
+    progress("tuning", 0, lesson.steps, "the original's predictions")
+    targets = _Filed(Shelf(work.folder / "tuning", 256 * 1024**2), finished_logits(source, inputs, batches[0].shape[0]))
+
+    def run(i: int, weights: Mapping[str, Tensor]) -> Tensor:
+        out = torch.func.functional_call(model, {path[name]: weight for name, weight in weights.items()}, (batches[i],))
+        return out.logits if hasattr(out, "logits") else out  # type: ignore[no-any-return]
+
+    losses = tune(
+        run, targets, softs, lesson,
+        generator=torch.Generator().manual_seed(seed),
+        progress=lambda done, total: progress("tuning", done, total, "all layers together"),
+    )  # fmt: skip
+    targets.shelf.clear()
+    return {name: soft.harden() for name, soft in softs.items()}, losses
+
+
+def _first_and_last(losses: Sequence[float]) -> str:
+    """The objective at both ends, each the mean of a tenth of the steps."""
+    tenth = max(1, len(losses) // 10)
+    return f"KL on calibration rows {sum(losses[:tenth]) / tenth:.4g} -> {sum(losses[-tenth:]) / tenth:.4g}"
 
 
 def finished_logits(opened: Any, inputs: Tensor, batch: int) -> Iterator[Tensor]:

@@ -24,11 +24,11 @@ from laconic.core.errors import UserError, nearest
 from laconic.core.menu import Search
 from laconic.core.score import Score
 from laconic.core.site import Conv, Embedding, Linear, Site
-from laconic.core.transform import Transform
+from laconic.core.transform import Lesson, Transform
 
 HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding}
-ROLES = (Transform, Score, Search)
+ROLES = (Transform, Score, Search, Lesson)
 
 
 class Choice(BaseModel):
@@ -47,7 +47,8 @@ class Choice(BaseModel):
 
 class Recipe(BaseModel):
     """search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing.
-    judge: measure the solved plan against the best uniform one at the output and take the better."""
+    judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned afterwards over the
+    whole model, kept where it is better at the output."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -57,6 +58,7 @@ class Recipe(BaseModel):
     keep: str = "(?!)"
     price_rows: int = Field(default=32, ge=1)
     judge: bool = True
+    tune: str | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in: what is stored in the output."""
@@ -117,6 +119,8 @@ def check(recipe: Recipe) -> None:
             re.compile(choice.where)
         except re.error as error:
             raise UserError(f"recipe {recipe.name}: where={choice.where!r} is no regular expression ({error})") from None
+    if recipe.tune is not None and not isinstance(build(recipe.tune), Lesson):
+        raise UserError(f"recipe {recipe.name}: {recipe.tune} is no lesson; try quantize.train.straight")
     if not isinstance(build(recipe.search), Search):
         raise UserError(f"recipe {recipe.name}: {recipe.search} is no search; try search.allocate.knapsack")
 
@@ -134,7 +138,7 @@ def method_class(path: str) -> type:
     module = importlib.import_module(f"laconic.methods.{path}")
     found = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__ and issubclass(c, ROLES)]
     if len(found) != 1:
-        raise UserError(f"{path} is not a method that a recipe can name: its file holds {len(found)} transforms, scores or searches")
+        raise UserError(f"{path} is not a method that a recipe can name: its file holds {len(found)} of the roles that recipes use")
     return found[0]
 
 

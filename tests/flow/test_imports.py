@@ -20,7 +20,7 @@ LAYERS = [
     ("kernels",),
     ("anatomy", "models", "data", "calibration", "journal", "artifact", "plugin", "runtime", "methods"),
     ("zoo",),
-    ("budget", "recipe", "pipeline", "measurement"),
+    ("budget", "recipe", "tuning", "pipeline", "measurement"),
     ("job",),
     ("page", "serve"),
     ("catalogue",),

@@ -6,7 +6,7 @@ The algebra makes new forms from old: Sum (base plus correction), Product (low r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -72,6 +72,29 @@ class Packed(nn.Module, ABC):
     def forward(self) -> Tensor:
         """The dense tensor; a Packed is a module, and this is what it computes."""
         return self.dense()
+
+    def soften(self, target: Tensor) -> Soft | None:
+        """This form as something to learn, beginning with what it holds. target, of `shape`, is the tensor that it stands for: it says how
+        near each weight is to its other codes. None where nothing of a form can be learned."""
+        return None
+
+
+class Soft(Packed):
+    """A form that is being learned: parameters stand where a stored form has buffers, and `dense()` is differentiable in them. It is never
+    stored; what is stored is `harden()`, and as it stands at any step, `dense()` equals `harden().dense()`."""
+
+    form = ""
+
+    @abstractmethod
+    def harden(self) -> Packed:
+        """The stored form of what has been learned so far."""
+
+    def describe(self) -> dict[str, Any]:
+        raise TypeError("a form that is being learned is not stored: harden it first")
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        raise TypeError("a form that is being learned is not stored: harden it first")
 
 
 class Dense(Packed):
@@ -162,12 +185,38 @@ class Sum(Packed):
             total = total + term.matmul(x)
         return total
 
+    def soften(self, target: Tensor) -> Soft | None:
+        base, *rest = self._terms()
+        for term in rest:
+            target = target - term.dense().reshape(target.shape)
+        soft = base.soften(target)
+        return None if soft is None else SoftSum(soft, rest)
+
     def describe(self) -> dict[str, Any]:
         return {"form": self.form, "terms": [term.describe() for term in self._terms()]}
 
     @classmethod
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         return cls(*[restore(inner, below(tensors, f"terms.{i}")) for i, inner in enumerate(described["terms"])])
+
+
+class SoftSum(Soft):
+    """A Sum whose base is learned; its corrections stay."""
+
+    def __init__(self, base: Soft, rest: Sequence[Packed]) -> None:
+        super().__init__()
+        self.shape = base.shape
+        self.base = base
+        self.rest = nn.ModuleList(rest)
+        self.register_buffer("fixed", sum((term.dense().reshape(base.shape) for term in rest), torch.zeros(base.shape)))
+
+    fixed: Tensor
+
+    def dense(self) -> Tensor:
+        return self.base.dense() + self.fixed
+
+    def harden(self) -> Sum:
+        return Sum(self.base.harden(), *[term for term in self.rest if isinstance(term, Packed)])
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

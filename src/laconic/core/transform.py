@@ -27,26 +27,27 @@ class Objective(ABC):
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What is to be learned, run only by pipeline.tune. `scope` is a module path; `targets` says what feeds it and what it must meet."""
+class Lesson(ABC):
+    """What is to be learned, run only by pipeline.tune: the objective is brought down over calibration inputs. `rates`: (name, learning
+    rate) of parameters of the Soft forms; one that is not named stays as it is. A step sees `batch` calibration sequences."""
 
     objective: Objective
-    scope: str
-    trains: tuple[str, ...]
+    rates: tuple[tuple[str, float], ...]
     steps: int
-    targets: Literal["float", "quantized prefix", "both"] = "both"
+    batch: int = 8
+    optimiser: Literal["adam", "signed"] = "adam"
+    decay: Literal["constant", "linear", "cosine"] = "linear"
 
 
 @dataclass(frozen=True)
 class Change:
     """The edit. hold: a stored tensor now held so; fold: exact new values of other tensors; cut: kept indices of a coupled group;
-    place: runtime parts by module path; learn: what is to be trained after; notes: sentences for the log (dead columns, added damping)."""
+    place: runtime parts by module path; notes: sentences for the log (dead columns, added damping)."""
 
     hold: Mapping[TensorId, Packed] = field(default_factory=dict)
     fold: Mapping[TensorId, Tensor] = field(default_factory=dict)
     cut: Mapping[int, tuple[Group, tuple[int, ...]]] = field(default_factory=dict)
     place: Mapping[str, nn.Module] = field(default_factory=dict)
-    learn: tuple[Lesson, ...] = ()
     notes: tuple[str, ...] = ()
 
 

@@ -93,6 +93,11 @@ def fit_clipped(
     return scale, zero
 
 
+def round_through(x: Tensor) -> Tensor:
+    """Nearest whole numbers, whose gradient is that of x. Bengio et al. 2013, arXiv:1308.3432, the straight-through estimator."""
+    return x + (x.round() - x).detach()
+
+
 def encode(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """Nearest codes, (n, m) uint8."""
     m = weight.shape[1]

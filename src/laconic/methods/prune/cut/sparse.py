@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from laconic.core.packed import Packed, below, restore
+from laconic.core.packed import Packed, Soft, below, restore
 from laconic.kernels.bits import pack, unpack
 
 
@@ -45,9 +45,32 @@ class Sparse(Packed):
         out[unpack(self.mask, 1, m).bool()] = self.values.dense().reshape(-1)
         return out.reshape(self.shape)
 
+    def soften(self, target: Tensor) -> Soft | None:
+        mask = unpack(self.mask, 1, self.matrix[1]).bool()
+        soft = self.values.soften(self.gather(target.reshape(self.matrix), mask))
+        return None if soft is None else SoftSparse(self.shape, mask, soft)
+
     def describe(self) -> dict[str, Any]:
         return {"form": self.form, "shape": list(self.shape), "values": self.values.describe()}
 
     @classmethod
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         return cls(tuple(described["shape"]), tensors["mask"], restore(described["values"], below(tensors, "values")))
+
+
+class SoftSparse(Soft):
+    """A Sparse whose kept weights are learned; its mask stays."""
+
+    mask: Tensor
+
+    def __init__(self, shape: tuple[int, ...], mask: Tensor, values: Soft) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.register_buffer("mask", mask)
+        self.values = values
+
+    def dense(self) -> Tensor:
+        return torch.zeros(self.matrix).masked_scatter(self.mask, self.values.dense()).reshape(self.shape)
+
+    def harden(self) -> Sparse:
+        return Sparse.of(self.shape, self.mask, self.values.harden())

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
-from laconic.core.packed import Packed
+from laconic.core.packed import Packed, Soft
 from laconic.kernels.bits import pack, packed_width, unpack
-from laconic.kernels.grids import Grid, decode
+from laconic.kernels.grids import Grid, decode, grouped, round_through
 
 
 class Grouped(Packed):
@@ -59,6 +59,9 @@ class Grouped(Packed):
     def dense(self) -> Tensor:
         return self.rows(slice(None)).reshape(self.shape)
 
+    def soften(self, target: Tensor) -> Soft:
+        return Stepped(self, target)
+
     def describe(self) -> dict[str, Any]:
         grid = self.grid
         return {"form": self.form, "shape": list(self.shape), "bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric}
@@ -67,3 +70,46 @@ class Grouped(Packed):
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         grid = Grid(described["bits"], described["group"], described["symmetric"])
         return cls(tuple(described["shape"]), grid, tensors["codes"], tensors["scales"], tensors.get("zeros"))
+
+
+class Stepped(Soft):
+    """Codes and scales that are learned. position (n, g, width): where each weight stands on its group's grid, in steps; the code is the
+    nearest whole number, and its gradient passes the rounding. step (n, g): logarithm of a factor of the scale. Zeros stay."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, held: Grouped, target: Tensor) -> None:
+        super().__init__()
+        self.shape, self.grid = held.shape, held.grid
+        codes, scale, zero = held.plain()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        runs = grouped(codes.float(), self.grid)
+        wished = grouped(target.reshape(held.matrix).float(), self.grid) / scale[..., None] + zero[..., None]
+        # in the cell of its code, as near to the target as that allows: what is near to the next code moves first
+        self.position = nn.Parameter(runs + (wished - runs).clamp(-INSIDE, INSIDE))
+        self.step = nn.Parameter(torch.zeros_like(scale))
+
+    def _scale(self) -> Tensor:
+        """(n, g) as it is stored, in bf16; its gradient passes that rounding."""
+        learned = self.scale * self.step.exp()
+        return learned + (learned.to(torch.bfloat16).float() - learned).detach()
+
+    def _codes(self) -> Tensor:
+        return round_through(self.position).clamp(0, 2**self.grid.bits - 1)
+
+    def _flat(self, runs: Tensor) -> Tensor:
+        n, m = self.matrix
+        return runs.reshape(n, -1)[:, :m]
+
+    def dense(self) -> Tensor:
+        return self._flat((self._codes() - self.zero[..., None]) * self._scale()[..., None]).reshape(self.shape)
+
+    def harden(self) -> Grouped:
+        with torch.no_grad():
+            return Grouped.of(self.shape, self.grid, self._flat(self._codes()).to(torch.uint8), self._scale(), self.zero)
+
+
+# how far from its code, in steps, a weight may begin
+INSIDE = 0.45

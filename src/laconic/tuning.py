@@ -1,0 +1,81 @@
+"""The one training loop: learns Soft forms so that a compressed model gives what the original gives.
+
+It knows no method and no model: what is learned are Softs, how is a Lesson, and a model is a function of a batch's number and weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from laconic.core.packed import Soft
+from laconic.core.transform import Lesson
+
+Run = Callable[[int, Mapping[str, Tensor]], Tensor]
+
+
+class Targets(Protocol):
+    """What each batch must meet, read when it is needed."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> Tensor: ...
+
+
+class Signed(torch.optim.Optimizer):
+    """Steps of one size along the sign of the gradient: w -= rate sign(g). Bernstein et al. 2018, arXiv:1802.04434, algorithm 1."""
+
+    def __init__(self, params: Sequence[Mapping[str, object]]) -> None:
+        super().__init__([dict(group) for group in params], {})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad.sign(), alpha=-group["lr"])
+
+
+def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
+    """Numbers below count for ever, each once in a pass, every pass in a new order."""
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def tune(
+    run: Run,
+    targets: Targets,
+    forms: Mapping[str, Soft],
+    lesson: Lesson,
+    *,
+    generator: torch.Generator,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[float]:
+    """Learns the forms in place, all together; returns the objective of each step. run(i, weights): output for batch i with these dense
+    weights, by the forms' names; targets[i]: what it must meet."""
+    named = [(name.rpartition(".")[2], p) for soft in forms.values() for name, p in soft.named_parameters()]
+    groups = [{"params": [p for name, p in named if name == learned], "lr": rate} for learned, rate in lesson.rates]
+    groups = [group for group in groups if group["params"]]
+    optimiser: torch.optim.Optimizer = Signed(groups) if lesson.optimiser == "signed" else torch.optim.Adam(groups, betas=(0.9, 0.95))
+    rates = [group["lr"] for group in optimiser.param_groups]
+    order = shuffled(len(targets), generator)
+    found = []
+    for step in range(lesson.steps):
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * _decayed(lesson, step)
+        optimiser.zero_grad(set_to_none=True)
+        weights = {name: soft.dense() for name, soft in forms.items()}
+        i = next(order)
+        loss = lesson.objective(run(i, weights), targets[i], None)
+        loss.backward()
+        optimiser.step()
+        found.append(float(loss.detach()))
+        progress(step + 1, lesson.steps)
+    return found
+
+
+def _decayed(lesson: Lesson, step: int) -> float:
+    done = step / max(1, lesson.steps)
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[lesson.decay]

@@ -1,0 +1,154 @@
+"""Tuning the whole model: the output comes nearer to the original's, bytes stay, a cut run ends as a calm one, harm is not kept."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from laconic.core.site import Linear, Site, TensorId
+from laconic.data import open_data
+from laconic.job import compress
+from laconic.kernels.grids import Grid
+from laconic.kernels.losses import Divergence
+from laconic.methods.quantize.grid.grouped import Stepped
+from laconic.methods.quantize.round.rtn import RTN
+from laconic.methods.quantize.train.straight import Straight
+from laconic.models import open_model
+from laconic.recipe import Choice, Recipe, check
+from laconic.tuning import shuffled, tune
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, Path]:
+    """A tied Llama of 2 layers with large weights, so that rounding them is felt, nano's tokenizer, and text."""
+    from laconic.zoo import corpus, nano
+
+    folder = tmp_path_factory.mktemp("tuned")
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "model" / name).write_bytes((nano.path() / name).read_bytes())
+    blocks = "\n\n".join(text for _, text in corpus.named("search")).split("\n\n")
+    (folder / "text.txt").write_text("\n\n".join(blocks[:400]), encoding="utf-8")
+    return folder / "model", folder / "text.txt"
+
+
+def recipe(tune: str | None) -> Recipe:
+    choice = Choice(method="quantize.round.rtn", levels=({"bits": 2, "group": 16},))
+    return Recipe(name="two", search="search.allocate.uniform", judge=False, tune=tune, choices=(choice,))
+
+
+def run(small, out: Path, tune: str | None, **more) -> dict:
+    source = open_model(small[0])
+    split = open_data(str(small[1]), source, seed=0, length=32, limits=(32, 8, 8))
+    return compress(source, split, budget=["bits=8"], recipe=recipe(tune), out=out, log=lambda _: None, **more)
+
+
+LEARNED = "quantize.train.straight(steps=60)"
+
+
+def test_tuning_brings_the_output_nearer_in_the_same_bytes(small, tmp_path):
+    plain, tuned = run(small, tmp_path / "plain", None), run(small, tmp_path / "tuned", LEARNED)
+    assert tuned["quality"]["kl_mean"] < 0.8 * plain["quality"]["kl_mean"]
+    assert tuned["bytes"] == plain["bytes"]
+    first, second = (json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("plain", "tuned"))
+    assert first == second
+    plan = json.loads((tmp_path / "tuned" / "plan.json").read_text())
+    assert [entry["plan"] for entry in plan["judged"]] == ["solved", "tuned"]
+    assert any("tuned over 60 steps" in note for note in plan["notes"])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_a_cut_run_too(small, tmp_path):
+    calm = run(small, tmp_path / "calm", LEARNED)
+
+    class Cut(Exception):
+        pass
+
+    def cut(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "tuning" and done == 20:
+            raise Cut
+
+    seen: list[str] = []
+    with pytest.raises(Cut):
+        run(small, tmp_path / "out", LEARNED, progress=cut)
+    again = run(small, tmp_path / "out", LEARNED, progress=lambda stage, done, total, note: seen.append(stage))
+    assert again["files"] == calm["files"]
+    assert "compressing" not in seen and "tuning" in seen
+
+
+def test_harm_is_not_kept(small, tmp_path):
+    plain = run(small, tmp_path / "plain", None)
+    wild = run(small, tmp_path / "wild", "quantize.train.straight(steps=3, rates=(('position', 50.0), ('step', 5.0)))")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "wild")]
+    assert weights[0] == weights[1] and wild["quality"]["kl_mean"] == plain["quality"]["kl_mean"]
+    assert any("did not lower KL" in note for note in json.loads((tmp_path / "wild" / "plan.json").read_text())["notes"])
+
+
+def test_what_is_too_large_is_left_out_aloud(small, tmp_path, monkeypatch):
+    from laconic import job
+
+    monkeypatch.setattr(job, "TUNABLE", 1000)
+    said = []
+    source = open_model(small[0])
+    split = open_data(str(small[1]), source, seed=0, length=32, limits=(8, 4, 8))
+    compress(source, split, budget=["bits=8"], recipe=recipe(LEARNED), out=tmp_path / "out", log=said.append)
+    assert any("was left out" in line and "1,000 weights" in line for line in said)
+
+
+def test_a_recipe_whose_tune_is_no_lesson_is_refused():
+    from laconic.core.errors import UserError
+
+    with pytest.raises(UserError, match="is no lesson"):
+        check(recipe("quantize.round.rtn"))
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "signed"])
+def test_only_what_a_lesson_names_is_learned(optimiser):
+    torch.manual_seed(0)
+    weight, x = torch.randn(32, 48), torch.randn(8, 64, 48) @ torch.randn(48, 48) / 7
+    batches = x.split(2)
+    targets = [batch @ weight.T for batch in batches]
+
+    def run_batch(i: int, weights) -> Tensor:
+        return batches[i] @ weights["layer"].T
+
+    site = Site("layer", Linear(), {"weight": TensorId("layer.weight")}, (32, 48))
+    (held,) = RTN()(site, {"weight": weight}, {}, Grid(2, 16)).hold.values()
+    soft = held.soften(weight)
+    assert isinstance(soft, Stepped)
+    lesson = Straight(rates=(("position", 5e-3),), steps=200, optimiser=optimiser)
+    losses = tune(run_batch, targets, {"layer": soft}, lesson, generator=torch.Generator().manual_seed(0))
+    assert len(losses) == 200 and sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    # nothing else has moved
+    assert float(soft.step.abs().sum()) == 0
+    assert torch.equal(soft.harden().scales, held.scales)
+    assert not torch.equal(soft.harden().codes, held.codes)
+
+
+def test_the_divergence_is_that_of_torch_and_masks_count_nothing():
+    output, target = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+    mask = torch.rand(3, 5) > 0.4
+    each = nn.functional.kl_div(output.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(Divergence()(output, target, None), each.mean())
+    torch.testing.assert_close(Divergence()(output, target, mask), each[mask].mean())
+    assert float(Divergence()(target, target, None)) == pytest.approx(0, abs=1e-6)
+
+
+def test_defaults_are_those_of_the_docstring():
+    assert (Straight().steps, Straight().batch, dict(Straight().rates)) == (96, 4, {"position": 1e-2, "step": 5e-3})
+
+
+def test_batches_are_drawn_each_once_a_pass():
+    drawn = list(islice(shuffled(5, torch.Generator().manual_seed(0)), 15))
+    assert all(sorted(drawn[i : i + 5]) == list(range(5)) for i in (0, 5, 10))
+    assert drawn[:5] != drawn[5:10]
