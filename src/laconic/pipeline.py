@@ -24,7 +24,7 @@ from laconic.kernels.obs import predicted_loss
 from laconic.kernels.threads import suited
 from laconic.models import Source
 from laconic.recipe import Recipe, build, level_of, level_words
-from laconic.tuning import tune
+from laconic.tuning import Targets, tune
 
 Progress = Callable[[str, int, int, str], None]
 Log = Callable[[str], None]
@@ -644,7 +644,17 @@ def tune_plan(
     Bytes and forms stay; each finished part is written anew under its own key. A cut run tunes again from the start."""
     keys = [f"tuned/{part}" for part in applied.parts]
     if not all(work.done(key) for key in keys):
-        forms, losses = _tuned_forms(source, inputs, applied, lesson, seed, work, progress)
+        # images are small: a step sees as many as a batch of the walk
+        batches = inputs.split(lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source)))
+        progress("tuning", 0, lesson.steps, "the original's predictions")
+        shelf = Shelf(work.folder / "tuning", 256 * 1024**2)
+        targets = _Filed(shelf, finished_logits(source, inputs, batches[0].shape[0]))
+        model = applied.view.skeleton()
+        applied.view.fill(model, "", torch.float32)
+        held = {name: packed for name in applied.forms if (packed := applied.view.packed(name)) is not None}
+        forms, losses = learn(source, model, held, batches, targets, lesson, seed=seed, progress=progress)
+        shelf.clear()
+        del model, held
         said = f"tuned over {lesson.steps} steps: {_first_and_last(losses)}"
         for key, part in zip(keys, applied.parts, strict=True):
             value = dict(work.done(part))
@@ -663,24 +673,27 @@ def tune_plan(
     return Applied(tuple(keys), dict(view.forms), applied.bytes, notes, probe, view)
 
 
-def _tuned_forms(
-    source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, seed: int, work: Any, progress: Progress
+def learn(
+    source: Any,
+    model: nn.Module,
+    held: Mapping[str, Packed],
+    batches: Sequence[Tensor],
+    targets: Targets,
+    lesson: Lesson,
+    *,
+    seed: int,
+    progress: Progress = quiet,
 ) -> tuple[dict[str, Packed], list[float]]:
+    """What can be learned of the forms, by stored name, learned together; and the objective of each step. model: filled with the weights
+    that stay; targets: the outputs that each of the batches must meet."""
     softs: dict[str, Soft] = {}
-    for name in applied.forms:
-        held = applied.view.packed(name)
-        soft = None if held is None else held.soften(source.read(name).float().reshape(held.shape))
+    for name, packed in held.items():
+        soft = packed.soften(source.read(name).float().reshape(packed.shape))
         if soft is not None:
             softs[name] = soft
-    model = applied.view.skeleton()
-    applied.view.fill(model, "", torch.float32)
     path: dict[str, str] = {}
     for name, _ in model.named_parameters():
         path.setdefault(source.tied.get(name, name), name)
-    # images are small: a step sees as many as a batch of the walk
-    batches = inputs.split(lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source)))
-    progress("tuning", 0, lesson.steps, "the original's predictions")
-    targets = _Filed(Shelf(work.folder / "tuning", 256 * 1024**2), finished_logits(source, inputs, batches[0].shape[0]))
 
     def run(i: int, weights: Mapping[str, Tensor]) -> Tensor:
         out = torch.func.functional_call(model, {path[name]: weight for name, weight in weights.items()}, (batches[i],))
@@ -691,7 +704,6 @@ def _tuned_forms(
         generator=torch.Generator().manual_seed(seed),
         progress=lambda done, total: progress("tuning", done, total, "all layers together"),
     )  # fmt: skip
-    targets.shelf.clear()
     return {name: soft.harden() for name, soft in softs.items()}, losses
 
 

@@ -22,11 +22,12 @@ from laconic.core.claim import Lab, Measurement, Verdict
 from laconic.core.packed import Packed
 from laconic.core.site import Conv, Linear, Site
 from laconic.core.statistic import Gram
-from laconic.core.transform import Level, Transform
+from laconic.core.transform import Lesson, Level, Transform
 from laconic.data import Samples, Texts, open_data
 from laconic.kernels.obs import output_error
 from laconic.measurement import compare, outputs
 from laconic.models import Source, open_model
+from laconic.pipeline import learn
 from laconic.zoo import corpus, nano
 
 SEEDS = (0, 1, 2)
@@ -268,6 +269,18 @@ def seen(bench: Bench, transform: Transform, level: Level, seed: int = 0) -> Fou
     key = ("seen", transform, level, seed if transform.wants else 0)
     found: Found = bench.once(key, lambda: measure(bench, held(bench, transform, level, seed)))
     return found
+
+
+def tuned(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, *, astray: bool = False) -> dict[str, Packed]:
+    """The forms tuned together on the rows of a seed. astray: every batch must meet the original's predictions for another one."""
+    batches = bench.drawn(seed).split(lesson.batch)
+    run = outputs(bench.source.load(torch.float32))
+    with torch.inference_mode():
+        made = [run(batch).half() for batch in batches]
+    # outside of inference mode, so that losses may be taken of them
+    targets = [logits.clone() for logits in (made[1:] + made[:1] if astray else made)]
+    model = bench.source.load(torch.float32)
+    return learn(bench.source, model, forms, batches, targets, lesson, seed=seed)[0]
 
 
 def layer_error(bench: Bench, forms: Mapping[str, Packed]) -> float:

@@ -1,0 +1,80 @@
+"""Claims of tuning codes and step sizes of the whole model together: the same forms, so the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from laconic.claims.lab import ONE, SEEDS, Bench, Found, duel, held, judged, measure, on, seen, tuned
+from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.core.transform import Lesson
+from laconic.kernels.grids import Grid
+from laconic.methods.quantize.round.gptq import GPTQ
+from laconic.methods.quantize.train.straight import Straight
+
+FIRST = GPTQ(clip=True)
+STEPS_ALONE = replace(Straight(), rates=(("step", dict(Straight().rates)["step"]),))
+
+
+def _after(bench: Bench, level: Grid, lesson: Lesson, seed: int, astray: bool) -> Found:
+    """GPTQ, then the lesson, measured."""
+    make = partial(_tune, bench, level, lesson, seed, astray)
+    found: Found = bench.once(("tuned", level, lesson, seed, astray), make)
+    return found
+
+
+def _tune(bench: Bench, level: Grid, lesson: Lesson, seed: int, astray: bool) -> Found:
+    return measure(bench, tuned(bench, held(bench, FIRST, level, seed), lesson, seed, astray=astray))
+
+
+def _against(bench: Bench, rival: str, levels: Sequence[Grid], seeds: Sequence[int], astray: bool) -> Verdict:
+    wrong: list[str] = []
+    numbers: dict[str, Measurement] = {}
+    for level in levels:
+        ours = [_after(bench, level, Straight(), seed, astray) for seed in seeds]
+        if rival == "GPTQ":
+            theirs = [seen(bench, FIRST, level, seed) for seed in seeds]
+        else:
+            theirs = [_after(bench, level, STEPS_ALONE, seed, False) for seed in seeds]
+        found = duel(f"{level.bits} bits, groups of {level.group}", ours, theirs, names=("tuned", rival))
+        wrong += found[0]
+        numbers |= found[1]
+    return judged(wrong, numbers)
+
+
+def _on(name: str, rival: str, seeds: Sequence[int], astray: bool, lab: Lab) -> Verdict:
+    levels = [Grid(3, 64)] if lab.quick else [Grid(4, 64), Grid(3, 64), Grid(2, 64)]
+    # one draw is what a quick check of minutes has room for
+    return on(lab, name, lambda bench: _against(bench, rival, levels, seeds[:1] if lab.quick else seeds, astray))
+
+
+LSQ = Paper("Esser et al.", 2020, "arXiv:1902.08153", "section 3.4, table 1")
+QAT = Paper("Liu et al.", 2023, "arXiv:2305.17888", "section 3.2, table 1")
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        says="Tuning a GPTQ model whole lowers its KL and its perplexity in the same bytes.",
+        where=QAT,
+        scale="nano, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 96 steps of 4 rows, 3 draws of the calibration rows "
+        "(quick: 1)",
+        check=partial(_on, "nano", "GPTQ", SEEDS, False),
+        broken=partial(_on, "nano", "GPTQ", ONE, True),
+    ),
+    Claim(
+        says="Tuning a GPTQ model whole lowers its KL and its perplexity in the same bytes, on a model trained by others.",
+        where=QAT,
+        scale="stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 96 steps of 4 rows, 3 draws of the "
+        "calibration rows (quick: 1)",
+        check=partial(_on, "stories260k", "GPTQ", SEEDS, False),
+        broken=partial(_on, "stories260k", "GPTQ", ONE, True),
+    ),
+    Claim(
+        says="In equal steps and bytes, learning codes and step sizes has the lower KL and perplexity than learning step sizes alone.",
+        where=LSQ,
+        scale="stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 96 steps of 4 rows, 3 draws of the "
+        "calibration rows (quick: 1)",
+        check=partial(_on, "stories260k", "step sizes alone", SEEDS, False),
+        broken=partial(_on, "stories260k", "step sizes alone", ONE, True),
+    ),
+)
