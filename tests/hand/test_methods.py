@@ -202,3 +202,13 @@ def test_uniform_takes_the_finest_that_fits():
     assert {(row.level["bits"], row.level["group"]) for row in plan.rows} == {(4, 64)}
     plan = Uniform()(menu, Budget(81), judge=None, rng=torch.Generator(), log=print)
     assert {(row.level["bits"], row.level["group"]) for row in plan.rows} == {(3, 32)}
+
+
+def test_half_of_the_weights_in_six_bits_are_no_finer_than_all_in_four():
+    def row(tensor: str, method: str, level: dict) -> Row:
+        return Row(frozenset({tensor}), method, level, Cost(40), Damage(1.0, "nats/token", "here"), tensor)
+
+    grid, sparse = {"bits": 4, "group": 64}, {"keep": 0.5, "run": None, "grid": {"bits": 6, "group": 64}}
+    menu = Menu(tuple(row(t, method, level) for t in "ab" for method, level in (("round", grid), ("drop", sparse))))
+    plan = Uniform()(menu, Budget(80), judge=None, rng=torch.Generator(), log=print)
+    assert {row.method for row in plan.rows} == {"round"}

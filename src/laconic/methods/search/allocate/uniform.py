@@ -28,9 +28,10 @@ def by_level(menu: Menu) -> dict[str, list[Row]]:
 
 
 def _fineness(rows: Sequence[Row]) -> tuple[float, float, int]:
+    """Bits a weight (of a sparse level: of those that stay, times their share), small groups, bytes."""
     level = rows[0].level
     inner = level.get("first") or level.get("grid") or level
-    bits = float(inner.get("bits", 16))
+    bits = float(inner.get("bits", 16)) * float(level.get("keep", 1.0))
     group = inner.get("group")
     return bits, -float(group if group is not None else 1e9), sum(row.cost.bytes for row in rows)
 
