@@ -1,183 +1,20 @@
-"""What a model is made of: one row of data for each decoder architecture, and tracing for every other module.
+"""What any module is made of, by running it: for modules that have no row in laconic.architectures.
 
-`decoder_anatomy` reads a row of DECODERS; `traced_anatomy` runs the module once. Neither looks at weights' values."""
+Sites are modules in order of their first execution; what falls together is found by marking channels and watching where they arrive."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laconic.core.errors import UserError
-from laconic.core.site import Anatomy, Conv, Edge, Embedding, Group, IndexMap, Kind, Linear, Member, Segment, Site, Stage, TensorId
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Where the parts of one architecture lie. Paths below `blocks` are relative to a layer; the others are whole module paths.
-
-    Biases need no entry: they are found among the stored tensors. `head_norms` are norms over each head of q and k."""
-
-    blocks: str = "model.layers"
-    q: str = "self_attn.q_proj"
-    k: str = "self_attn.k_proj"
-    v: str = "self_attn.v_proj"
-    o: str = "self_attn.o_proj"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
-    head_norms: Mapping[str, str] = field(default_factory=dict)
-    embed: str = "model.embed_tokens"
-    norm: str = "model.norm"
-    head: str = "lm_head"
-
-
-# keyed by `model_type` of config.json
-DECODERS: Mapping[str, Decoder] = {
-    "llama": Decoder(),
-    "mistral": Decoder(),
-    "qwen2": Decoder(),
-    "qwen3": Decoder(head_norms={"q": "self_attn.q_norm", "k": "self_attn.k_norm"}),
-}
-
-# sites of one stage see the same input
-STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-READERS = ("q", "k", "v", "gate", "up")
-WRITERS = ("o", "down")
-
-
-@dataclass(frozen=True)
-class DecoderAnatomy(Anatomy):
-    """A stack of equal layers between an embedding and a head. `stored` maps a parameter's name in the module to the stored tensor."""
-
-    row: Decoder
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    shapes: Mapping[str, tuple[int, ...]]
-    stored: Mapping[str, str]
-    _segments: tuple[Segment, ...] = ()
-    _sites: Mapping[str, Site] = field(default_factory=dict)
-
-    @property
-    def tail(self) -> tuple[Site, ...]:
-        """The embedding, and the head where it is not tied."""
-        return self._segments[-1].sites
-
-    def segments(self) -> tuple[Segment, ...]:
-        return self._segments
-
-    def uncovered(self) -> tuple[str, ...]:
-        """Stored tensors that are no site's weight: norms, biases, and what the architecture does not use."""
-        covered = {site.tensors["weight"].name for site in self._sites.values()}
-        return tuple(name for name in self.shapes if name not in covered)
-
-    def coupled(self, site: Site, axis: int) -> Group:
-        """MLP channels, KV heads with the query heads they serve, the residual stream's width, or the vocabulary."""
-        part = site.roles["part"]
-        if (part, axis) in (("gate", 0), ("up", 0), ("down", 1)):
-            gate, up, down = (self._part(site, name) for name in ("gate", "up", "down"))
-            return Group(gate.shape[0], (Member(gate, 0, IndexMap()), Member(up, 0, IndexMap()), Member(down, 1, IndexMap())))
-        if (part, axis) in (("q", 0), ("k", 0), ("v", 0), ("o", 1)):
-            q, k, v, o = (self._part(site, name) for name in ("q", "k", "v", "o"))
-            own = IndexMap(block=self.head_dim)
-            served = IndexMap(block=self.head_dim * (self.heads // self.kv_heads))
-            return Group(self.kv_heads, (Member(q, 0, served), Member(k, 0, own), Member(v, 0, own), Member(o, 1, served)))
-        tail = [s for s in self._sites.values() if s.roles["part"] in ("embed", "head")]
-        if part in ("embed", "head") and axis == 0:
-            return Group(site.shape[0], tuple(Member(s, 0, IndexMap()) for s in tail))
-        members = [Member(s, 1, IndexMap()) for s in tail]
-        members += [Member(s, 1, IndexMap()) for s in self._sites.values() if s.roles["part"] in READERS]
-        members += [Member(s, 0, IndexMap()) for s in self._sites.values() if s.roles["part"] in WRITERS]
-        return Group(tail[0].shape[1], tuple(members))
-
-    def edges(self) -> Iterator[Edge]:
-        """The residual stream; in each layer up -> down (exact scales) and v -> o (`width` is v's: an entry of v feeds the same entry
-        of each query head it serves)."""
-        every = list(self._sites.values())
-        tail = [s for s in every if s.roles["part"] in ("embed", "head")]
-        embed, head = tail[0], tail[-1]
-        norms = dict.fromkeys(TensorId(s.context["norm"]) for s in every if "norm" in s.context)
-        yield Edge(
-            "residual",
-            embed.shape[1],
-            (embed, *(s for s in every if s.roles["part"] in WRITERS)),
-            (*(s for s in every if s.roles["part"] in READERS), head),
-            tuple(norms),
-        )
-        for i in range(self.layers):
-            prefix = f"{self.row.blocks}.{i}"
-            up, down, v, o = (self._sites[f"{prefix}.{getattr(self.row, part)}"] for part in ("up", "down", "v", "o"))
-            yield Edge(f"{prefix}.gate", up.shape[0], (up,), (down,))
-            yield Edge(f"{prefix}.value", v.shape[0], (v,), (o,))
-
-    def _part(self, site: Site, part: str) -> Site:
-        return self._sites[f"{self.row.blocks}.{site.context['layer']}.{getattr(self.row, part)}"]
-
-
-def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, str]) -> DecoderAnatomy:
-    """config: of transformers; shapes: of all stored tensors; stored: parameter name in the module -> stored name."""
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    layers = int(config.num_hidden_layers)
-    attention = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-
-    def site(name: str, kind: Linear | Embedding, roles: dict[str, str], context: dict[str, Any]) -> Site:
-        tensors = {role: TensorId(stored[f"{name}.{role}"]) for role in ("weight", "bias") if f"{name}.{role}" in stored}
-        return Site(name, kind, tensors, tuple(shapes[tensors["weight"].name]), roles, context)
-
-    segments = []
-    sites: dict[str, Site] = {}
-    # where a stored tensor lies in the module; an unused one lies where its own name says
-    home = {found: parameter for parameter, found in stored.items()}
-    taken: set[str] = set()
-    for i in range(layers):
-        prefix = f"{row.blocks}.{i}"
-        stages = []
-        for stage in STAGES:
-            members = []
-            for part in stage:
-                roles = {"part": part}
-                context: dict[str, Any] = {"layer": i}
-                if part in ("q", "k", "v", "o"):
-                    context |= attention
-                if part in READERS:
-                    roles["stream"] = "reads"
-                    context["norm"] = stored[f"{prefix}.{row.mlp_norm if part in ('gate', 'up') else row.attention_norm}.weight"]
-                if part in WRITERS:
-                    roles["stream"] = "writes"
-                if part in row.head_norms:
-                    context["head_norm"] = stored[f"{prefix}.{row.head_norms[part]}.weight"]
-                members.append(site(f"{prefix}.{getattr(row, part)}", Linear(), roles, context))
-            stages.append(Stage(tuple(members)))
-        tensors = tuple(name for name in shapes if home.get(name, name).startswith(f"{prefix}."))
-        taken.update(tensors)
-        segments.append(Segment(prefix, tuple(stages), tensors))
-        sites |= {s.name: s for s in segments[-1].sites}
-    tied = stored[f"{row.embed}.weight"] == stored[f"{row.head}.weight"]
-    last = stored[f"{row.norm}.weight"]
-    if tied:
-        tail = [site(row.embed, Embedding(), {"part": "embed", "stream": "both", "tied": row.head}, {"norm": last})]
-    else:
-        tail = [
-            site(row.embed, Embedding(), {"part": "embed", "stream": "writes"}, {}),
-            site(row.head, Linear(), {"part": "head", "stream": "reads"}, {"norm": last}),
-        ]
-    segments.append(Segment("", tuple(Stage((s,)) for s in tail), tuple(name for name in shapes if name not in taken)))
-    sites |= {s.name: s for s in tail}
-    return DecoderAnatomy(row, layers, heads, kv_heads, head_dim, shapes, stored, tuple(segments), sites)
-
-
-# ---- any other module, by running it
+from laconic.core.site import Anatomy, Conv, Edge, Embedding, Group, IndexMap, Kind, Linear, Member, Norm, Segment, Site, Stage, TensorId
 
 SITES: Mapping[type[nn.Module], Kind] = {nn.Linear: Linear(), nn.Conv1d: Conv(), nn.Conv2d: Conv(), nn.Embedding: Embedding()}
 # modules whose stored tensors have one entry for each channel, and the axis of the channels in their input
@@ -194,21 +31,6 @@ CHANNELWISE: Mapping[type[nn.Module], int] = {
 }
 # how many channels are marked in one run, one for each item of a batch
 LANES = 16
-
-
-@dataclass(frozen=True)
-class Channelwise:
-    """A norm that falls together with a group: entry `index(i)` of each of its stored tensors goes with canonical index i."""
-
-    name: str
-    tensors: tuple[TensorId, ...]
-    index: IndexMap
-
-
-def slices(member: Member | Channelwise, i: int, size: int) -> range:
-    """Indices of a member, whose axis has `size` of them, that fall with canonical index i: none where the member is narrower."""
-    found = member.index(i)
-    return range(max(found.start, 0), max(min(found.stop, size), 0))
 
 
 def stored_names(module: nn.Module) -> dict[str, str]:
@@ -245,12 +67,9 @@ class TracedAnatomy(Anatomy):
         return iter(())
 
     def coupled(self, site: Site, axis: int) -> Group:
-        """All slices that meet those of `site` along `axis`. Raises UserError where a module with weights of an unknown kind reads them."""
-        return self._channels.group(site, axis)[0]
-
-    def norms(self, site: Site, axis: int) -> tuple[Channelwise, ...]:
-        """Norms that fall together with `coupled(site, axis)`."""
-        return self._channels.group(site, axis)[1]
+        """All slices that meet those of `site` along `axis`, norms among them. Raises UserError where a module with weights of an unknown
+        kind reads them."""
+        return self._channels.group(site, axis)
 
     @functools.cached_property
     def _channels(self) -> _Channels:
@@ -640,8 +459,8 @@ class _Channels:
             return "out" if axis == 1 else ""
         return "out" if axis == 0 else "in"
 
-    def group(self, site: Site, axis: int) -> tuple[Group, tuple[Channelwise, ...]]:
-        """The group of a site's axis and the norms that belong to it."""
+    def group(self, site: Site, axis: int) -> Group:
+        """The group of a site's axis."""
         if self.hidden:
             raise UserError(
                 f"{self.hidden} may act on any channel, as it lies in no module of its own: structured methods need it in a leaf module"
@@ -649,7 +468,7 @@ class _Channels:
         side = self._side(site, axis)
         if not side:
             # the rows of a table are ids, which meet nothing that a trace can see
-            return Group(site.shape[0], (Member(site, axis, IndexMap()),)), ()
+            return Group(site.shape[0], (Member(site, axis, IndexMap(site.shape[0])),), fixed=True)
         keys = [(site.name, side)]
         components = set(self._axes[keys[0]])
         grown = True
@@ -666,21 +485,30 @@ class _Channels:
                     f"{name} reads the channels of {site.name}, and its kind is unknown: structured methods leave {site.name} out"
                 )
         order = self._order(keys, components)
-        members, norms = [], []
+        members = []
+        fixed = False
         for key in sorted(keys, key=lambda key: self.base[key]):
             name, way = key
             index = self._fit(key, order)
             if way == "norm":
-                inner = self.run.names[name]
-                leaves = [n for n, t in (*inner._parameters.items(), *inner._buffers.items()) if t is not None and t.dim()]
-                norms.append(Channelwise(name, tuple(TensorId(self.names[f"{name}.{leaf}"]) for leaf in leaves), index))
+                members.append(Member(self._norm(name), 0, index))
                 continue
             found = self.sites[name]
             if way == "in" and int(found.context.get("groups", 1)) > 1:
                 # the input slices of a grouped convolution go with its output rows
                 continue
-            members.append(Member(found, 1 if way == "in" or isinstance(found.kind, Embedding) else 0, index))
-        return Group(len(order), tuple(members)), tuple(norms)
+            at = 1 if way == "in" or isinstance(found.kind, Embedding) else 0
+            fixed |= at in found.context["fixed"]
+            members.append(Member(found, at, index))
+        return Group(len(order), tuple(members), fixed)
+
+    def _norm(self, name: str) -> Site:
+        """A norm as a site; a running mean and variance have roles of their own. One without a scale is named by what it stores."""
+        inner = self.run.names[name]
+        leaves = [n for n, t in (*inner._parameters.items(), *inner._buffers.items()) if t is not None and t.dim()]
+        tensors = {leaf: TensorId(self.names[f"{name}.{leaf}" if name else leaf]) for leaf in leaves}
+        centred = not isinstance(inner, nn.RMSNorm | nn.PReLU)
+        return Site(name, Norm(), tensors, (self._norm_width(name),), {}, {"plus": 0.0, "centred": centred})
 
     def _order(self, keys: list[tuple[str, str]], components: set[int]) -> dict[int, int]:
         """Component -> canonical index, in the order of the axis that meets most of them."""
@@ -692,14 +520,12 @@ class _Channels:
         return order
 
     def _fit(self, key: tuple[str, str], order: Mapping[int, int]) -> IndexMap:
-        """The IndexMap of one axis: runs of equal length, one after another, from some canonical index on."""
+        """The IndexMap of one axis: runs of equal length, one after another, from some canonical index on, or a table."""
         at = [order[root] for root in self._axes[key]]
-        runs: dict[int, int] = {}
-        for i in at:
-            runs[i] = runs.get(i, 0) + 1
-        block = runs[at[0]]
-        if at != [at[0] + j // block for j in range(len(at))]:
-            raise UserError(
-                f"the channels of {key[0]} meet others in an order that offset and block cannot express: structured methods leave it out"
-            )
-        return IndexMap(offset=-at[0] * block, block=block)
+        block = at.count(at[0])
+        if at == [at[0] + j // block for j in range(len(at))]:
+            return IndexMap(len(at), offset=-at[0] * block, block=block)
+        table: list[list[int]] = [[] for _ in order]
+        for j, i in enumerate(at):
+            table[i].append(j)
+        return IndexMap(len(at), table=tuple(tuple(found) for found in table))

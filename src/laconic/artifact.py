@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from laconic.anatomy import DECODERS, decoder_anatomy
+from laconic.architectures import DECODERS, decoder_anatomy
 from laconic.core.errors import UserError
 from laconic.core.packed import Held, Packed, restore
 from laconic.core.site import Anatomy

@@ -24,7 +24,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from laconic.anatomy import DECODERS, decoder_anatomy, stored_names, traced_anatomy
+from laconic.anatomy import stored_names, traced_anatomy
+from laconic.architectures import DECODERS, decoder_anatomy
 from laconic.core.errors import UserError, nearest
 from laconic.core.site import Anatomy
 
