@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from laconic.core.site import (
@@ -70,7 +70,6 @@ SANDWICH = {
     "mlp": "pre_feedforward_layernorm",
     "mlp_out": "post_feedforward_layernorm",
 }
-MIXTURE = Decoder(experts="mlp.experts", router="mlp.gate")
 
 # keyed by `model_type` of config.json
 DECODERS: Mapping[str, Decoder] = {
@@ -120,8 +119,6 @@ DECODERS: Mapping[str, Decoder] = {
         centred=True,
         norms_first="do_layer_norm_before",
     ),
-    "mixtral": MIXTURE,
-    "qwen3_moe": replace(MIXTURE, norms={**PRE, **HEAD_NORMS}),
 }
 
 # sites of one stage see the same input

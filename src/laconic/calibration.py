@@ -65,14 +65,15 @@ class Caught(Stop):
 
 
 class FewRows(nn.Module):
-    """The rows of a table that a set of tokens needs, and no others."""
+    """The rows of a table that a set of tokens needs, and no others, scaled as the table scales them."""
 
-    def __init__(self, index: Tensor, table: Tensor) -> None:
+    def __init__(self, index: Tensor, rows: Tensor, scale: float) -> None:
         super().__init__()
-        self.index, self.table = index, table
+        self.index, self.rows, self.scale = index, rows, scale
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(torch.searchsorted(self.index, ids), self.table)
+        found = F.embedding(torch.searchsorted(self.index, ids), self.rows)
+        return found if self.scale == 1.0 else found * self.scale
 
 
 def release(module: nn.Module) -> None:
@@ -294,6 +295,8 @@ class Walk:
             self._put(segment.name, stand)
         self._stands[-1].last = True
         self._embed(table)
+        # learned positions, projections, norms of the stem; the head is wide and waits
+        self._fill_rest(skip={self.head_name()})
         for batch in self.batches:
             self.hidden.append(self._caught(batch))
             self.handed.append([stand.handed for stand in self._stands])
@@ -307,10 +310,11 @@ class Walk:
         for site in self.rest.sites:
             if isinstance(site.kind, Embedding):
                 module = self.model.get_submodule(site.name)
-                if type(module) is not nn.Embedding and not hasattr(module, "weight"):
+                if not hasattr(module, "weight"):
                     continue
                 rows = table(used) if table is not None else self._stored_rows(site, used)
-                self._put(site.name, FewRows(used, rows.float()))
+                scale = float(getattr(module, "scalar_embed_scale", getattr(module, "scale", 1.0)))
+                self._put(site.name, FewRows(used, rows.float(), scale))
 
     def _stored_rows(self, site: Site, used: Tensor) -> Tensor:
         name = site.tensors["weight"].name
@@ -506,7 +510,8 @@ class Walk:
         """Weights outside the layers: norms, and the head unless it was given."""
         for name, module in self.model.named_modules():
             own = list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False))
-            if name in skip or isinstance(module, (_StandIn, FewRows, Call)) or not any(p.is_meta for _, p in own):
+            skipped = any(name == other or name.startswith(f"{other}.") for other in skip if other)
+            if skipped or isinstance(module, (_StandIn, FewRows, Call)) or not any(p.is_meta for _, p in own):
                 continue
             self.source.fill(module, name, torch.float32)
 

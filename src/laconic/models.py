@@ -243,10 +243,13 @@ class FolderSource(Source):
                 f"the architecture {kind!r} of {where} has no anatomy table yet (there are tables for {', '.join(sorted(DECODERS))})"
                 f"{_close(kind)}: give one of those, or the model as package.module:function, which is traced"
             )
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
         for name in raw.get("architectures") or []:
-            if not str(name).endswith("ForCausalLM"):
+            if name != known:
                 raise UserError(
-                    f"{where} describes a {name}, not a language model (…ForCausalLM): give one, or the model as package.module:function"
+                    f"{where} describes a {name}, not a language model ({known}): give one, or the model as package.module:function"
                 )
 
     def _build(self) -> Any:
@@ -372,9 +375,17 @@ class FolderSource(Source):
         return dict(self._hashes)
 
 
+# names that transformers' classes give to the model below the head
+BASES = ("model", "transformer", "gpt_neox", "backbone")
+# what transformers renames when it reads a checkpoint: in the module -> in the file
+RENAMED = ((re.compile(r"^lm_head\."), "embed_out."),)
+
+
 def stored_name(parameter: str, stored: Collection[str]) -> str | None:
     """The stored name of a module's parameter: the same, or with the base model's prefix left out or added, as headless checkpoints do."""
-    for name in (parameter, parameter.removeprefix("model."), f"model.{parameter}"):
+    base, _, rest = parameter.partition(".")
+    others = (pattern.sub(other, parameter) for pattern, other in RENAMED)
+    for name in (parameter, rest if base in BASES else parameter, f"model.{parameter}", *others):
         if name in stored:
             return name
     return None
@@ -547,22 +558,36 @@ def _sha256(file: Path) -> str:
 
 
 def _compute(model: Any, path: Path) -> dict[str, Tensor]:
-    """The buffers that no file stores (rotary frequencies), computed as transformers does after building a model on meta."""
+    """The buffers that no file stores (rotary frequencies, the scale of a table), computed as transformers does after building a model
+    on meta: by the module built anew where a config is all it takes, else by the model's own initialization of that one module."""
     computed: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         leaves = [leaf for leaf in module._non_persistent_buffers_set if module._buffers.get(leaf) is not None]
         if not leaves:
             continue
         with _quiet():
-            real = type(module)(module.config) if hasattr(module, "config") else module
+            real: nn.Module = type(module)(module.config) if hasattr(module, "config") else _initialized(model, module, leaves)
         for leaf in leaves:
             value = real._buffers[leaf]
-            if value.is_meta:
+            if value is None or value.is_meta or bool(torch.isnan(value).any()):
                 raise UserError(
                     f"the buffer {name}.{leaf} of {path} is stored nowhere and cannot be computed: give a supported architecture"
                 )
             computed[f"{name}.{leaf}"] = value.detach()
     return computed
+
+
+def _initialized(model: Any, module: nn.Module, leaves: Collection[str]) -> nn.Module:
+    """A copy of a module on meta with `leaves` real, NaN where the model's initialization does not set them."""
+    real = copy.copy(module)
+    real._buffers = dict(module._buffers)
+    for leaf in leaves:
+        empty = module._buffers[leaf]
+        assert empty is not None
+        real._buffers[leaf] = torch.full(empty.shape, torch.nan if empty.is_floating_point() else 0, dtype=empty.dtype)
+    with torch.no_grad():
+        model._init_weights(real)
+    return real
 
 
 @contextlib.contextmanager

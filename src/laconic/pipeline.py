@@ -16,7 +16,7 @@ from laconic.budget import parse_budget
 from laconic.calibration import KEPT, PRICING, Walk, observed, release
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
-from laconic.core.packed import Packed, below, restore
+from laconic.core.packed import Packed, Transposed, below, restore
 from laconic.core.site import Anatomy, Embedding, Segment, Site
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
 from laconic.core.transform import Change, Transform
@@ -155,6 +155,11 @@ def kept_tensor(tensor: Tensor) -> Tensor:
     return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
+def oriented(site: Site, weight: Tensor) -> Tensor:
+    """A weight between the way it is stored and the (n, m) that methods see; the same call goes back."""
+    return weight.T.contiguous() if site.transposed else weight
+
+
 def reconstructed(change: Change, site: Site) -> Tensor:
     """The site's weight after the change, matrix view."""
     return change.hold[site.tensors["weight"]].dense().reshape(site.matrix)
@@ -210,7 +215,7 @@ def price(
                 rest[site.name] = have
             if (group := by_site.get(site.name)) is None:
                 continue
-            weight: Tensor = source.read(site.tensors["weight"].name).float()
+            weight = oriented(site, source.read(site.tensors["weight"].name).float())
             with suited(weight.numel()):
                 for offer, change in _changes(group, site, weight, stats):
                     count += 1
@@ -518,15 +523,16 @@ def _pack(
         return {"forms": {}, "kept": [name], "bytes": kept.numel() * kept.element_size(), "notes": []}, {name: kept}
     change = offer.transform(site, weights, {s: stats[s] for s in offer.transform.wants}, offer.level)
     size = _same_bytes(offer, change)
-    forms, tensors = _stored(change)
+    forms, tensors = _stored(change, site)
     return {"forms": forms, "kept": [], "bytes": size, "notes": list(change.notes)}, tensors
 
 
-def _stored(change: Change) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _stored(change: Change, site: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if change.fold or change.cut or change.place or change.learn:
         raise ValueError("this pipeline applies `hold` only; the change folds, cuts, places or learns")
     forms, tensors = {}, {}
-    for tid, packed in change.hold.items():
+    for tid, found in change.hold.items():
+        packed = Transposed(found) if site.transposed else found
         forms[tid.name] = packed.describe()
         tensors.update({f"{tid.name}.{key}": value for key, value in packed.tensors().items()})
     return forms, tensors
@@ -544,15 +550,16 @@ def _compress_segment(
         stats = walk.observe(module, segment, [offer.site for offer in todo], wants) if wants else {}
         for offer in todo:
             target = walk.site_module(module, segment, offer.site)
-            weight = target.weight.detach()  # type: ignore[union-attr, operator]
+            weight = oriented(offer.site, target.weight.detach())  # type: ignore[union-attr, arg-type, operator]
             with suited(weight.numel()):
                 change = offer.transform(offer.site, {"weight": weight}, observed(stats, offer.site, offer.transform.wants), offer.level)
             value["bytes"] += _same_bytes(offer, change)
-            forms, held = _stored(change)
+            forms, held = _stored(change, offer.site)
             value["forms"].update(forms)
             value["notes"] += change.notes
             tensors.update(held)
-            target.weight.data.copy_(change.hold[offer.site.tensors["weight"]].dense().reshape(weight.shape))  # type: ignore[union-attr, operator]
+            changed = change.hold[offer.site.tensors["weight"]].dense().reshape(weight.shape)
+            target.weight.data.copy_(oriented(offer.site, changed))  # type: ignore[union-attr, operator]
     for name in segment.tensors:
         if name not in value["forms"] and name not in skip and name in source.infos:
             kept = kept_tensor(source.read(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,15 @@ from torch.nn import functional as F
 
 from laconic.anatomy import traced_anatomy
 from laconic.core.errors import UserError
-from laconic.core.site import Conv, Embedding, Group, Linear, Norm, Rotate, Scale
+from laconic.core.site import Conv, Embedding, Linear, Norm, Rotate, Scale
 from laconic.models import Source, open_model
+
+_spec = importlib.util.spec_from_file_location("groups", Path(__file__).with_name("groups.py"))
+assert _spec is not None
+assert _spec.loader is not None
+groups = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(groups)
+masked, removed = groups.masked, groups.removed
 
 DATA = Path(os.environ.get("LACONIC_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
@@ -103,35 +111,6 @@ def resnet20() -> ResNet:
     missing = model.load_state_dict(load_file(real("resnet_cifar10/resnet20.safetensors")), strict=False).missing_keys
     assert all(name.endswith("num_batches_tracked") for name in missing)
     return model.eval()
-
-
-def masked(model: nn.Module, group: Group, gone: list[int]) -> nn.Module:
-    """A copy whose slices of the canonical indices `gone` are zero."""
-    new = copy.deepcopy(model)
-    state = new.state_dict()
-    for member in group.members:
-        taken = torch.tensor([j for i in gone for j in member.index(i)], dtype=torch.int64)
-        for role, tensor in member.site.tensors.items():
-            # a variance of zero would blow up what rounding leaves of the channel
-            if role == "weight":
-                state[tensor.name].index_fill_(member.stored_axis, taken, 0)
-            elif member.axis == 0 and role != "running_var":
-                state[tensor.name][taken] = 0
-    return new
-
-
-def removed(model: nn.Module, group: Group, gone: list[int]) -> dict[str, Tensor]:
-    """The state dict without the slices of the canonical indices `gone`."""
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    for member in group.members:
-        taken = {j for i in gone for j in member.index(i)}
-        kept = torch.tensor([j for j in range(member.index.width) if j not in taken])
-        for role, tensor in member.site.tensors.items():
-            if role == "weight":
-                state[tensor.name] = state[tensor.name].index_select(member.stored_axis, kept)
-            elif member.axis == 0:
-                state[tensor.name] = state[tensor.name][kept]
-    return state
 
 
 def images(count: int = 4) -> Tensor:
