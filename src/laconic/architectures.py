@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from laconic.core.site import (
@@ -70,6 +70,7 @@ SANDWICH = {
     "mlp": "pre_feedforward_layernorm",
     "mlp_out": "post_feedforward_layernorm",
 }
+MIXTURE = Decoder(experts="mlp.experts", router="mlp.gate")
 
 # keyed by `model_type` of config.json
 DECODERS: Mapping[str, Decoder] = {
@@ -119,6 +120,8 @@ DECODERS: Mapping[str, Decoder] = {
         centred=True,
         norms_first="do_layer_norm_before",
     ),
+    "mixtral": MIXTURE,
+    "qwen3_moe": replace(MIXTURE, norms={**PRE, **HEAD_NORMS}),
 }
 
 # sites of one stage see the same input
@@ -358,6 +361,7 @@ def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, .
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     attention = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     build = _Builder(row, shapes, stored)
+    chosen = int(getattr(config, "num_experts_per_tok", None) or 0)
     first = not row.norms_first or bool(getattr(config, row.norms_first))
     tied = stored[f"{row.embed}.weight"] == stored[f"{row.head}.weight"]
     projected = build.has(row.into)
@@ -376,7 +380,7 @@ def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, .
     taken: set[str] = set()
     for i in range(int(config.num_hidden_layers)):
         prefix = f"{row.blocks}.{i}"
-        stages = _layer(build, prefix, i, attention, first)
+        stages = _layer(build, prefix, i, attention, first, chosen)
         tensors = tuple(name for name in shapes if home.get(name, name).startswith(f"{prefix}."))
         taken.update(tensors)
         segments.append(Segment(prefix, tuple(stages), tensors))
@@ -396,8 +400,8 @@ def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, .
     return DecoderAnatomy(row, heads, kv_heads, head_dim, act, shapes, tuple(segments), build.named, build.folds)
 
 
-def _layer(build: _Builder, prefix: str, i: int, attention: Mapping[str, int], first: bool) -> list[Stage]:
-    """Sites, norms and stages of one layer."""
+def _layer(build: _Builder, prefix: str, i: int, attention: Mapping[str, int], first: bool, chosen: int) -> list[Stage]:
+    """Sites, norms and stages of one layer; `chosen` experts see each token."""
     row = build.row
     paths = {part: f"{prefix}.{path}" for part, path in row.norms.items()}
     mixture = bool(row.experts) and build.has(f"{prefix}.{row.experts}.0.down_proj")
@@ -415,7 +419,8 @@ def _layer(build: _Builder, prefix: str, i: int, attention: Mapping[str, int], f
         if mixture and parts[0] in ("gate", "down"):
             if parts[0] == "gate":
                 build.site(f"{prefix}.{row.router}", Linear(), "router", "reads", layer=i)
-            stages += _expert_stages(build, prefix, i, [part for part in parts if part in GATED], "reads" if half else "writes")
+            some = [part for part in parts if part in GATED]
+            stages += _expert_stages(build, prefix, some, "reads" if half else "writes", layer=i, chosen=chosen)
             continue
         members = []
         for part in parts:
@@ -438,12 +443,12 @@ def _experts_of(build: _Builder, prefix: str, leaves: Sequence[str]) -> list[str
     return found
 
 
-def _expert_stages(build: _Builder, prefix: str, i: int, parts: Sequence[str], stream: str) -> list[Stage]:
+def _expert_stages(build: _Builder, prefix: str, parts: Sequence[str], stream: str, **context: int) -> list[Stage]:
     """A stage for each expert; one pass may serve them all, as none sees what another computes."""
     stages: list[Stage] = []
     leaves = [f"{part}_proj" for part in parts]
     paths = _experts_of(build, prefix, leaves)
     for e in range(len(paths) // len(parts)):
         some = zip(parts, paths[e * len(parts) : (e + 1) * len(parts)], strict=True)
-        stages.append(Stage(tuple(build.site(path, Linear(), part, stream, layer=i, expert=e) for part, path in some), beside=e > 0))
+        stages.append(Stage(tuple(build.site(path, Linear(), part, stream, expert=e, **context) for part, path in some), beside=e > 0))
     return stages

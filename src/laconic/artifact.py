@@ -18,6 +18,7 @@ from laconic.architectures import DECODERS, decoder_anatomy
 from laconic.core.errors import UserError
 from laconic.core.packed import Held, Packed, restore
 from laconic.core.site import Anatomy
+from laconic.experts import split_experts
 from laconic.journal import sha256_of
 from laconic.models import (
     Source,
@@ -135,6 +136,7 @@ class Artifact(Source):
 
         with _quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        split_experts(model)
         return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
     def _match(self, bare: nn.Module) -> None:

@@ -171,6 +171,8 @@ class Observer:
         self.wants = tuple(wants)
         self.first = {site.name: stage.sites[0].name for stage in stages for site in stage.sites}
         self.state: dict[tuple[str, Statistic], Any] = {}
+        # rows that passed the segment: an expert's Fisher information is a mean over all of them, as what it never saw had no gradient
+        self.rows: int | None = None
 
     def _offer(self, site: Site, needs: str, seen: Seen) -> None:
         for statistic in self.wants:
@@ -205,7 +207,10 @@ class Observer:
         for statistic in self.wants:
             key = (self.first[site.name] if statistic.needs == {"x"} else site.name, statistic)
             if key in self.state:
-                found[statistic] = statistic.finish(self.state[key])
+                state = self.state[key]
+                if "expert" in site.context and self.rows is not None and isinstance(statistic, Fisher):
+                    state = {**state, "count": torch.tensor(float(self.rows), dtype=torch.float64)}
+                found[statistic] = statistic.finish(state)
         return found
 
 
@@ -364,12 +369,14 @@ class Walk:
     def observe(
         self, module: nn.Module, segment: Segment, sites: Sequence[Site], wants: Sequence[Statistic]
     ) -> dict[str, dict[Statistic, Tensor]]:
-        """Statistics of some sites of one stage over all batches; a pass is cut short once the last of them has run.
+        """Statistics of some sites of one stage, or of stages beside one another, over all batches; a pass is cut short once the last of
+        them has run.
 
         What comes before a stage does not change any more once the stage is reached. Where a sub-module gives back just what its last
         site computes (attention and its output projection, say), that site's inputs are kept, and later passes over the segment start
         from them; `advance` forgets them."""
-        observer = Observer([Stage(tuple(sites))], wants)
+        names = {site.name for site in sites}
+        observer = Observer([Stage(tuple(s for s in stage.sites if s.name in names)) for stage in segment.stages], wants)
         pending: set[str] = set()
         hooks = []
 
@@ -402,7 +409,7 @@ class Walk:
 
     def _memo(self, module: nn.Module, segment: Segment, sites: Sequence[Site]) -> _Memo | None:
         """A memo for a stage of one site inside a sub-module, where its inputs are small enough to be kept."""
-        if len(sites) != 1 or not segment.name:
+        if len(sites) != 1 or not segment.name or "expert" in sites[0].context:
             return None
         parent, _, leaf = sites[0].name[len(segment.name) + 1 :].rpartition(".")
         rows = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
@@ -545,6 +552,7 @@ class Walk:
             segment = self.layers[number]
             module = self.take(segment)
             watch = Observer(segment.stages, wants)
+            watch.rows = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
             hooks = [hook for site in segment.sites for hook in watch.attach(site, self.site_module(module, segment, site))]
             for i in range(len(self.batches)):
                 hidden = shelf.get(f"{number}-{i}").detach().requires_grad_(True)
@@ -643,9 +651,25 @@ PRICING: tuple[Statistic, ...] = (Gram(), Fisher(), Lookups(), LookupFisher())
 
 
 def observed(stats: Mapping[str, Mapping[Statistic, Tensor]], site: Site, wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
-    """The wanted statistics of one site, an error naming it where one is missing."""
+    """The wanted statistics of one site, an error naming it where one is missing; those of an expert that no token reached are zero."""
     have = stats.get(site.name, {})
+    if "expert" in site.context and not have:
+        return {s: s.finish(s.init(site)) for s in wants}
     missing = [type(s).__name__ for s in wants if s not in have]
     if missing:
         raise KeyError(f"{site.name} has no {', '.join(missing)}: it saw no input in calibration")
     return {s: have[s] for s in wants}
+
+
+def as_if_once(
+    stats: Mapping[str, Mapping[Statistic, Tensor]], segment: Segment, site: Site, rows: int
+) -> dict[Statistic, Tensor]:
+    """What an expert that no token reached is priced with: as if one token out of `rows` had reached it, an average one of its layer's.
+    Without it the expert would look free to damage."""
+    part = site.roles["part"]
+    others = [stats[s.name] for s in segment.sites if "expert" in s.context and s.roles["part"] == part and stats.get(s.name)]
+    if not others:
+        return {}
+    gram = torch.stack([found[Gram()] for found in others]).mean(0)
+    fisher = torch.stack([found[Fisher()] for found in others]).sum(0) / (max(1, site.context["chosen"]) * rows)
+    return {Gram(): gram, Fisher(): fisher}

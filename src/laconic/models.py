@@ -28,6 +28,7 @@ from laconic.anatomy import stored_names, traced_anatomy
 from laconic.architectures import DECODERS, decoder_anatomy
 from laconic.core.errors import UserError, nearest
 from laconic.core.site import Anatomy
+from laconic.experts import single, split_experts
 
 # names of safetensors, and what torch calls them
 DTYPES: Mapping[str, torch.dtype] = {
@@ -191,7 +192,7 @@ class FolderSource(Source):
         self._hashes: dict[str, str] | None = None
         raw = _config(path)
         self._check_config(raw)
-        self.infos = _headers(path)
+        self.infos = single(_headers(path))
         with _quiet():
             self.config = _transformers_config(path, raw)
         self.row = DECODERS[raw["model_type"]]
@@ -261,6 +262,7 @@ class FolderSource(Source):
                     model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
             except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
                 raise UserError(f"{self.path}/config.json describes no model that can be built ({_short(error)}): correct it") from error
+        split_experts(model)
         return model.eval().requires_grad_(False)
 
     def _match(self, shapes: Mapping[str, tuple[int, ...]], same: list[list[str]]) -> tuple[dict[str, str], dict[str, TensorInfo]]:
@@ -378,7 +380,13 @@ class FolderSource(Source):
 # names that transformers' classes give to the model below the head
 BASES = ("model", "transformer", "gpt_neox", "backbone")
 # what transformers renames when it reads a checkpoint: in the module -> in the file
-RENAMED = ((re.compile(r"^lm_head\."), "embed_out."),)
+RENAMED = (
+    (re.compile(r"^lm_head\."), "embed_out."),
+    (re.compile(r"\.mlp\.gate\."), ".block_sparse_moe.gate."),
+    (re.compile(r"\.mlp\.experts\.(\d+)\.gate_proj\."), r".block_sparse_moe.experts.\1.w1."),
+    (re.compile(r"\.mlp\.experts\.(\d+)\.up_proj\."), r".block_sparse_moe.experts.\1.w3."),
+    (re.compile(r"\.mlp\.experts\.(\d+)\.down_proj\."), r".block_sparse_moe.experts.\1.w2."),
+)
 
 
 def stored_name(parameter: str, stored: Collection[str]) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from laconic import __version__
 from laconic.budget import parse_budget
-from laconic.calibration import KEPT, PRICING, Walk, observed, release
+from laconic.calibration import KEPT, PRICING, Walk, as_if_once, observed, release
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
 from laconic.core.packed import Packed, Transposed, below, restore
@@ -211,6 +211,8 @@ def price(
         found = []
         for site in segment.sites:
             have = stats.get(site.name, {})
+            if not have and "expert" in site.context:
+                have = as_if_once(stats, segment, site, inputs.numel())
             if not segment.name:
                 rest[site.name] = have
             if (group := by_site.get(site.name)) is None:
@@ -230,6 +232,13 @@ def price(
     return [row for segment in segments for row in rows_of[segment.name]], rest
 
 
+def _with_gram(site: Site, found: Mapping[Statistic, Tensor], wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
+    """An untied table has one-hot inputs: their Gram is diagonal, so nothing is correlated and columns of its rows stand alone."""
+    if isinstance(site.kind, Embedding) and Gram() in wants and Gram() not in found:
+        return {**found, Gram(): torch.eye(site.matrix[1])}
+    return dict(found)
+
+
 def _changes(
     group: Sequence[Offer], site: Site, weight: Tensor, stats: Mapping[str, Mapping[Statistic, Tensor]]
 ) -> Iterator[tuple[Offer, Change]]:
@@ -238,7 +247,8 @@ def _changes(
         same = [offer for offer in group if offer.method == method]
         transform = same[0].transform
         levels = [offer.level for offer in same]
-        yield from zip(same, transform.several(site, {"weight": weight}, observed(stats, site, transform.wants), levels), strict=True)
+        own = {site.name: _with_gram(site, stats.get(site.name, {}), transform.wants)}
+        yield from zip(same, transform.several(site, {"weight": weight}, observed(own, site, transform.wants), levels), strict=True)
 
 
 def _load_stats(work: Any) -> dict[str, dict[Statistic, Tensor]]:
@@ -538,17 +548,34 @@ def _stored(change: Change, site: Site) -> tuple[dict[str, Any], dict[str, Tenso
     return forms, tensors
 
 
+def together(segment: Segment) -> Iterator[tuple[Site, ...]]:
+    """Sites that one pass may observe: a stage, with the stages beside it as far as their Gram matrices stay small."""
+    sites: list[Site] = []
+    size = 0
+    for stage in segment.stages:
+        own = 4 * stage.sites[0].matrix[1] ** 2
+        if sites and not (stage.beside and size + own <= KEPT):
+            yield tuple(sites)
+            sites, size = [], 0
+        sites += stage.sites
+        size += own
+    if sites:
+        yield tuple(sites)
+
+
 def _compress_segment(
     walk: Walk, module: nn.Module, segment: Segment, chosen: Mapping[str, Offer], source: Any, skip: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """All stages of a segment in order: each stage's statistics are taken with the stages before it already changed."""
     value: dict[str, Any] = {"forms": {}, "kept": [], "bytes": 0, "notes": []}
     tensors: dict[str, Tensor] = {}
-    for stage in segment.stages:
-        todo = [chosen[site.name] for site in stage.sites if site.name in chosen and site.name not in skip]
+    for sites in together(segment):
+        todo = [chosen[site.name] for site in sites if site.name in chosen and site.name not in skip]
         wants = tuple(dict.fromkeys(s for offer in todo for s in offer.transform.wants))
         stats = walk.observe(module, segment, [offer.site for offer in todo], wants) if wants else {}
         for offer in todo:
+            if offer.transform.wants and "expert" in offer.site.context and not stats.get(offer.site.name):
+                value["notes"].append(f"{offer.site.name}: no token of the calibration data reached this expert, it has no statistics")
             target = walk.site_module(module, segment, offer.site)
             weight = oriented(offer.site, target.weight.detach())  # type: ignore[union-attr, arg-type, operator]
             with suited(weight.numel()):
@@ -614,11 +641,7 @@ def _table_stats(source: Any, inputs: Tensor, site: Site, chosen: Mapping[str, O
             release(module)
         stats = walk.observe_tail(site, (Gram(),)) if site.roles.get("tied") else {}
         work.finish("stats", {"sites": [site.name]}, {f"{site.name}|{type(k).__name__}": v for k, v in stats.items()})
-    found = dict(_load_stats(work).get(site.name, {}))
-    # an untied table has one-hot inputs: their Gram is diagonal, so nothing is correlated and columns of its rows stand alone
-    if Gram() in offer.transform.wants and Gram() not in found:
-        found[Gram()] = torch.eye(site.matrix[1])
-    return found
+    return _with_gram(site, _load_stats(work).get(site.name, {}), offer.transform.wants)
 
 
 def finished_logits(opened: Any, inputs: Tensor, batch: int) -> Iterator[Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +12,16 @@ from torch import Tensor, nn
 from laconic.core.site import Group
 
 
-def masked(model: nn.Module, group: Group, gone: list[int]) -> nn.Module:
+def _state(model: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The state dict by stored names; `names` maps a stored name to the module's where they differ."""
+    other = {own: stored for stored, own in names.items()}
+    return {other.get(name, name): value for name, value in model.state_dict().items()}
+
+
+def masked(model: nn.Module, group: Group, gone: list[int], names: Mapping[str, str] = MappingProxyType({})) -> nn.Module:
     """A copy whose slices of the canonical indices `gone` are zero."""
     new = copy.deepcopy(model)
-    state = new.state_dict()
+    state = _state(new, names)
     for member in group.members:
         taken = torch.tensor([j for i in gone for j in member.index(i)], dtype=torch.int64)
         for role, tensor in member.site.tensors.items():
@@ -25,9 +33,9 @@ def masked(model: nn.Module, group: Group, gone: list[int]) -> nn.Module:
     return new
 
 
-def removed(model: nn.Module, group: Group, gone: list[int]) -> dict[str, Tensor]:
-    """The state dict without the slices of the canonical indices `gone`."""
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+def removed(model: nn.Module, group: Group, gone: list[int], names: Mapping[str, str] = MappingProxyType({})) -> dict[str, Tensor]:
+    """The state dict, by stored names, without the slices of the canonical indices `gone`."""
+    state = {name: value.clone() for name, value in _state(model, names).items()}
     for member in group.members:
         taken = {j for i in gone for j in member.index(i)}
         kept = torch.tensor([j for j in range(member.index.width) if j not in taken])

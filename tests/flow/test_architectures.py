@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from laconic import artifact
 from laconic.architectures import DECODERS
-from laconic.core.site import Edge, Group, Member, Norm, Rotate, Scale
+from laconic.calibration import Walk, drawn_loss
+from laconic.core.site import Edge, Group, Linear, Member, Norm, Rotate, Scale
+from laconic.core.statistic import Fisher, Gram
 from laconic.data import open_data
 from laconic.job import compress, plan
 from laconic.models import Source, open_model
@@ -60,10 +62,18 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "tie_word_embeddings": True},
     "opt-untied": {"ffn_dim": 48, "word_embed_proj_dim": 32, "tie_word_embeddings": False},
     "opt-projected": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+    "qwen3_moe": {
+        "num_experts": 5,
+        "moe_intermediate_size": 24,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [0],
+        "tie_word_embeddings": True,
+    },
 }
 # query heads share KV heads
 GROUPED = {"llama", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "mixtral", "qwen3_moe"}
-ROTATES = {"llama", "gemma-untied", "phi", "phi3", "gpt2-untied", "gpt_neox", "gpt_neox-serial", "opt-untied"}
+ROTATES = {"llama", "gemma-untied", "phi", "phi3", "gpt2-untied", "gpt_neox", "gpt_neox-serial", "opt-untied", "mixtral"}
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +132,11 @@ def parameters(source: Source, model: nn.Module) -> dict[str, Tensor]:
     return {source.tied.get(name, name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
+def own_names(source: Source) -> dict[str, str]:
+    """Stored name -> the module's, where they differ and it is not a second use of the same tensor."""
+    return {stored: name for name, stored in source.tied.items() if name != "lm_head.weight"}
+
+
 def near(a: Tensor, b: Tensor, bound: float = 1e-5) -> bool:
     return float((a - b).norm() / b.norm()) < bound
 
@@ -142,8 +157,15 @@ def test_every_stored_tensor_is_named_once(opened: Callable[[str], Source], case
         assert site.shape == (shape[::-1] if site.transposed else shape)
     # what no site covers is small: norms, biases, positions, routers, and the projections of an embedding with a width of its own
     for name in source.anatomy.uncovered():
-        assert len(source.infos[name].shape) == 1 or any(word in name for word in ("wpe", "embed_positions", "project_", "mlp.gate."))
+        assert len(source.infos[name].shape) == 1 or any(word in name for word in ("wpe", "embed_positions", "project_", "gate.weight"))
     assert source.parameters == sum(p.numel() for p in source.load(torch.float32).parameters())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_opened_is_what_transformers_opens(opened: Callable[[str], Source], case: str) -> None:
+    source = opened(case)
+    theirs = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    assert near(logits(source.load(torch.float32), ids()), logits(theirs, ids()))
 
 
 # ---- groups
@@ -152,8 +174,8 @@ def test_every_stored_tensor_is_named_once(opened: Callable[[str], Source], case
 def shrunk(source: Source, model: nn.Module, group: Group, gone: list[int]) -> nn.Module:
     """The model without the slices of a group: parameters replaced, and the numbers that its attention keeps beside them."""
     smaller = copy.deepcopy(model)
-    names = {stored: name for name, stored in ((n, source.tied.get(n, n)) for n in model.state_dict())}
-    for stored, value in removed(model, group, gone).items():
+    names = own_names(source)
+    for stored, value in removed(model, group, gone, names).items():
         owner, _, leaf = names.get(stored, stored).rpartition(".")
         own = smaller.get_submodule(owner)._parameters.get(leaf)
         if own is not None and own.shape != value.shape:
@@ -192,7 +214,7 @@ def test_masking_a_group_is_removing_it(opened: Callable[[str], Source], case: s
         assert anatomy.coupled(member.site, member.axis) == group
     gone = [0] if half == "attention" else [0, 5, group.width - 1]
     model = source.load(torch.float32)
-    zeroed = masked(model, group, gone)
+    zeroed = masked(model, group, gone, own_names(source))
     small = shrunk(source, model, group, gone)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     assert near(logits(small, ids()), logits(zeroed, ids()))
@@ -454,6 +476,119 @@ def test_the_whole_job(tmp_path: Path, text: Path, case: str) -> None:
         assert len(held) == len(forms) == len(settled)
     left_padded(model)
     left_padded(source.load(torch.float32))
+
+
+# ---- experts
+
+
+def test_fused_experts_of_a_file_are_read_one_by_one(tmp_path: Path) -> None:
+    source = make(tmp_path / "apart", "mixtral")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "apart", dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "fused", save_original_format=False)
+    fused = open_model(tmp_path / "fused")
+    assert [site.shape for site in fused.anatomy.sites()] == [site.shape for site in source.anatomy.sites()]
+    one, other = source.load(torch.float32).state_dict(), fused.load(torch.float32).state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_expert_falls_with_its_row_of_the_router(opened: Callable[[str], Source]) -> None:
+    source = opened("mixtral")
+    anatomy = source.anatomy
+    router = next(s for s in anatomy.named.values() if s.roles["part"] == "router" and s.context["layer"] == 1)  # type: ignore[attr-defined]
+    group = anatomy.coupled(router, 0)
+    assert group.width == 4
+    assert {m.site.context["expert"] for m in group.members if m.index(2) and m.site is not router} == {2}
+    model = source.load(torch.float32)
+    without = copy.deepcopy(model).model.layers[1].mlp
+    forbidden = copy.deepcopy(without)
+    # the router's own way to say that an expert may not be chosen
+    forbidden.gate.forward = lambda hidden, gate=forbidden.gate: _route(hidden, gate, torch.tensor([0.0, 0.0, -1e9, 0.0]))
+    left = [0, 1, 3]
+    without.gate.weight = nn.Parameter(without.gate.weight[left])
+    for new, old in enumerate(left):
+        setattr(without.experts, str(new), getattr(forbidden.experts, str(old)))
+    del without.experts._modules["3"]
+    hidden = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        assert near(without(hidden), forbidden(hidden))
+
+
+def _route(hidden: Tensor, gate: Any, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scores = (hidden.reshape(-1, hidden.shape[-1]) @ gate.weight.T + bias).softmax(-1)
+    top, index = scores.topk(gate.top_k, -1)
+    return scores, top / top.sum(-1, keepdim=True), index
+
+
+def test_an_expert_that_no_token_reaches_is_named_and_rounded(tmp_path: Path, text: Path) -> None:
+    source = with_tokenizer(tmp_path / "model", "mixtral")
+    folder = tmp_path / "unseen"
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    config.num_experts_per_tok = 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", config=config, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # of two opposite rows one is above zero for any token, so a row of zeros is never the largest
+            weight = layer.mlp.gate.weight
+            weight[1] = -weight[0]
+            weight[3] = 0
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tmp_path / "model" / name).read_bytes())
+    source = open_model(folder)
+    split = open_data(str(text), source, seed=0, length=24, limits=(4, 2, 2))
+    said: list[str] = []
+    for recipe in ("rtn", "gptq"):
+        compress(source, split, budget=["bits=5"], recipe=load_recipe(recipe), out=tmp_path / recipe, log=said.append)
+    rounded, compensated = artifact.stream(tmp_path / "rtn"), artifact.stream(tmp_path / "gptq")
+    seen = 0
+    for site in source.anatomy.sites(Linear):
+        if "expert" not in site.context:
+            continue
+        name = site.tensors["weight"].name
+        same = torch.equal(rounded.read(name), compensated.read(name))
+        if site.context["expert"] == 3:
+            assert same
+            assert any(site.name in line and "no token" in line for line in said)
+        else:
+            seen += not same
+    assert seen > 6
+    compress(source, split, budget=["bits=5"], recipe=load_recipe("auto"), out=tmp_path / "auto", log=said.append)
+    menu = json.loads((tmp_path / "auto" / "plan.json").read_text())["menu"]
+    unseen = [row["damage"]["value"] for row in menu if ".experts.3." in row["site"]]
+    others = [row["damage"]["value"] for row in menu if ".experts.0." in row["site"]]
+    assert unseen
+    assert 0 < sum(unseen) < sum(others)
+
+
+def test_statistics_of_experts_are_those_of_their_tokens(opened: Callable[[str], Source], tmp_path: Path) -> None:
+    source = opened("mixtral")
+    tokens = ids(3, 20)
+    walk = Walk(source, tokens, batch=2, shelf=tmp_path / "shelf")
+    walk.begin()
+    walked: dict[str, dict[Any, Tensor]] = {}
+    for _, _, stats in walk.backward((Gram(), Fisher()), torch.Generator().manual_seed(3), lambda done, total: None):
+        walked |= stats
+    # the same by plain autograd over the whole model
+    model = source.load(torch.float32)
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for site in source.anatomy.sites(Linear):
+        if "expert" in site.context:
+
+            def hook(module: nn.Module, args: tuple[Tensor], output: Tensor, name: str = site.name) -> None:
+                output.register_hook(lambda grad: seen.setdefault(name, []).append((args[0].detach(), grad)))
+
+            model.get_submodule(site.name).register_forward_hook(hook)
+    generator = torch.Generator().manual_seed(3)
+    for row in tokens:
+        embedded = model.model.embed_tokens(row[None]).detach().requires_grad_(True)
+        drawn_loss(model(inputs_embeds=embedded).logits, generator).backward()
+    assert len(seen) == LAYERS * 4 * 3
+    for name, entries in seen.items():
+        x, grad = torch.cat([x for x, _ in entries]), torch.cat([grad for _, grad in entries])
+        assert near(walked[name][Gram()], x.T @ x / x.shape[0], 1e-4)
+        # a mean over all tokens, also those that never reached the expert
+        assert near(walked[name][Fisher()], grad.square().sum(0) / tokens.numel(), 1e-4)
 
 
 def test_auto_prices_a_transposed_fused_matrix(tmp_path: Path, text: Path) -> None:
