@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,15 +47,25 @@ def stored_names(module: nn.Module) -> dict[str, str]:
 @dataclass(frozen=True)
 class TracedAnatomy(Anatomy):
     """Sites of one module in order of first execution. `coupled` marks channels and watches where they arrive, through the module's own
-    forward, so shortcuts, padding, flattening and concatenation need no rules. `names`: state dict name -> stored name."""
+    forward, so shortcuts, padding, flattening and concatenation need no rules. `names`: state dict name -> stored name. `layers`: those of
+    all stacks in order of execution, each with its Segment.gives; `positions`: hidden states of one sample in the longest stack."""
 
     module: nn.Module
     example: tuple[Any, ...]
     names: Mapping[str, str]
     found: tuple[Site, ...]
+    stages: tuple[Stage, ...] = ()
+    layers: Mapping[str, int] = field(default_factory=dict)
+    positions: int = 1
 
     def segments(self) -> tuple[Segment, ...]:
-        return (Segment("", tuple(Stage((site,)) for site in self.found), tuple(dict.fromkeys(self.names.values()))),)
+        every = tuple(dict.fromkeys(self.names.values()))
+        of = {self.names[name]: layer for layer in self.layers for name in self.names if name.startswith(f"{layer}.")}
+        segments = []
+        for layer in (*self.layers, ""):
+            stages = tuple(stage for stage in self.stages if of.get(stage.sites[0].tensors["weight"].name, "") == layer)
+            segments.append(Segment(layer, stages, tuple(n for n in every if of.get(n, "") == layer), self.layers.get(layer, 0)))
+        return tuple(segments)
 
     def uncovered(self) -> tuple[str, ...]:
         """Stored tensors that are no site's weight: norms, biases, running statistics, and weights of unknown modules."""
@@ -93,6 +103,8 @@ def traced_anatomy(module: nn.Module, example_input: Any) -> TracedAnatomy:
         if leaf == "weight" and kept in owners and path not in owners[kept]:
             owners[kept].append(path)
     fixed = _ends(run, example)
+    watched = _Watched(run, names)
+    watched.run(example)
     sites = []
     for kept, (name, *others) in owners.items():
         inner = module.get_submodule(name)
@@ -106,8 +118,121 @@ def traced_anatomy(module: nn.Module, example_input: Any) -> TracedAnatomy:
         if others:
             context["tied"] = tuple(others)
         roles = {"tied": others[0]} if others else {}
+        context["after"] = watched.after(name)
         sites.append(Site(name, SITES[type(inner)], tensors, tuple(weight.shape), roles, context))
-    return TracedAnatomy(module, example, names, tuple(sites))
+    return TracedAnatomy(module, example, names, tuple(sites), watched.stages(sites), watched.layers, watched.positions)
+
+
+@dataclass
+class _Called:
+    """One call of a layer or a site: when it began and ended, what it was given first and what it gave."""
+
+    began: int
+    given: Any
+    version: int
+    ended: int = 0
+    gave: Any = None
+
+
+class _Watched:
+    """Finds stacks of layers: a ModuleList of modules of one type, each called once, each given what the one before it gave. Nothing of
+    a config is looked at."""
+
+    def __init__(self, run: _Run, names: Mapping[str, str]) -> None:
+        self.real, self.names = run, names
+        self.calls: dict[str, list[_Called]] = {}
+        self.layers: dict[str, int] = {}
+        self.ends: list[int] = []
+        self.positions = 1
+        self.clock = 0
+
+    def run(self, example: tuple[Any, ...]) -> None:
+        """One run of the module, and the stacks that it shows."""
+        lists = {name: inner for name, inner in self.real.names.items() if type(inner) is nn.ModuleList and self._alike(name, inner)}
+        layers = {f"{name}.{i}": layer for name, inner in lists.items() for i, layer in enumerate(inner)}
+        hooks = []
+
+        def before(name: str) -> Callable[..., None]:
+            def hook(inner: nn.Module, args: Any) -> None:
+                self.clock += 1
+                given = args[0] if args else None
+                self.calls.setdefault(name, []).append(_Called(self.clock, given, given._version if isinstance(given, Tensor) else 0))
+
+            return hook
+
+        def after(name: str) -> Callable[..., None]:
+            def hook(inner: nn.Module, args: Any, output: Any) -> None:
+                self.clock += 1
+                self.calls[name][-1].ended, self.calls[name][-1].gave = self.clock, output
+
+            return hook
+
+        try:
+            for name, inner in (*layers.items(), *((n, self.real.names[n]) for n in self.real.order)):
+                hooks += [inner.register_forward_pre_hook(before(name)), inner.register_forward_hook(after(name))]
+            self.real(example)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, inner in sorted(lists.items(), key=lambda item: min((c.began for c in self.calls.get(f"{item[0]}.0", ())), default=0)):
+            paths = [f"{name}.{i}" for i in range(len(inner))]
+            if any(name.startswith(f"{layer}.") for layer in self.layers) or not self._chain(paths):
+                continue
+            for path in paths:
+                gave = self.calls[path][0].gave
+                self.layers[path] = len(gave) if isinstance(gave, tuple) else 0
+            hidden = self.calls[paths[0]][0].given
+            self.positions = max(self.positions, hidden.numel() // hidden.shape[-1])
+            self.ends.append(self.calls[paths[-1]][0].ended)
+
+    def _alike(self, name: str, layers: nn.ModuleList) -> bool:
+        """Modules of one type with a site in each, and no tensor that others use too."""
+        below = [f"{name}.{i}." for i in range(len(layers))]
+        if len(layers) < 2 or len({type(layer) for layer in layers}) > 1:
+            return False
+        if not all(any(site.startswith(prefix) for site in self.real.order) for prefix in below):
+            return False
+        users: dict[str, set[str]] = {}
+        for own, stored in self.names.items():
+            users.setdefault(stored, set()).add(next((prefix for prefix in below if own.startswith(prefix)), ""))
+        return all(len(found) == 1 for found in users.values() if found != {""})
+
+    def _chain(self, paths: list[str]) -> bool:
+        calls = [self.calls.get(path, []) for path in paths]
+        if any(len(found) != 1 for found in calls):
+            return False
+        gave = None
+        for (call,) in calls:
+            first = call.gave[0] if isinstance(call.gave, tuple) and call.gave else call.gave
+            if not isinstance(call.given, Tensor) or not isinstance(first, Tensor) or first.shape != call.given.shape:
+                return False
+            if gave is not None and call.given is not gave:
+                return False
+            gave = first
+        return True
+
+    def after(self, site: str) -> int:
+        """Stacks that were through when a site first ran."""
+        return sum(end < self.calls[site][0].began for end in self.ends)
+
+    def stages(self, sites: list[Site]) -> tuple[Stage, ...]:
+        """Sites that follow one another and are given the very same tensor are one stage of a layer."""
+        stages: list[list[Site]] = []
+        layer = None
+        for site in sites:
+            own = next((name for name in self.layers if site.name.startswith(f"{name}.")), "")
+            if stages and own and own == layer and self._same(stages[-1][0].name, site.name):
+                stages[-1].append(site)
+            else:
+                stages.append([site])
+            layer = own
+        return tuple(Stage(tuple(found)) for found in stages)
+
+    def _same(self, a: str, b: str) -> bool:
+        first, second = self.calls[a], self.calls[b]
+        if len(first) != 1 or len(second) != 1:
+            return False
+        return first[0].given is second[0].given and first[0].version == second[0].version
 
 
 def _is_site(module: nn.Module) -> bool:
@@ -299,17 +424,13 @@ class _Channels:
         self.base: dict[tuple[str, str], int] = {}
         self.parent: list[int] = []
         self.unknown: dict[int, str] = {}
+        self.marked = ""
         self.names = anatomy.names
         run = self._recorded(anatomy)
         self.run = run
         # modules that share one tensor are one site
         self.site_of = {path: site.name for site in anatomy.found for path in (site.name, *site.context.get("tied", ()))}
         self.norm_names = [name for name, inner in run.names.items() if _is_norm(inner)]
-        for name, inner in run.names.items():
-            if name in self.site_of or name in self.norm_names or not _owns(inner):
-                continue
-            if any(True for _ in inner.children()):
-                self.hidden = self._first_tensor(name, inner)
         for site in anatomy.found:
             n, m = self._widths(site)
             self._add((site.name, "out"), n)
@@ -321,8 +442,11 @@ class _Channels:
         for name in run.order:
             if name in self.site_of:
                 self._trace(name, anatomy.example)
-
-    hidden: str = ""
+        # tensors that lie in no module of their own, and the channels that they act on
+        self.alone: dict[int, str] = {}
+        for name, inner in run.names.items():
+            if name not in self.site_of and name not in self.norm_names and any(True for _ in inner.children()):
+                self._trace_alone(name, inner, anatomy.example)
 
     def _recorded(self, anatomy: TracedAnatomy) -> _Run:
         for lanes in (LANES, 1):
@@ -414,7 +538,8 @@ class _Channels:
                         self._arrived(sink, value, base + start, count)
         run.mark = {}
 
-    def _arrived(self, sink: str, value: Tensor, first: int, count: int) -> None:
+    def _arrived(self, sink: str, value: Tensor, first: int | None, count: int) -> None:
+        """Joins the channels where NaN arrived with those that were marked, from node `first` on, a lane each; None: with self.marked."""
         inner = self.run.names[sink]
         lanes = self.run.lanes
         value = value.reshape(lanes, -1, *value.shape[1:])[:count]
@@ -434,13 +559,41 @@ class _Channels:
             base = self.base[sink, "norm"]
             axis = 2 if CHANNELWISE[type(inner)] == 1 else last
         else:
-            for lane in value.flatten(1).sum(1).isnan().nonzero()[:, 0].tolist():
+            for lane in value.flatten(1).sum(1).isnan().nonzero()[:, 0].tolist() if first is not None else ():
                 self.unknown[first + lane] = self._first_tensor(sink, inner)
             return
         # one NaN makes the sum of its channel NaN
         sums = value.sum(tuple(i for i in range(1, last + 1) if i != axis))
         for lane, channel in sums.isnan().nonzero().tolist():
-            self._join(first + lane, base + channel)
+            if first is None:
+                self.alone[base + channel] = self.marked
+            else:
+                self._join(first + lane, base + channel)
+
+    def _trace_alone(self, name: str, inner: nn.Module, example: tuple[Any, ...]) -> None:
+        """Marks each tensor that a module with children owns, as a whole: which of its axes are channels is not known."""
+        for held in (inner._parameters, inner._buffers):
+            for leaf, value in list(held.items()):
+                if value is None or not value.is_floating_point() or leaf in inner._non_persistent_buffers_set:
+                    continue
+                self.marked = f"{name}.{leaf}" if name else leaf
+                self.run.mark = {}
+                marked = torch.full_like(value, torch.nan)
+                held[leaf] = nn.Parameter(marked, requires_grad=False) if isinstance(value, nn.Parameter) else marked  # type: ignore[assignment]
+                try:
+                    with self.run.cut():
+                        out = self.run(self._repeated(example, self.run.lanes))
+                finally:
+                    held[leaf] = value  # type: ignore[assignment]
+                for sink, values in self.run.inputs.items():
+                    for arrived in values:
+                        if arrived.is_floating_point():
+                            self._arrived(sink, arrived, None, self.run.lanes)
+                if _has_nan(out):
+                    for site in self.sites.values():
+                        if 0 in site.context["fixed"]:
+                            start = self.base[site.name, "out"]
+                            self.alone |= dict.fromkeys(range(start, start + self._widths(site)[0]), self.marked)
 
     @functools.cached_property
     def _axes(self) -> dict[tuple[str, str], list[int]]:
@@ -461,10 +614,6 @@ class _Channels:
 
     def group(self, site: Site, axis: int) -> Group:
         """The group of a site's axis."""
-        if self.hidden:
-            raise UserError(
-                f"{self.hidden} may act on any channel, as it lies in no module of its own: structured methods need it in a leaf module"
-            )
         side = self._side(site, axis)
         if not side:
             # the rows of a table are ids, which meet nothing that a trace can see
@@ -483,6 +632,11 @@ class _Channels:
             if self._root(node) in components:
                 raise UserError(
                     f"{name} reads the channels of {site.name}, and its kind is unknown: structured methods leave {site.name} out"
+                )
+        for node, name in self.alone.items():
+            if self._root(node) in components:
+                raise UserError(
+                    f"{name} acts on the channels of {site.name} and lies in no module of its own: structured methods leave {site.name} out"
                 )
         order = self._order(keys, components)
         members = []

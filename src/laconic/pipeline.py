@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from laconic import __version__
 from laconic.budget import parse_budget
-from laconic.calibration import KEPT, PRICING, Walk, as_if_once, observed, release
+from laconic.calibration import KEPT, PRICING, Walk, as_if_once, joined, observed, release
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
 from laconic.core.packed import Packed, Transposed, below, restore
@@ -193,11 +193,13 @@ def price(
     by_site: dict[str, list[Offer]] = {}
     for offer in offered:
         by_site.setdefault(offer.site.name, []).append(offer)
-    segments = source.anatomy.segments()
+    # a module that was given is in memory: one pass prices all of it
+    whole = source.path is None
+    segments = (joined(source.anatomy.segments()),) if whole else source.anatomy.segments()
     if all(work.done(f"price/{s.name}") for s in segments):
         rows = [_from_words(r) for s in segments for r in work.done(f"price/{s.name}")["rows"]]
         return rows, _load_stats(work)
-    walk = Walk(source, inputs, batch=batch, shelf=work.folder / "shelf")
+    walk = Walk(source, inputs, batch=batch, shelf=work.folder / "shelf", whole=whole)
     walk.begin()
     generator = torch.Generator().manual_seed(seed)
     rows_of: dict[str, list[Row]] = {}
@@ -379,7 +381,8 @@ def predicted_memory(source: Any, split: Any = None) -> int:
     single = max(math.prod(i.shape) * (i.dtype.itemsize + 1) for i in source.infos.values())
     states = 0
     if split is not None and segments:
-        tokens = calibration_rows(source, split).numel()
+        rows = calibration_rows(source, split)
+        tokens = rows.numel() if source.task == "text" else rows.shape[0] * getattr(source.anatomy, "positions", 1)
         widths = [site.matrix[1] for site in segments[0].sites]
         states = 4 * tokens * 2 * min(widths) + min(2 * KEPT, 4 * tokens * (min(widths) + max(widths)))
     return 500_000_000 + max(widest * 4 * 2, single * 2) + states
@@ -468,7 +471,7 @@ def apply_plan(
     total = len(segments)
     notes: list[str] = []
     parts: list[str] = []
-    tables = [site for site in rest.sites if isinstance(site.kind, Embedding)] if layers else []
+    tables = [site for site in rest.sites if site.roles.get("part") == "embed"]
 
     def take_in(key: str, value: Mapping[str, Any]) -> None:
         view.add(key, value)
@@ -490,7 +493,29 @@ def apply_plan(
     table = view.packed(tables[0].tensors["weight"].name) if tables else None
     walk.begin(table.rows if table is not None else None)
     del table
+    done = {site.name for site in tables}
+
+    def between(after: int) -> None:
+        """Sites outside the layers of a traced module that run once `after` stacks were gone through."""
+        sites = [s for s in rest.sites if s.context.get("after") == after and s.name in chosen and s.name not in done] if layers else []
+        if not sites:
+            return
+        key = f"{prefix}/:{after}"
+        if (value := work.done(key)) is None:
+            progress("compressing", after, total, "what stands outside the layers")
+            value, tensors = _compress_between(walk, after, sites, chosen, work)
+            work.finish(key, value, tensors)
+            take_in(key, value)
+        else:
+            take_in(key, value)
+            for site in sites:
+                walk.model.get_submodule(site.name).weight.data.copy_(view.read(site.tensors["weight"].name))  # type: ignore[union-attr, operator]
+        done.update(site.name for site in sites)
+
+    first = {stack[0]: number for number, stack in enumerate(walk.stacks)}
     for number, segment in enumerate(layers):
+        if number in first:
+            between(first[number])
         key = f"{prefix}/{segment.name}"
         value = work.done(key)
         if value is None:
@@ -505,11 +530,11 @@ def apply_plan(
         take_in(key, value)
         walk.advance(module, segment)
         release(module)
+    between(len(walk.stacks))
     key = f"{prefix}/"
     value = work.done(key)
     if value is None:
         progress("compressing", total, total, "head and norms")
-        done = {site.name for site in tables}
         value, tensors = _compress_rest(walk, rest, layers, chosen, source, done, log)
         work.finish(key, value, tensors)
         del tensors
@@ -571,8 +596,11 @@ def _compress_segment(
     tensors: dict[str, Tensor] = {}
     for sites in together(segment):
         todo = [chosen[site.name] for site in sites if site.name in chosen and site.name not in skip]
-        wants = tuple(dict.fromkeys(s for offer in todo for s in offer.transform.wants))
-        stats = walk.observe(module, segment, [offer.site for offer in todo], wants) if wants else {}
+        # a table that stands inside a layer (T5's relative positions) has no rows of inputs
+        seen = [offer for offer in todo if not isinstance(offer.site.kind, Embedding)]
+        wants = tuple(dict.fromkeys(s for offer in seen for s in offer.transform.wants))
+        stats = walk.observe(module, segment, [offer.site for offer in seen], wants) if wants else {}
+        stats |= {o.site.name: _with_gram(o.site, {}, o.transform.wants) for o in todo if o not in seen}
         for offer in todo:
             if offer.transform.wants and "expert" in offer.site.context and not stats.get(offer.site.name):
                 value["notes"].append(f"{offer.site.name}: no token of the calibration data reached this expert, it has no statistics")
@@ -593,6 +621,30 @@ def _compress_segment(
             tensors[name] = kept
             value["kept"].append(name)
             value["bytes"] += kept.numel() * kept.element_size()
+    return value, tensors
+
+
+def _compress_between(
+    walk: Walk, after: int, sites: Sequence[Site], chosen: Mapping[str, Offer], work: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Sites outside the layers, one after another, each in the walk's own model too, so that what follows sees its error."""
+    value: dict[str, Any] = {"forms": {}, "kept": [], "bytes": 0, "notes": []}
+    tensors: dict[str, Tensor] = {}
+    for site in sites:
+        offer = chosen[site.name]
+        if isinstance(site.kind, Embedding):
+            priced = _load_stats(work) if work.done("stats") is not None else {}
+            stats = _with_gram(site, priced.get(site.name, {}), offer.transform.wants)
+        else:
+            stats = walk.observe_rest(after, [site], offer.transform.wants)[site.name] if offer.transform.wants else {}
+        target: Tensor = walk.model.get_submodule(site.name).weight.data  # type: ignore[union-attr, assignment]
+        one, held = _pack(site, offer, {"weight": oriented(site, target)}, stats)
+        form = restore(one["forms"][site.tensors["weight"].name], below(held, site.tensors["weight"].name))
+        target.copy_(form.dense().reshape(target.shape))
+        value["forms"].update(one["forms"])
+        value["notes"] += one["notes"]
+        value["bytes"] += one["bytes"]
+        tensors.update(held)
     return value, tensors
 
 

@@ -23,6 +23,8 @@ class Packed(nn.Module, ABC):
 
     form: ClassVar[str]
     shape: tuple[int, ...]
+    # what a model that looks at its weight's dtype is told: that of the products
+    dtype: torch.dtype = torch.float32
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -267,4 +269,11 @@ class Held(nn.Module):
     def _scaled(self, rows: Tensor) -> Tensor:
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
-    dtype: torch.dtype = torch.float32
+    @property
+    def dtype(self) -> torch.dtype:
+        """What lookups give, and what a model that asks for its weight's dtype is told."""
+        return self.weight.dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        self.weight.dtype = dtype

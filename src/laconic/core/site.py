@@ -211,11 +211,13 @@ class Stage(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What the walk holds at once: a module path ("" is the whole model), its stages and all stored tensors under it."""
+    """What the walk holds at once: a module path ("" is the whole model), its stages and all stored tensors under it. `gives`: entries of
+    the tuple that its module returns, 0 where it returns the hidden state itself."""
 
     name: str
     stages: tuple[Stage, ...]
     tensors: tuple[str, ...]
+    gives: int = 0
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -228,8 +230,8 @@ class Anatomy(ABC):
 
     @abstractmethod
     def segments(self) -> tuple[Segment, ...]:
-        """What the walk holds one after another. The stack's layers come in order; stem and head (embedding, last norm) come last as one
-        segment named "" when the model has layers; a model without layers is one segment ""."""
+        """What the walk holds one after another. The layers of each stack come in order; stem and head (embedding, last norm) come last as
+        one segment named "" when the model has layers; a model without layers is one segment ""."""
 
     @abstractmethod
     def coupled(self, site: Site, axis: int) -> Group:
