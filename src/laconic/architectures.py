@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from laconic.core.site import (
     Act,
     Anatomy,
+    Conv,
     Edge,
     Embedding,
     Fold,
@@ -23,6 +24,7 @@ from laconic.core.site import (
     Norm,
     Rotate,
     Scale,
+    Scan,
     Segment,
     Site,
     Stage,
@@ -43,7 +45,11 @@ class Decoder:
     halves (a path given twice is one norm that both read), attention_out and mlp_out between a half and the stream, q and k over heads.
     by_head: qkv holds q, k and v of one head side by side, head after head, instead of all of q, then all of k, then all of v.
     plus: what norms add to their stored scale. centred: norms take the mean away. norms_first: the config's attribute that says whether
-    norms stand before the halves. experts: the module of a layer's experts, a sub-module for each with gate_proj, up_proj, down_proj."""
+    norms stand before the halves. experts: the module of a layer's experts, a sub-module for each with gate_proj, up_proj, down_proj.
+
+    A state-space layer has scan_in, select (Mamba's x_proj), step (its dt_proj), conv, scan_out and what the scan holds (A, D, step_bias,
+    scan_norm); `lanes` says what lies side by side along an axis (0 = out, 1 = in) of each: x and gate of the channels, B and C of the
+    states, dt of the heads, low of the rank that steps are made from."""
 
     blocks: str = "model.layers"
     parts: Mapping[str, str] = field(default_factory=lambda: {**SPLIT, **GATED})
@@ -61,6 +67,7 @@ class Decoder:
     norms_first: str = ""
     experts: str = ""
     router: str = ""
+    lanes: Mapping[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
 
 
 HEAD_NORMS = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
@@ -71,6 +78,9 @@ SANDWICH = {
     "mlp_out": "post_feedforward_layernorm",
 }
 MIXTURE = Decoder(experts="mlp.experts", router="mlp.gate")
+
+SCAN = {"scan_in": "mixer.in_proj", "conv": "mixer.conv1d", "A": "mixer.A_log", "D": "mixer.D", "scan_out": "mixer.out_proj"}
+STATE_SPACE = Decoder(blocks="backbone.layers", norms={"scan": "norm"}, embed="backbone.embeddings", norm="backbone.norm_f")
 
 # keyed by `model_type` of config.json
 DECODERS: Mapping[str, Decoder] = {
@@ -122,13 +132,44 @@ DECODERS: Mapping[str, Decoder] = {
     ),
     "mixtral": MIXTURE,
     "qwen3_moe": replace(MIXTURE, norms={**PRE, **HEAD_NORMS}),
+    "mamba": replace(
+        STATE_SPACE,
+        parts={**SCAN, "select": "mixer.x_proj", "step": "mixer.dt_proj"},
+        lanes={
+            ("scan_in", 0): ("x", "gate"),
+            ("conv", 0): ("x",),
+            ("select", 1): ("x",),
+            ("select", 0): ("low", "B", "C"),
+            ("step", 1): ("low",),
+            ("step", 0): ("x",),
+            ("A", 0): ("x",),
+            ("A", 1): ("B",),
+            ("D", 0): ("x",),
+            ("scan_out", 1): ("x",),
+        },
+    ),
+    "mamba2": replace(
+        STATE_SPACE,
+        parts={**SCAN, "step_bias": "mixer.dt_bias", "scan_norm": "mixer.norm"},
+        lanes={
+            ("scan_in", 0): ("gate", "x", "B", "C", "dt"),
+            ("conv", 0): ("x", "B", "C"),
+            ("step_bias", 0): ("dt",),
+            ("A", 0): ("dt",),
+            ("D", 0): ("dt",),
+            ("scan_norm", 0): ("x",),
+            ("scan_out", 1): ("x",),
+        },
+    ),
 }
 
 # sites of one stage see the same input
-STAGES = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",))
+STAGES = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",), ("scan_in",), ("select",), ("scan_out",))
+# parts of a state-space layer that its own arithmetic reads without calling a module: no method is offered them
+HELD = {"conv": Conv(), "step": Linear(), "A": Scan(), "D": Scan(), "step_bias": Scan(), "scan_norm": Norm()}
 ATTENTION = ("q", "k", "v", "qkv", "o")
-READERS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "gate": "mlp", "up": "mlp", "gate_up": "mlp"}
-WRITERS = ("o", "down")
+READERS = {**dict.fromkeys(("q", "k", "v", "qkv"), "attention"), **dict.fromkeys(("gate", "up", "gate_up"), "mlp"), "scan_in": "scan"}
+WRITERS = ("o", "down", "scan_out")
 # activations for which act(c x) = c act(x) where c > 0
 HOMOGENEOUS = ("relu", "leaky_relu")
 
@@ -171,6 +212,24 @@ def _members(ports: Sequence[Port], units: int) -> tuple[Member, ...]:
     )
 
 
+class Lane(NamedTuple):
+    """What lies side by side along axes of a state-space layer: `copies` times `units` runs of `block` indices; lanes of one family fall
+    together, unit by unit. (Heads of Mamba-2 are in groups of equal size, so a unit is one head of each group.)"""
+
+    family: str
+    units: int
+    copies: int
+    block: int
+
+    @property
+    def width(self) -> int:
+        return self.copies * self.units * self.block
+
+    def __call__(self, i: int) -> list[int]:
+        starts = [(copy * self.units + i) * self.block for copy in range(self.copies)]
+        return [j for start in starts for j in range(start, start + self.block)]
+
+
 @dataclass(frozen=True)
 class DecoderAnatomy(Anatomy):
     """A stack of equal layers between an embedding and a head. Sites that no method is offered (norms, positions, routers) are in `named`
@@ -185,6 +244,7 @@ class DecoderAnatomy(Anatomy):
     _segments: tuple[Segment, ...]
     named: Mapping[str, Site]
     folds: Mapping[str, tuple[str, ...]]
+    lanes: Mapping[str, Lane] = field(default_factory=dict)
 
     @property
     def tail(self) -> tuple[Site, ...]:
@@ -200,8 +260,11 @@ class DecoderAnatomy(Anatomy):
         return tuple(name for name in self.shapes if name not in covered)
 
     def coupled(self, site: Site, axis: int) -> Group:
-        """MLP channels, KV heads with the query heads they serve, the residual stream's width, experts, positions, or the vocabulary."""
+        """MLP channels, KV heads with the query heads they serve, channels, heads, states and ranks of a scan, the residual stream's width,
+        experts, positions, or the vocabulary."""
         part = site.roles["part"]
+        if (part, axis) in self.row.lanes:
+            return self._scan(site, axis)
         if (part, axis) in (("gate", 0), ("up", 0), ("gate_up", 0), ("down", 1)):
             ports = self._mlp(site)
             units = ports["down"].site.shape[1]
@@ -223,7 +286,7 @@ class DecoderAnatomy(Anatomy):
 
     def edges(self) -> Iterator[Edge]:
         """The residual stream; in each layer up -> down and v -> o. `width` of the last is v's: an entry of v feeds the same entry of each
-        query head that its head serves."""
+        query head that its head serves. Of a scan: the ranks that steps are made from, B against C, the norm behind the gate."""
         members = self._stream
         writers = tuple(m for m in members if m.site.roles["stream"] in ("writes", "both"))
         readers = tuple(m for m in members if m.site.roles["stream"] in ("reads", "both"))
@@ -246,6 +309,8 @@ class DecoderAnatomy(Anatomy):
                     yield Edge(f"{within}.gate", n, n, _members([up], n), (Member(site, 1, IndexMap(n)),), allows=allows)
                 if site.roles["part"] == "o":
                     yield self._value(segment.name, site)
+                if site.roles["part"] == "scan_out":
+                    yield from self._scan_edges(segment.name, site)
 
     def _value(self, prefix: str, o: Site) -> Edge:
         ports = self._attention(o.context["layer"])
@@ -262,6 +327,51 @@ class DecoderAnatomy(Anatomy):
         return Edge(
             f"{prefix}.value", width, hd, (writer,), (Member(o, 1, _index(o.shape[1], width, read)),), allows=(Scale(), Rotate())
         )
+
+    def _lane_map(self, site: Site, axis: int, lane: str) -> IndexMap:
+        """Where one lane lies along an axis, entry by entry."""
+        start = 0
+        for other in self.row.lanes[site.roles["part"], axis]:
+            if other == lane:
+                break
+            start += self.lanes[other].width
+        width = site.shape[axis]
+        return IndexMap(width, start) if start == 0 else _index(width, self.lanes[lane].width, lambda i: (start + i,))
+
+    def _scan(self, site: Site, axis: int) -> Group:
+        """All families of lanes that share an axis with those of the site's, one after another."""
+        sites = self._parts[site.context["layer"], None]
+        keys = [key for key in self.row.lanes if key[0] in sites]
+        of = {key: {self.lanes[lane].family for lane in self.row.lanes[key]} for key in keys}
+        families = set(of[site.roles["part"], axis])
+        while grown := set().union(*(found for found in of.values() if found & families)) - families:
+            families |= grown
+        units = {lane.family: lane.units for lane in self.lanes.values() if lane.family in families}
+        table = [(family, i) for family in units for i in range(units[family])]
+        members = []
+        for key in keys:
+            if of[key] & families:
+                member = sites[key[0]]
+                starts, start = [], 0
+                for name in self.row.lanes[key]:
+                    starts.append((self.lanes[name], start))
+                    start += self.lanes[name].width
+                rows = [[at + j for lane, at in starts if lane.family == family for j in lane(i)] for family, i in table]
+                members.append(Member(member, key[1], _index(member.shape[key[1]], len(table), rows.__getitem__)))
+        return Group(len(table), tuple(members))
+
+    def _scan_edges(self, prefix: str, out: Site) -> Iterator[Edge]:
+        sites = self._parts[out.context["layer"], None]
+        if (select := sites.get("select")) is not None:
+            rank, states = self.lanes["low"].width, self.lanes["B"].width
+            low = Member(select, 0, self._lane_map(select, 0, "low"))
+            yield Edge(f"{prefix}.step", rank, rank, (low,), (Member(sites["step"], 1, IndexMap(rank)),), allows=(Scale(), Rotate()))
+            b, c = (Member(select, 0, self._lane_map(select, 0, lane)) for lane in ("B", "C"))
+            # each state decays at a rate of its own, so states may be scaled and not mixed
+            yield Edge(f"{prefix}.scan", states, states, (b,), (c,), allows=(Scale(),))
+        if (norm := sites.get("scan_norm")) is not None:
+            reader = Member(out, 1, IndexMap(out.shape[1]))
+            yield Edge(f"{prefix}.gate", out.shape[1], out.shape[1], (), (reader,), (Fold(norm, (reader,)),))
 
     @property
     def _projected(self) -> bool:
@@ -337,8 +447,10 @@ class _Builder:
         return bool(path) and f"{path}.weight" in self.stored
 
     def site(self, path: str, kind: Kind, part: str, stream: str = "", **context: Any) -> Site:
-        """A site at a module path; matrices of the layers are transposed where the row says so."""
+        """A site at a module path, or at a bare parameter's; matrices of the layers are transposed where the row says so."""
         tensors = {role: TensorId(self.stored[f"{path}.{role}"]) for role in ("weight", "bias") if f"{path}.{role}" in self.stored}
+        if path in self.stored:
+            tensors = {"weight": TensorId(self.stored[path])}
         shape = tuple(self.shapes[tensors["weight"].name])
         turned = self.row.transposed and part in {*READERS, *WRITERS}
         roles = {"part": part} | ({"stream": stream} if stream else {})
@@ -356,7 +468,7 @@ class _Builder:
 
 def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, str]) -> DecoderAnatomy:
     """config: of transformers; shapes: of all stored tensors; stored: parameter name in the module -> stored name."""
-    heads = int(config.num_attention_heads)
+    heads = int(getattr(config, "num_attention_heads", 1))
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     attention = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
@@ -397,7 +509,23 @@ def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, .
     words = (getattr(config, name, None) for name in ("hidden_act", "hidden_activation", "activation_function"))
     gated = any(part in row.parts for part in ("gate", "gate_up"))
     act = Scale() if gated else Scale(positive=True) if next((w for w in words if w), "") in HOMOGENEOUS else None
-    return DecoderAnatomy(row, heads, kv_heads, head_dim, act, shapes, tuple(segments), build.named, build.folds)
+    lanes = _lanes(build, config)
+    return DecoderAnatomy(row, heads, kv_heads, head_dim, act, shapes, tuple(segments), build.named, build.folds, lanes)
+
+
+def _lanes(build: _Builder, config: Any) -> dict[str, Lane]:
+    """Sizes of a scan's lanes: Mamba's channels are each on their own, Mamba-2's are in heads, and its heads in groups."""
+    sites = {site.roles["part"]: site for site in build.named.values() if site.context.get("layer") == 0}
+    if not build.row.lanes:
+        return {}
+    inner = sites["scan_out"].shape[1]
+    if "select" in sites:
+        states, rank = sites["A"].shape[1], sites["step"].shape[1]
+        channel, state = Lane("channel", inner, 1, 1), Lane("state", states, 1, 1)
+        return {"x": channel, "gate": channel, "B": state, "C": state, "low": Lane("rank", rank, 1, 1)}
+    heads, groups, states = sites["A"].shape[0], int(config.n_groups), int(config.state_size)
+    head, state = Lane("head", heads // groups, groups, inner // heads), Lane("state", states, groups, 1)
+    return {"x": head, "gate": head, "B": state, "C": state, "dt": head._replace(block=1)}
 
 
 def _layer(build: _Builder, prefix: str, i: int, attention: Mapping[str, int], first: bool, chosen: int) -> list[Stage]:
@@ -405,7 +533,9 @@ def _layer(build: _Builder, prefix: str, i: int, attention: Mapping[str, int], f
     row = build.row
     paths = {part: f"{prefix}.{path}" for part, path in row.norms.items()}
     mixture = bool(row.experts) and build.has(f"{prefix}.{row.experts}.0.down_proj")
-    for half in ("attention", "mlp"):
+    for half in ("attention", "mlp", "scan"):
+        if half not in paths:
+            continue
         # a norm behind the sum goes on in the stream, so no reader may take its scale in
         readers = [f"{prefix}.{row.parts[part]}" for part, of in READERS.items() if of == half and part in row.parts and first]
         if half == "mlp" and mixture:
@@ -413,6 +543,10 @@ def _layer(build: _Builder, prefix: str, i: int, attention: Mapping[str, int], f
         build.norm(paths[half], readers, layer=i)
         if f"{half}_out" in paths:
             build.norm(paths[f"{half}_out"], (), layer=i)
+    for part, kind in HELD.items():
+        if part in row.parts:
+            more: dict[str, Any] = {"plus": row.plus, "centred": row.centred} if isinstance(kind, Norm) else {}
+            build.site(f"{prefix}.{row.parts[part]}", kind, part, layer=i, **more)
     stages = []
     for parts in STAGES:
         half = READERS.get(parts[0], "")
@@ -429,8 +563,10 @@ def _layer(build: _Builder, prefix: str, i: int, attention: Mapping[str, int], f
             context: dict[str, Any] = {"layer": i, **(attention if part in ATTENTION else {})}
             if part in paths and build.has(paths[part]):
                 context["head_norm"] = build.stored[f"{paths[part]}.weight"]
-            members.append(build.site(f"{prefix}.{row.parts[part]}", Linear(), part, "reads" if half else "writes", **context))
-        stages.append(Stage(tuple(members)))
+            stream = "reads" if part in READERS else "writes" if part in WRITERS else ""
+            members.append(build.site(f"{prefix}.{row.parts[part]}", Linear(), part, stream, **context))
+        if members:
+            stages.append(Stage(tuple(members)))
     return stages
 
 

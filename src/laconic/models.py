@@ -382,6 +382,7 @@ BASES = ("model", "transformer", "gpt_neox", "backbone")
 # what transformers renames when it reads a checkpoint: in the module -> in the file
 RENAMED = (
     (re.compile(r"^lm_head\."), "embed_out."),
+    (re.compile(r"\.embeddings\."), ".embedding."),
     (re.compile(r"\.mlp\.gate\."), ".block_sparse_moe.gate."),
     (re.compile(r"\.mlp\.experts\.(\d+)\.gate_proj\."), r".block_sparse_moe.experts.\1.w1."),
     (re.compile(r"\.mlp\.experts\.(\d+)\.up_proj\."), r".block_sparse_moe.experts.\1.w3."),

@@ -70,10 +70,17 @@ CASES: Mapping[str, Mapping[str, Any]] = {
         "mlp_only_layers": [0],
         "tie_word_embeddings": True,
     },
+    "mamba": {"state_size": 5, "time_step_rank": 3, "tie_word_embeddings": True},
+    "mamba-untied": {"state_size": 5, "time_step_rank": 3, "tie_word_embeddings": False},
+    "mamba2": {"state_size": 5, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2, "chunk_size": 8, "tie_word_embeddings": False},
 }
+SCANS = {"mamba", "mamba-untied", "mamba2"}
+ATTEND = [case for case in CASES if case not in SCANS]
 # query heads share KV heads
 GROUPED = {"llama", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "mixtral", "qwen3_moe"}
-ROTATES = {"llama", "gemma-untied", "phi", "phi3", "gpt2-untied", "gpt_neox", "gpt_neox-serial", "opt-untied", "mixtral"}
+ROTATES = {
+    "llama", "gemma-untied", "phi", "phi3", "gpt2-untied", "gpt_neox", "gpt_neox-serial", "opt-untied", "mixtral", "mamba-untied", "mamba2",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +162,11 @@ def test_every_stored_tensor_is_named_once(opened: Callable[[str], Source], case
     for site in source.anatomy.sites():
         shape = source.infos[site.tensors["weight"].name].shape
         assert site.shape == (shape[::-1] if site.transposed else shape)
-    # what no site covers is small: norms, biases, positions, routers, and the projections of an embedding with a width of its own
+    # what no site covers is small: norms, biases, positions, routers, what a scan reads without calling a module, and the projections of
+    # an embedding with a width of its own
+    alone = ("wpe", "embed_positions", "project_", "gate.weight", "conv1d", "dt_proj", "A_log")
     for name in source.anatomy.uncovered():
-        assert len(source.infos[name].shape) == 1 or any(word in name for word in ("wpe", "embed_positions", "project_", "gate.weight"))
+        assert len(source.infos[name].shape) == 1 or any(word in name for word in alone)
     assert source.parameters == sum(p.numel() for p in source.load(torch.float32).parameters())
 
 
@@ -202,7 +211,7 @@ def shrunk(source: Source, model: nn.Module, group: Group, gone: list[int]) -> n
     return smaller
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ATTEND)
 @pytest.mark.parametrize("half", ["attention", "mlp"])
 def test_masking_a_group_is_removing_it(opened: Callable[[str], Source], case: str, half: str) -> None:
     source = opened(case)
@@ -219,6 +228,44 @@ def test_masking_a_group_is_removing_it(opened: Callable[[str], Source], case: s
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     assert near(logits(small, ids()), logits(zeroed, ids()))
     assert not near(logits(model, ids()), logits(zeroed, ids()), 1e-3)
+
+
+@pytest.mark.parametrize("case", sorted(SCANS))
+def test_a_scan_falls_apart_where_its_group_says(opened: Callable[[str], Source], case: str) -> None:
+    source = opened(case)
+    anatomy = source.anatomy
+    parts = {s.roles["part"]: s for s in anatomy.named.values() if s.context.get("layer") == 1}  # type: ignore[attr-defined]
+    first = case == "mamba2"
+    # Mamba: 48 channels; 3 ranks and 5 states. Mamba-2: 4 heads of each group, and 5 states
+    for site, axis, width, gone in (
+        [(parts["scan_in"], 0, 9, [1, 6])] if first else [(parts["scan_out"], 1, 48, [0, 5, 47]), (parts["select"], 0, 8, [1, 4])]
+    ):
+        group = anatomy.coupled(site, axis)
+        assert group.width == width
+        for member in group.members:
+            assert anatomy.coupled(member.site, member.axis) == group
+        model = source.load(torch.float32)
+        zeroed = masked(model, group, gone, own_names(source))
+        small = copy.deepcopy(model)
+        names = own_names(source)
+        for stored, value in removed(model, group, gone, names).items():
+            owner, _, leaf = names.get(stored, stored).rpartition(".")
+            own = small.get_submodule(owner)._parameters.get(leaf)
+            if own is not None and own.shape != value.shape:
+                setattr(small.get_submodule(owner), leaf, nn.Parameter(value))
+        mixer: Any = small.get_submodule(site.name.rpartition(".")[0])
+        mixer.intermediate_size = mixer.out_proj.weight.shape[1]
+        mixer.conv1d.groups = mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv_dim = len(mixer.conv1d.weight)
+        if first:
+            mixer.num_heads, mixer.ssm_state_size = len(mixer.A_log), 4
+            mixer.norm.group_size = mixer.intermediate_size // 2
+            # the mean of squares is over fewer channels now
+            mixer.norm.weight.data *= (8 / 6) ** 0.5
+            mixer.norm.variance_epsilon *= 8 / 6
+        else:
+            mixer.ssm_state_size, mixer.time_step_rank = mixer.A_log.shape[1], mixer.dt_proj.weight.shape[1]
+        assert near(logits(small, ids()), logits(zeroed, ids()), 1e-4)
+        assert not near(logits(model, ids()), logits(zeroed, ids()), 1e-3)
 
 
 def permuted(source: Source, model: nn.Module, group: Group, order: Tensor) -> nn.Module:
@@ -240,7 +287,7 @@ def permuted(source: Source, model: nn.Module, group: Group, order: Tensor) -> n
 def test_channels_of_the_stream_may_change_places(opened: Callable[[str], Source], case: str) -> None:
     source = opened(case)
     anatomy = source.anatomy
-    site = next(s for s in anatomy.segments()[0].sites if s.roles["part"] == "o")
+    site = next(s for s in anatomy.segments()[0].sites if s.roles["part"] in ("o", "scan_out"))
     group = anatomy.coupled(site, 0)
     assert group.width == 32
     for member in group.members:
@@ -376,6 +423,7 @@ def test_inner_edges_are_exact(opened: Callable[[str], Source], case: str) -> No
             continue
         kind = edge.name.rpartition(".")[2]
         kinds.add(kind)
+        fold(source, model, edge)
         if edge.may(Rotate) is not None:
             rotate(source, model, edge, orthogonal(edge.block, keeps_ones=False))
         if (scale := edge.may(Scale)) is not None:
@@ -386,8 +434,8 @@ def test_inner_edges_are_exact(opened: Callable[[str], Source], case: str) -> No
                 for member in members:
                     _scale(own, member, values)
         else:
-            assert case.split("-")[0] in ("phi", "gpt2", "gpt_neox")
-    assert kinds == {"value", "gate"}
+            assert case.split("-")[0] in ("phi", "gpt2", "gpt_neox", "mamba2")
+    assert kinds == ({"value", "gate"} if case not in SCANS else {"gate"} if case == "mamba2" else {"step", "scan"})
     assert near(logits(model, ids()), before, 2e-5)
 
 
@@ -591,11 +639,16 @@ def test_statistics_of_experts_are_those_of_their_tokens(opened: Callable[[str],
         assert near(walked[name][Fisher()], grad.square().sum(0) / tokens.numel(), 1e-4)
 
 
-def test_auto_prices_a_transposed_fused_matrix(tmp_path: Path, text: Path) -> None:
-    source = with_tokenizer(tmp_path / "model", "gpt2")
+@pytest.mark.parametrize(("case", "leaf"), [("gpt2", "c_attn"), ("phi3", "gate_up_proj"), ("mamba", "x_proj"), ("gemma2", "down_proj")])
+def test_auto_prices_every_form_of_matrix(tmp_path: Path, text: Path, case: str, leaf: str) -> None:
+    source = with_tokenizer(tmp_path / "model", case)
     split = open_data(str(text), source, seed=0, length=24, limits=(4, 2, 2))
-    compress(source, split, budget=["bits=5"], recipe=load_recipe("auto"), out=tmp_path / "out", log=lambda _: None)
+    compress(source, split, budget=["bits=6"], recipe=load_recipe("auto"), out=tmp_path / "out", log=lambda _: None)
     made = json.loads((tmp_path / "out" / "plan.json").read_text())
-    priced = [row for row in made["menu"] if row["site"].endswith("c_attn")]
-    assert priced
-    assert all(row["damage"]["value"] >= 0 for row in priced)
+    priced = [row for row in made["menu"] if row["site"].endswith(leaf)]
+    assert len({row["site"] for row in priced}) == LAYERS
+    assert all(row["damage"]["value"] > 0 for row in priced)
+    # more bits by the same method damage less
+    for site in {row["site"] for row in priced}:
+        of = {row["level"]["bits"]: row["damage"]["value"] for row in priced if row["site"] == site and row["level"].get("group") == 128}
+        assert of[8] < of[4] < of[2]
