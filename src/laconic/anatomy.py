@@ -5,16 +5,33 @@ Sites are modules in order of their first execution; what falls together is foun
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from laconic.core.errors import UserError
-from laconic.core.site import Anatomy, Conv, Edge, Embedding, Group, IndexMap, Kind, Linear, Member, Norm, Segment, Site, Stage, TensorId
+from laconic.core.site import (
+    Anatomy,
+    Conv,
+    Edge,
+    Embedding,
+    Fold,
+    Group,
+    IndexMap,
+    Kind,
+    Linear,
+    Member,
+    Norm,
+    Segment,
+    Site,
+    Stage,
+    TensorId,
+)
 
 SITES: Mapping[type[nn.Module], Kind] = {nn.Linear: Linear(), nn.Conv1d: Conv(), nn.Conv2d: Conv(), nn.Embedding: Embedding()}
 # modules whose stored tensors have one entry for each channel, and the axis of the channels in their input
@@ -57,6 +74,7 @@ class TracedAnatomy(Anatomy):
     stages: tuple[Stage, ...] = ()
     layers: Mapping[str, int] = field(default_factory=dict)
     positions: int = 1
+    folds: tuple[Fold, ...] = ()
 
     def segments(self) -> tuple[Segment, ...]:
         every = tuple(dict.fromkeys(self.names.values()))
@@ -73,8 +91,11 @@ class TracedAnatomy(Anatomy):
         return tuple(name for name in dict.fromkeys(self.names.values()) if name not in covered)
 
     def edges(self) -> Iterator[Edge]:
-        """None: where an exact edit may act depends on operators, which a trace does not know."""
-        return iter(())
+        """Norms whose output only linear sites read, which may take the norm's scale in. What else is exact depends on operators, which a
+        trace does not know."""
+        for fold in self.folds:
+            width = fold.norm.shape[0]
+            yield Edge(f"{fold.norm.name}.scale", width, width, (), fold.readers, (fold,))
 
     def coupled(self, site: Site, axis: int) -> Group:
         """All slices that meet those of `site` along `axis`, norms among them. Raises UserError where a module with weights of an unknown
@@ -120,7 +141,8 @@ def traced_anatomy(module: nn.Module, example_input: Any) -> TracedAnatomy:
         roles = {"tied": others[0]} if others else {}
         context["after"] = watched.after(name)
         sites.append(Site(name, SITES[type(inner)], tensors, tuple(weight.shape), roles, context))
-    return TracedAnatomy(module, example, names, tuple(sites), watched.stages(sites), watched.layers, watched.positions)
+    stages, folds = watched.stages(sites), watched.folds(sites, example)
+    return TracedAnatomy(module, example, names, tuple(sites), stages, watched.layers, watched.positions, folds)
 
 
 @dataclass
@@ -168,7 +190,7 @@ class _Watched:
             return hook
 
         try:
-            for name, inner in (*layers.items(), *((n, self.real.names[n]) for n in self.real.order)):
+            for name, inner in (*layers.items(), *((n, self.real.names[n]) for n in (*self.real.order, *self.real.norms))):
                 hooks += [inner.register_forward_pre_hook(before(name)), inner.register_forward_hook(after(name))]
             self.real(example)
         finally:
@@ -228,6 +250,32 @@ class _Watched:
             layer = own
         return tuple(Stage(tuple(found)) for found in stages)
 
+    def folds(self, sites: list[Site], example: tuple[Any, ...]) -> tuple[Fold, ...]:
+        """Norms over the last axis that ran once, are read by linear sites of their own, and by nothing else: with sites standing in, a
+        marked output arrives nowhere but at them."""
+        found = []
+        for name, how in self.real.norms.items():
+            calls = self.calls.get(name, [])
+            if how.axis != -1 or len(calls) != 1 or "weight" not in self.real.names[name]._parameters:
+                continue
+            gave = calls[0].gave
+            readers = [s for s in sites if any(c.given is gave for c in self.calls[s.name])]
+            alone = all(isinstance(s.kind, Linear) and "tied" not in s.context and len(self.calls[s.name]) == 1 for s in readers)
+            if readers and alone and self._only(name, {s.name for s in readers}, example):
+                norm = _norm_site(self.real, self.names, name)
+                found.append(Fold(norm, tuple(Member(s, 1, IndexMap(s.shape[1])) for s in readers)))
+        return tuple(found)
+
+    def _only(self, norm: str, readers: set[str], example: tuple[Any, ...]) -> bool:
+        self.real.mark = {}
+        hook = self.real.names[norm].register_forward_hook(lambda inner, args, output: torch.full_like(output, torch.nan))
+        try:
+            with self.real.cut():
+                out = self.real(example)
+        finally:
+            hook.remove()
+        return not _has_nan(out) and not any(_has_nan(values) for sink, values in self.real.inputs.items() if sink not in readers)
+
     def _same(self, a: str, b: str) -> bool:
         first, second = self.calls[a], self.calls[b]
         if len(first) != 1 or len(second) != 1:
@@ -241,9 +289,54 @@ def _is_site(module: nn.Module) -> bool:
     return getattr(module, "padding_mode", "zeros") == "zeros" and getattr(module, "max_norm", None) is None
 
 
-def _is_norm(module: nn.Module) -> bool:
+class _Scaled(NamedTuple):
+    """How a norm treats channels: their axis in its input, what it adds to its stored scale, whether it takes the mean away."""
+
+    axis: int
+    plus: float = 0.0
+    centred: bool = True
+
+
+def _scaled(module: nn.Module) -> _Scaled | None:
+    """What a norm does, None for what is none: torch's own by their type, others by what they do (every library has an RMS norm)."""
     stored = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    return type(module) in CHANNELWISE and bool(stored) and all(t.dim() <= 1 for t in stored)
+    if not stored or any(t.dim() > 1 for t in stored):
+        return None
+    if type(module) in CHANNELWISE:
+        return _Scaled(CHANNELWISE[type(module)], centred=not isinstance(module, nn.RMSNorm | nn.PReLU))
+    if set(module._parameters) not in ({"weight"}, {"weight", "bias"}) or len(stored) != len(module._parameters):
+        return None
+    return _tried(module)
+
+
+def _tried(module: nn.Module) -> _Scaled | None:
+    """Runs a leaf module with one entry of its weight marked: a norm marks that one channel, and with its scale at zero gives zeros."""
+    weight = module._parameters["weight"]
+    if weight is None or weight.dim() != 1 or any(True for _ in module.children()):
+        return None
+    new = copy.copy(module)
+    x = torch.linspace(-1, 2, 3 * len(weight)).reshape(3, -1).sin()
+
+    def given(value: Tensor, x: Tensor = x) -> Tensor:
+        new._parameters = {"weight": nn.Parameter(value, requires_grad=False)}
+        if "bias" in module._parameters:
+            new._parameters["bias"] = nn.Parameter(torch.zeros(len(value)), requires_grad=False)
+        with torch.no_grad():
+            return new(x)  # type: ignore[no-any-return]
+
+    one = torch.ones(len(weight))
+    marked = one.clone()
+    marked[0] = torch.nan
+    try:
+        out, plain = given(marked), given(one)
+        plus = next((float(p) for p in (0, 1) if not bool(given(-p * one).any())), None)
+        # moved by a hundred, a mean that is taken away leaves what was there up to rounding
+        centred = torch.allclose(given(one, x + 100), plain, atol=1e-2)
+    except Exception:
+        # any module may be asked, and some take other inputs
+        return None
+    alone = isinstance(out, Tensor) and out.shape == x.shape and bool(out[:, 0].isnan().all()) and not bool(out[:, 1:].isnan().any())
+    return _Scaled(-1, plus, centred) if alone and plus is not None else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -265,6 +358,7 @@ class _Run:
         self.module = module
         self.names = dict(module.named_modules())
         self.sites = {name: inner for name, inner in self.names.items() if _is_site(inner)}
+        self.norms = {name: found for name, inner in self.names.items() if (found := _scaled(inner)) is not None}
         self.order: list[str] = []
         self.follows: dict[str, list[str]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
@@ -326,7 +420,7 @@ class _Run:
         for name, inner in self.names.items():
             if name in self.sites:
                 hooks.append(inner.register_forward_hook(ran(name)))
-            elif type(inner) in CHANNELWISE:
+            elif type(inner) in CHANNELWISE or name in self.norms:
                 hooks.append(inner.register_forward_pre_hook(read(name)))
         try:
             yield
@@ -376,6 +470,19 @@ class _Run:
                 self.sites[name].__dict__.pop("forward", None)
             for hook in hooks:
                 hook.remove()
+
+
+def _norm_width(inner: nn.Module) -> int:
+    return max(t.numel() for t in (*inner._parameters.values(), *inner._buffers.values()) if t is not None)
+
+
+def _norm_site(run: _Run, names: Mapping[str, str], name: str) -> Site:
+    """A norm as a site; a running mean and variance have roles of their own."""
+    inner = run.names[name]
+    leaves = [n for n, t in (*inner._parameters.items(), *inner._buffers.items()) if t is not None and t.dim()]
+    tensors = {leaf: TensorId(names[f"{name}.{leaf}" if name else leaf]) for leaf in leaves}
+    found = run.norms[name]
+    return Site(name, Norm(), tensors, (_norm_width(inner),), {}, {"plus": found.plus, "centred": found.centred})
 
 
 class _UnlikeError(Exception):
@@ -430,7 +537,7 @@ class _Channels:
         self.run = run
         # modules that share one tensor are one site
         self.site_of = {path: site.name for site in anatomy.found for path in (site.name, *site.context.get("tied", ()))}
-        self.norm_names = [name for name, inner in run.names.items() if _is_norm(inner)]
+        self.norm_names = list(run.norms)
         for site in anatomy.found:
             n, m = self._widths(site)
             self._add((site.name, "out"), n)
@@ -476,8 +583,7 @@ class _Channels:
         return site.shape[0], site.shape[1] * int(site.context.get("groups", 1))
 
     def _norm_width(self, name: str) -> int:
-        inner = self.run.names[name]
-        return max(t.numel() for t in (*inner._parameters.values(), *inner._buffers.values()) if t is not None)
+        return _norm_width(self.run.names[name])
 
     def _add(self, key: tuple[str, str], count: int) -> None:
         self.base[key] = len(self.parent)
@@ -557,7 +663,7 @@ class _Channels:
                 # one scale for all channels goes with none of them
                 return
             base = self.base[sink, "norm"]
-            axis = 2 if CHANNELWISE[type(inner)] == 1 else last
+            axis = 2 if self.run.norms[sink].axis == 1 else last
         else:
             for lane in value.flatten(1).sum(1).isnan().nonzero()[:, 0].tolist() if first is not None else ():
                 self.unknown[first + lane] = self._first_tensor(sink, inner)
@@ -645,7 +751,7 @@ class _Channels:
             name, way = key
             index = self._fit(key, order)
             if way == "norm":
-                members.append(Member(self._norm(name), 0, index))
+                members.append(Member(_norm_site(self.run, self.names, name), 0, index))
                 continue
             found = self.sites[name]
             if way == "in" and int(found.context.get("groups", 1)) > 1:
@@ -655,14 +761,6 @@ class _Channels:
             fixed |= at in found.context["fixed"]
             members.append(Member(found, at, index))
         return Group(len(order), tuple(members), fixed)
-
-    def _norm(self, name: str) -> Site:
-        """A norm as a site; a running mean and variance have roles of their own. One without a scale is named by what it stores."""
-        inner = self.run.names[name]
-        leaves = [n for n, t in (*inner._parameters.items(), *inner._buffers.items()) if t is not None and t.dim()]
-        tensors = {leaf: TensorId(self.names[f"{name}.{leaf}" if name else leaf]) for leaf in leaves}
-        centred = not isinstance(inner, nn.RMSNorm | nn.PReLU)
-        return Site(name, Norm(), tensors, (self._norm_width(name),), {}, {"plus": 0.0, "centred": centred})
 
     def _order(self, keys: list[tuple[str, str]], components: set[int]) -> dict[int, int]:
         """Component -> canonical index, in the order of the axis that meets most of them."""

@@ -313,6 +313,46 @@ def test_unknown_weights_are_named() -> None:
         source.anatomy.coupled(next(source.anatomy.sites()), 1)
 
 
+class ShiftedRMS(nn.Module):
+    """A norm that no table knows: RMS with a scale of 1 + weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class Branches(nn.Module):
+    """Two norms: the first is read by two linears only, the second goes on as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = ShiftedRMS(6), nn.LayerNorm(5)
+        self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.second(self.a(y) * self.b(y))
+        return z + self.c(z)
+
+
+def test_folds_are_found_where_nothing_else_reads_a_norm() -> None:
+    torch.manual_seed(0)
+    model, x = Branches(), torch.randn(3, 6)
+    (edge,) = traced_anatomy(model, x).edges()
+    assert edge.folds[0].norm.name == "first"
+    assert edge.folds[0].norm.context == {"plus": 1.0, "centred": False}
+    assert [reader.site.name for reader in edge.readers] == ["a", "b"]
+    with torch.no_grad():
+        before = model(x)
+        for reader in (model.a, model.b):
+            reader.weight.mul_(1 + model.first.weight)
+        model.first.weight.zero_()
+        assert torch.allclose(model(x), before, atol=1e-5)
+
+
 def test_module_that_does_not_run() -> None:
     source = open_model(nn.Linear(3, 3))
     with pytest.raises(UserError, match="example input"):
