@@ -170,6 +170,16 @@ HELD = {"conv": Conv(), "step": Linear(), "A": Scan(), "D": Scan(), "step_bias":
 ATTENTION = ("q", "k", "v", "qkv", "o")
 READERS = {**dict.fromkeys(("q", "k", "v", "qkv"), "attention"), **dict.fromkeys(("gate", "up", "gate_up"), "mlp"), "scan_in": "scan"}
 WRITERS = ("o", "down", "scan_out")
+# what is said of matrices that no method is offered
+WHY = {
+    "router": "a router, which chooses experts by small differences",
+    "positions": "learned positions",
+    "into": "a projection of the embedding",
+    "out": "a projection before the head",
+    "conv": "read by the scan itself",
+    "step": "read by the scan itself",
+    "A": "held by the scan",
+}
 # activations for which act(c x) = c act(x) where c > 0
 HOMOGENEOUS = ("relu", "leaky_relu")
 
@@ -258,6 +268,11 @@ class DecoderAnatomy(Anatomy):
         """Stored tensors that are no site's weight: norms, biases, positions, routers, and what the architecture does not use."""
         covered = {site.tensors["weight"].name for site in self.sites()}
         return tuple(name for name in self.shapes if name not in covered)
+
+    def why(self, tensor: str) -> str:
+        """In a few words, why no site covers a stored tensor."""
+        parts = {id.name: site.roles["part"] for site in self.named.values() for id in site.tensors.values()}
+        return WHY.get(parts.get(tensor, ""), "the architecture does not use it" if tensor not in parts else "no method is offered it")
 
     def coupled(self, site: Site, axis: int) -> Group:
         """MLP channels, KV heads with the query heads they serve, channels, heads, states and ranks of a scan, the residual stream's width,

@@ -522,11 +522,15 @@ class Walk:
         """Moves every hidden state through the segment."""
         for i, out in enumerate(self.outputs(module, segment)):
             self.hidden[i] = out
+        self.forget()
+        if any(segment.name == self.layers[numbers[-1]].name for numbers in self.stacks):
+            self.through.append(list(self.hidden))
+
+    def forget(self) -> None:
+        """Kept inputs of sites are given back: what computed them has changed, or the segment is done."""
         for memo in self._memos:
             memo.forget()
         self._memos.clear()
-        if any(segment.name == self.layers[numbers[-1]].name for numbers in self.stacks):
-            self.through.append(list(self.hidden))
 
     @staticmethod
     def site_module(module: nn.Module, segment: Segment, site: Site) -> nn.Module:

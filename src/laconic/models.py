@@ -206,9 +206,17 @@ class FolderSource(Source):
         for name, parameter in model.named_parameters(remove_duplicate=False):
             same.setdefault(id(parameter), []).append(name)
         stored, self.infos = self._match(shapes, [names for names in same.values() if len(names) > 1])
+        self.notes = self._leave_out(set(stored.values()), model)
         self.tied = {name: found for name, found in stored.items() if name != found}
         self.parameters = sum(_count(self.infos[name].shape) for name in set(stored.values()))
         self._anatomy = decoder_anatomy(self.row, self.config, {n: i.shape for n, i in self.infos.items()}, stored)
+
+    def _leave_out(self, used: set[str], model: Any) -> tuple[str, ...]:
+        """Drops what old checkpoints store and transformers computes (causal masks, rotary frequencies); a sentence that names it."""
+        patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+        gone = [name for name in self.infos if name not in used and any(re.search(pattern, name) for pattern in patterns)]
+        self.infos = {name: info for name, info in self.infos.items() if name not in gone}
+        return (f"left out, as transformers computes it: {gone[0]} and {len(gone) - 1} more like it",) if gone else ()
 
     @property
     def anatomy(self) -> Anatomy:

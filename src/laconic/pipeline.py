@@ -341,7 +341,13 @@ def plan_words(
     frontier: list[dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """A Plan as plan.json; the frontier is computed unless given."""
-    why = {name: ("one-dimensional" if len(source.infos[name].shape) < 2 else "no site covers it") for name in kept}
+    anatomy = source.anatomy
+    offered = {site.tensors["weight"].name for site in anatomy.sites()}
+
+    def why(name: str) -> str:
+        flat = len(source.infos[name].shape) < 2
+        return "one-dimensional" if flat else "the recipe leaves it" if name in offered else anatomy.why(name)
+
     return {
         "format": 1,
         "laconic": __version__,
@@ -357,8 +363,8 @@ def plan_words(
         "seed": seed,
         "data": split.record if split is not None else {},
         "choices": [_words(row) for row in plan.rows],
-        "kept": [{"tensor": name, "bytes": size, "why": why[name]} for name, size in sorted(kept.items())],
-        "notes": [],
+        "kept": [{"tensor": name, "bytes": size, "why": why(name)} for name, size in sorted(kept.items())],
+        "notes": list(getattr(source, "notes", ())),
         "predicted": {
             "bytes": plan.bytes,
             "bits_per_weight": plan.bytes * 8 / source.parameters,
@@ -621,6 +627,12 @@ def _compress_segment(
             tensors[name] = kept
             value["kept"].append(name)
             value["bytes"] += kept.numel() * kept.element_size()
+    # later blocks see what is stored of norms and biases too, as they do in a run that goes on from the journal
+    for path, own in (*module.named_parameters(), *module.named_buffers()):
+        name = f"{segment.name}.{path}" if segment.name else path
+        if (stored := source.tied.get(name, name)) in value["kept"] and not torch.equal(own.data, tensors[stored].to(own.dtype)):
+            own.data.copy_(tensors[stored])
+            walk.forget()
     return value, tensors
 
 

@@ -7,17 +7,19 @@ import copy
 import importlib.util
 import inspect
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from laconic import artifact
-from laconic.architectures import DECODERS
+from laconic.architectures import DECODERS, WHY
 from laconic.calibration import Walk, drawn_loss
 from laconic.core.site import Edge, Group, Linear, Member, Norm, Rotate, Scale
 from laconic.core.statistic import Fisher, Gram
@@ -175,6 +177,21 @@ def test_what_is_opened_is_what_transformers_opens(opened: Callable[[str], Sourc
     source = opened(case)
     theirs = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
     assert near(logits(source.load(torch.float32), ids()), logits(theirs, ids()))
+
+
+def test_names_and_masks_of_old_checkpoints(tmp_path: Path) -> None:
+    """As openai-community/gpt2 is stored: without the base model's prefix, with causal masks that transformers computes."""
+    source = make(tmp_path / "new", "gpt2")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    held = load_file(tmp_path / "new" / "model.safetensors")
+    old = {name.removeprefix("transformer."): value for name, value in held.items()}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(LAYERS)}
+    save_file(old | masks, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    again = open_model(tmp_path / "old")
+    assert not masks.keys() & again.infos.keys()
+    assert again.notes == ("left out, as transformers computes it: h.0.attn.bias and 1 more like it",)  # type: ignore[attr-defined]
+    assert "h.0.attn.c_attn.bias" in again.infos
+    assert torch.equal(logits(again.load(torch.float32), ids()), logits(source.load(torch.float32), ids()))
 
 
 # ---- groups
@@ -502,7 +519,7 @@ def test_the_whole_job(tmp_path: Path, text: Path, case: str) -> None:
     made = plan(source, split, load_recipe("gptq"), ["bits=7"], tmp_path / "plan.json", log=lambda _: None)
     settled = [name for choice in made["choices"] for name in choice["covers"]]
     assert sorted([*settled, *(entry["tensor"] for entry in made["kept"])]) == sorted(names)
-    assert all(entry["why"] for entry in made["kept"])
+    assert {entry["why"] for entry in made["kept"]} <= {"one-dimensional", *WHY.values()}
     tokens = torch.randint(3, 4096, (2, 20), generator=torch.Generator().manual_seed(7))
     original = logits(source.load(torch.float32), tokens)
     for recipe in ("rtn", "gptq"):
@@ -637,6 +654,27 @@ def test_statistics_of_experts_are_those_of_their_tokens(opened: Callable[[str],
         assert near(walked[name][Gram()], x.T @ x / x.shape[0], 1e-4)
         # a mean over all tokens, also those that never reached the expert
         assert near(walked[name][Fisher()], grad.square().sum(0) / tokens.numel(), 1e-4)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "mixtral"])
+def test_an_interrupted_run_goes_on(tmp_path: Path, text: Path, case: str) -> None:
+    source = with_tokenizer(tmp_path / "model", case)
+    split = open_data(str(text), source, seed=0, length=24, limits=(4, 2, 2))
+
+    def run(out: str, stop: str = "") -> dict[str, Any]:
+        def progress(stage: str, done: int, total: int, note: str) -> None:
+            if stop and note == stop:
+                raise KeyboardInterrupt
+
+        return compress(
+            source, split, budget=["bits=6"], recipe=load_recipe("gptq"), out=tmp_path / out, progress=progress, log=lambda _: None
+        )
+
+    calm = run("calm")
+    for stop in (source.anatomy.segments()[1].name, "head and norms"):
+        with pytest.raises(KeyboardInterrupt):
+            run("out", stop)
+    assert run("out")["files"] == calm["files"]
 
 
 @pytest.mark.parametrize(("case", "leaf"), [("gpt2", "c_attn"), ("phi3", "gate_up_proj"), ("mamba", "x_proj"), ("gemma2", "down_proj")])

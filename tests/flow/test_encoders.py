@@ -223,6 +223,29 @@ def test_a_table_used_four_times_is_stored_once(tmp_path: Path) -> None:
     assert len({id(model.get_submodule(path).weight) for path in (table.name, *table.context["tied"])}) == 1
 
 
+@pytest.mark.parametrize("case", ["t5", "clip"])
+def test_an_interrupted_run_goes_on(tmp_path: Path, case: str) -> None:
+    """Also between two stacks, where sites outside the layers were changed."""
+    source = opened(case)
+    split = open_data(f"encoders:{case}_data", source, seed=0, limits=(12, 6, 6))
+
+    def run(out: str, stop: str = "") -> dict[str, Any]:
+        def progress(stage: str, done: int, total: int, note: str) -> None:
+            if stop and note == stop:
+                raise KeyboardInterrupt
+
+        return compress(
+            source, split, budget=["bits=8"], recipe=load_recipe("gptq"), out=tmp_path / out, progress=progress, log=lambda _: None
+        )
+
+    calm = run("calm")
+    layers = [segment.name for segment in source.anatomy.segments() if segment.name]
+    for stop in (layers[1], layers[-1], "head and norms"):
+        with pytest.raises(KeyboardInterrupt):
+            run("out", stop)
+    assert run("out")["files"] == calm["files"]
+
+
 def test_later_layers_see_the_errors_of_earlier_ones(tmp_path: Path) -> None:
     """The codes of a stack's second layer depend on what became of the first: the walk hands on compressed states."""
     source = opened("vit")

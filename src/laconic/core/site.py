@@ -245,6 +245,10 @@ class Anatomy(ABC):
     def uncovered(self) -> tuple[str, ...]:
         """Stored tensors that no site covers (norms, biases, positions, routers): named, kept and counted."""
 
+    def why(self, tensor: str) -> str:
+        """In a few words, why no site covers a stored tensor."""
+        return "no site covers it"
+
     def sites(self, *kinds: type[Kind]) -> Iterator[Site]:
         """All sites that a method may be offered, or those of the given kinds, in order of execution."""
         for segment in self.segments():
