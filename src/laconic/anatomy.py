@@ -1,183 +1,37 @@
-"""What a model is made of: one row of data for each decoder architecture, and tracing for every other module.
+"""What any module is made of, by running it: for modules that have no row in laconic.architectures.
 
-`decoder_anatomy` reads a row of DECODERS; `traced_anatomy` runs the module once. Neither looks at weights' values."""
+Sites are modules in order of their first execution; what falls together is found by marking channels and watching where they arrive."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from laconic.core.errors import UserError
-from laconic.core.site import Anatomy, Conv, Edge, Embedding, Group, IndexMap, Kind, Linear, Member, Segment, Site, Stage, TensorId
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Where the parts of one architecture lie. Paths below `blocks` are relative to a layer; the others are whole module paths.
-
-    Biases need no entry: they are found among the stored tensors. `head_norms` are norms over each head of q and k."""
-
-    blocks: str = "model.layers"
-    q: str = "self_attn.q_proj"
-    k: str = "self_attn.k_proj"
-    v: str = "self_attn.v_proj"
-    o: str = "self_attn.o_proj"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
-    head_norms: Mapping[str, str] = field(default_factory=dict)
-    embed: str = "model.embed_tokens"
-    norm: str = "model.norm"
-    head: str = "lm_head"
-
-
-# keyed by `model_type` of config.json
-DECODERS: Mapping[str, Decoder] = {
-    "llama": Decoder(),
-    "mistral": Decoder(),
-    "qwen2": Decoder(),
-    "qwen3": Decoder(head_norms={"q": "self_attn.q_norm", "k": "self_attn.k_norm"}),
-}
-
-# sites of one stage see the same input
-STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-READERS = ("q", "k", "v", "gate", "up")
-WRITERS = ("o", "down")
-
-
-@dataclass(frozen=True)
-class DecoderAnatomy(Anatomy):
-    """A stack of equal layers between an embedding and a head. `stored` maps a parameter's name in the module to the stored tensor."""
-
-    row: Decoder
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    shapes: Mapping[str, tuple[int, ...]]
-    stored: Mapping[str, str]
-    _segments: tuple[Segment, ...] = ()
-    _sites: Mapping[str, Site] = field(default_factory=dict)
-
-    @property
-    def tail(self) -> tuple[Site, ...]:
-        """The embedding, and the head where it is not tied."""
-        return self._segments[-1].sites
-
-    def segments(self) -> tuple[Segment, ...]:
-        return self._segments
-
-    def uncovered(self) -> tuple[str, ...]:
-        """Stored tensors that are no site's weight: norms, biases, and what the architecture does not use."""
-        covered = {site.tensors["weight"].name for site in self._sites.values()}
-        return tuple(name for name in self.shapes if name not in covered)
-
-    def coupled(self, site: Site, axis: int) -> Group:
-        """MLP channels, KV heads with the query heads they serve, the residual stream's width, or the vocabulary."""
-        part = site.roles["part"]
-        if (part, axis) in (("gate", 0), ("up", 0), ("down", 1)):
-            gate, up, down = (self._part(site, name) for name in ("gate", "up", "down"))
-            return Group(gate.shape[0], (Member(gate, 0, IndexMap()), Member(up, 0, IndexMap()), Member(down, 1, IndexMap())))
-        if (part, axis) in (("q", 0), ("k", 0), ("v", 0), ("o", 1)):
-            q, k, v, o = (self._part(site, name) for name in ("q", "k", "v", "o"))
-            own = IndexMap(block=self.head_dim)
-            served = IndexMap(block=self.head_dim * (self.heads // self.kv_heads))
-            return Group(self.kv_heads, (Member(q, 0, served), Member(k, 0, own), Member(v, 0, own), Member(o, 1, served)))
-        tail = [s for s in self._sites.values() if s.roles["part"] in ("embed", "head")]
-        if part in ("embed", "head") and axis == 0:
-            return Group(site.shape[0], tuple(Member(s, 0, IndexMap()) for s in tail))
-        members = [Member(s, 1, IndexMap()) for s in tail]
-        members += [Member(s, 1, IndexMap()) for s in self._sites.values() if s.roles["part"] in READERS]
-        members += [Member(s, 0, IndexMap()) for s in self._sites.values() if s.roles["part"] in WRITERS]
-        return Group(tail[0].shape[1], tuple(members))
-
-    def edges(self) -> Iterator[Edge]:
-        """The residual stream; in each layer up -> down (exact scales) and v -> o (`width` is v's: an entry of v feeds the same entry
-        of each query head it serves)."""
-        every = list(self._sites.values())
-        tail = [s for s in every if s.roles["part"] in ("embed", "head")]
-        embed, head = tail[0], tail[-1]
-        norms = dict.fromkeys(TensorId(s.context["norm"]) for s in every if "norm" in s.context)
-        yield Edge(
-            "residual",
-            embed.shape[1],
-            (embed, *(s for s in every if s.roles["part"] in WRITERS)),
-            (*(s for s in every if s.roles["part"] in READERS), head),
-            tuple(norms),
-        )
-        for i in range(self.layers):
-            prefix = f"{self.row.blocks}.{i}"
-            up, down, v, o = (self._sites[f"{prefix}.{getattr(self.row, part)}"] for part in ("up", "down", "v", "o"))
-            yield Edge(f"{prefix}.gate", up.shape[0], (up,), (down,))
-            yield Edge(f"{prefix}.value", v.shape[0], (v,), (o,))
-
-    def _part(self, site: Site, part: str) -> Site:
-        return self._sites[f"{self.row.blocks}.{site.context['layer']}.{getattr(self.row, part)}"]
-
-
-def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, str]) -> DecoderAnatomy:
-    """config: of transformers; shapes: of all stored tensors; stored: parameter name in the module -> stored name."""
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    layers = int(config.num_hidden_layers)
-    attention = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-
-    def site(name: str, kind: Linear | Embedding, roles: dict[str, str], context: dict[str, Any]) -> Site:
-        tensors = {role: TensorId(stored[f"{name}.{role}"]) for role in ("weight", "bias") if f"{name}.{role}" in stored}
-        return Site(name, kind, tensors, tuple(shapes[tensors["weight"].name]), roles, context)
-
-    segments = []
-    sites: dict[str, Site] = {}
-    # where a stored tensor lies in the module; an unused one lies where its own name says
-    home = {found: parameter for parameter, found in stored.items()}
-    taken: set[str] = set()
-    for i in range(layers):
-        prefix = f"{row.blocks}.{i}"
-        stages = []
-        for stage in STAGES:
-            members = []
-            for part in stage:
-                roles = {"part": part}
-                context: dict[str, Any] = {"layer": i}
-                if part in ("q", "k", "v", "o"):
-                    context |= attention
-                if part in READERS:
-                    roles["stream"] = "reads"
-                    context["norm"] = stored[f"{prefix}.{row.mlp_norm if part in ('gate', 'up') else row.attention_norm}.weight"]
-                if part in WRITERS:
-                    roles["stream"] = "writes"
-                if part in row.head_norms:
-                    context["head_norm"] = stored[f"{prefix}.{row.head_norms[part]}.weight"]
-                members.append(site(f"{prefix}.{getattr(row, part)}", Linear(), roles, context))
-            stages.append(Stage(tuple(members)))
-        tensors = tuple(name for name in shapes if home.get(name, name).startswith(f"{prefix}."))
-        taken.update(tensors)
-        segments.append(Segment(prefix, tuple(stages), tensors))
-        sites |= {s.name: s for s in segments[-1].sites}
-    tied = stored[f"{row.embed}.weight"] == stored[f"{row.head}.weight"]
-    last = stored[f"{row.norm}.weight"]
-    if tied:
-        tail = [site(row.embed, Embedding(), {"part": "embed", "stream": "both", "tied": row.head}, {"norm": last})]
-    else:
-        tail = [
-            site(row.embed, Embedding(), {"part": "embed", "stream": "writes"}, {}),
-            site(row.head, Linear(), {"part": "head", "stream": "reads"}, {"norm": last}),
-        ]
-    segments.append(Segment("", tuple(Stage((s,)) for s in tail), tuple(name for name in shapes if name not in taken)))
-    sites |= {s.name: s for s in tail}
-    return DecoderAnatomy(row, layers, heads, kv_heads, head_dim, shapes, stored, tuple(segments), sites)
-
-
-# ---- any other module, by running it
+from laconic.core.site import (
+    Anatomy,
+    Conv,
+    Edge,
+    Embedding,
+    Fold,
+    Group,
+    IndexMap,
+    Kind,
+    Linear,
+    Member,
+    Norm,
+    Segment,
+    Site,
+    Stage,
+    TensorId,
+)
 
 SITES: Mapping[type[nn.Module], Kind] = {nn.Linear: Linear(), nn.Conv1d: Conv(), nn.Conv2d: Conv(), nn.Embedding: Embedding()}
 # modules whose stored tensors have one entry for each channel, and the axis of the channels in their input
@@ -196,21 +50,6 @@ CHANNELWISE: Mapping[type[nn.Module], int] = {
 LANES = 16
 
 
-@dataclass(frozen=True)
-class Channelwise:
-    """A norm that falls together with a group: entry `index(i)` of each of its stored tensors goes with canonical index i."""
-
-    name: str
-    tensors: tuple[TensorId, ...]
-    index: IndexMap
-
-
-def slices(member: Member | Channelwise, i: int, size: int) -> range:
-    """Indices of a member, whose axis has `size` of them, that fall with canonical index i: none where the member is narrower."""
-    found = member.index(i)
-    return range(max(found.start, 0), max(min(found.stop, size), 0))
-
-
 def stored_names(module: nn.Module) -> dict[str, str]:
     """Every name of the state dict -> the name it is stored under: the first of those that share one tensor."""
     first: dict[tuple[int, ...], str] = {}
@@ -225,15 +64,26 @@ def stored_names(module: nn.Module) -> dict[str, str]:
 @dataclass(frozen=True)
 class TracedAnatomy(Anatomy):
     """Sites of one module in order of first execution. `coupled` marks channels and watches where they arrive, through the module's own
-    forward, so shortcuts, padding, flattening and concatenation need no rules. `names`: state dict name -> stored name."""
+    forward, so shortcuts, padding, flattening and concatenation need no rules. `names`: state dict name -> stored name. `layers`: those of
+    all stacks in order of execution, each with its Segment.gives; `positions`: hidden states of one sample in the longest stack."""
 
     module: nn.Module
     example: tuple[Any, ...]
     names: Mapping[str, str]
     found: tuple[Site, ...]
+    stages: tuple[Stage, ...] = ()
+    layers: Mapping[str, int] = field(default_factory=dict)
+    positions: int = 1
+    folds: tuple[Fold, ...] = ()
 
     def segments(self) -> tuple[Segment, ...]:
-        return (Segment("", tuple(Stage((site,)) for site in self.found), tuple(dict.fromkeys(self.names.values()))),)
+        every = tuple(dict.fromkeys(self.names.values()))
+        of = {self.names[name]: layer for layer in self.layers for name in self.names if name.startswith(f"{layer}.")}
+        segments = []
+        for layer in (*self.layers, ""):
+            stages = tuple(stage for stage in self.stages if of.get(stage.sites[0].tensors["weight"].name, "") == layer)
+            segments.append(Segment(layer, stages, tuple(n for n in every if of.get(n, "") == layer), self.layers.get(layer, 0)))
+        return tuple(segments)
 
     def uncovered(self) -> tuple[str, ...]:
         """Stored tensors that are no site's weight: norms, biases, running statistics, and weights of unknown modules."""
@@ -241,16 +91,16 @@ class TracedAnatomy(Anatomy):
         return tuple(name for name in dict.fromkeys(self.names.values()) if name not in covered)
 
     def edges(self) -> Iterator[Edge]:
-        """None: where an exact edit may act depends on operators, which a trace does not know."""
-        return iter(())
+        """Norms whose output only linear sites read, which may take the norm's scale in. What else is exact depends on operators, which a
+        trace does not know."""
+        for fold in self.folds:
+            width = fold.norm.shape[0]
+            yield Edge(f"{fold.norm.name}.scale", width, width, (), fold.readers, (fold,))
 
     def coupled(self, site: Site, axis: int) -> Group:
-        """All slices that meet those of `site` along `axis`. Raises UserError where a module with weights of an unknown kind reads them."""
-        return self._channels.group(site, axis)[0]
-
-    def norms(self, site: Site, axis: int) -> tuple[Channelwise, ...]:
-        """Norms that fall together with `coupled(site, axis)`."""
-        return self._channels.group(site, axis)[1]
+        """All slices that meet those of `site` along `axis`, norms among them. Raises UserError where a module with weights of an unknown
+        kind reads them."""
+        return self._channels.group(site, axis)
 
     @functools.cached_property
     def _channels(self) -> _Channels:
@@ -274,6 +124,8 @@ def traced_anatomy(module: nn.Module, example_input: Any) -> TracedAnatomy:
         if leaf == "weight" and kept in owners and path not in owners[kept]:
             owners[kept].append(path)
     fixed = _ends(run, example)
+    watched = _Watched(run, names)
+    watched.run(example)
     sites = []
     for kept, (name, *others) in owners.items():
         inner = module.get_submodule(name)
@@ -287,8 +139,148 @@ def traced_anatomy(module: nn.Module, example_input: Any) -> TracedAnatomy:
         if others:
             context["tied"] = tuple(others)
         roles = {"tied": others[0]} if others else {}
+        context["after"] = watched.after(name)
         sites.append(Site(name, SITES[type(inner)], tensors, tuple(weight.shape), roles, context))
-    return TracedAnatomy(module, example, names, tuple(sites))
+    stages, folds = watched.stages(sites), watched.folds(sites, example)
+    return TracedAnatomy(module, example, names, tuple(sites), stages, watched.layers, watched.positions, folds)
+
+
+@dataclass
+class _Called:
+    """One call of a layer or a site: when it began and ended, what it was given first and what it gave."""
+
+    began: int
+    given: Any
+    version: int
+    ended: int = 0
+    gave: Any = None
+
+
+class _Watched:
+    """Finds stacks of layers: a ModuleList of modules of one type, each called once, each given what the one before it gave. Nothing of
+    a config is looked at."""
+
+    def __init__(self, run: _Run, names: Mapping[str, str]) -> None:
+        self.real, self.names = run, names
+        self.calls: dict[str, list[_Called]] = {}
+        self.layers: dict[str, int] = {}
+        self.ends: list[int] = []
+        self.positions = 1
+        self.clock = 0
+
+    def run(self, example: tuple[Any, ...]) -> None:
+        """One run of the module, and the stacks that it shows."""
+        lists = {name: inner for name, inner in self.real.names.items() if type(inner) is nn.ModuleList and self._alike(name, inner)}
+        layers = {f"{name}.{i}": layer for name, inner in lists.items() for i, layer in enumerate(inner)}
+        hooks = []
+
+        def before(name: str) -> Callable[..., None]:
+            def hook(inner: nn.Module, args: Any) -> None:
+                self.clock += 1
+                given = args[0] if args else None
+                self.calls.setdefault(name, []).append(_Called(self.clock, given, given._version if isinstance(given, Tensor) else 0))
+
+            return hook
+
+        def after(name: str) -> Callable[..., None]:
+            def hook(inner: nn.Module, args: Any, output: Any) -> None:
+                self.clock += 1
+                self.calls[name][-1].ended, self.calls[name][-1].gave = self.clock, output
+
+            return hook
+
+        try:
+            for name, inner in (*layers.items(), *((n, self.real.names[n]) for n in (*self.real.order, *self.real.norms))):
+                hooks += [inner.register_forward_pre_hook(before(name)), inner.register_forward_hook(after(name))]
+            self.real(example)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, inner in sorted(lists.items(), key=lambda item: min((c.began for c in self.calls.get(f"{item[0]}.0", ())), default=0)):
+            paths = [f"{name}.{i}" for i in range(len(inner))]
+            if any(name.startswith(f"{layer}.") for layer in self.layers) or not self._chain(paths):
+                continue
+            for path in paths:
+                gave = self.calls[path][0].gave
+                self.layers[path] = len(gave) if isinstance(gave, tuple) else 0
+            hidden = self.calls[paths[0]][0].given
+            self.positions = max(self.positions, hidden.numel() // hidden.shape[-1])
+            self.ends.append(self.calls[paths[-1]][0].ended)
+
+    def _alike(self, name: str, layers: nn.ModuleList) -> bool:
+        """Modules of one type with a site in each, and no tensor that others use too."""
+        below = [f"{name}.{i}." for i in range(len(layers))]
+        if len(layers) < 2 or len({type(layer) for layer in layers}) > 1:
+            return False
+        if not all(any(site.startswith(prefix) for site in self.real.order) for prefix in below):
+            return False
+        users: dict[str, set[str]] = {}
+        for own, stored in self.names.items():
+            users.setdefault(stored, set()).add(next((prefix for prefix in below if own.startswith(prefix)), ""))
+        return all(len(found) == 1 for found in users.values() if found != {""})
+
+    def _chain(self, paths: list[str]) -> bool:
+        calls = [self.calls.get(path, []) for path in paths]
+        if any(len(found) != 1 for found in calls):
+            return False
+        gave = None
+        for (call,) in calls:
+            first = call.gave[0] if isinstance(call.gave, tuple) and call.gave else call.gave
+            if not isinstance(call.given, Tensor) or not isinstance(first, Tensor) or first.shape != call.given.shape:
+                return False
+            if gave is not None and call.given is not gave:
+                return False
+            gave = first
+        return True
+
+    def after(self, site: str) -> int:
+        """Stacks that were through when a site first ran."""
+        return sum(end < self.calls[site][0].began for end in self.ends)
+
+    def stages(self, sites: list[Site]) -> tuple[Stage, ...]:
+        """Sites that follow one another and are given the very same tensor are one stage of a layer."""
+        stages: list[list[Site]] = []
+        layer = None
+        for site in sites:
+            own = next((name for name in self.layers if site.name.startswith(f"{name}.")), "")
+            if stages and own and own == layer and self._same(stages[-1][0].name, site.name):
+                stages[-1].append(site)
+            else:
+                stages.append([site])
+            layer = own
+        return tuple(Stage(tuple(found)) for found in stages)
+
+    def folds(self, sites: list[Site], example: tuple[Any, ...]) -> tuple[Fold, ...]:
+        """Norms over the last axis that ran once, are read by linear sites of their own, and by nothing else: with sites standing in, a
+        marked output arrives nowhere but at them."""
+        found = []
+        for name, how in self.real.norms.items():
+            calls = self.calls.get(name, [])
+            if how.axis != -1 or len(calls) != 1 or "weight" not in self.real.names[name]._parameters:
+                continue
+            gave = calls[0].gave
+            readers = [s for s in sites if any(c.given is gave for c in self.calls[s.name])]
+            alone = all(isinstance(s.kind, Linear) and "tied" not in s.context and len(self.calls[s.name]) == 1 for s in readers)
+            if readers and alone and self._only(name, {s.name for s in readers}, example):
+                norm = _norm_site(self.real, self.names, name)
+                found.append(Fold(norm, tuple(Member(s, 1, IndexMap(s.shape[1])) for s in readers)))
+        return tuple(found)
+
+    def _only(self, norm: str, readers: set[str], example: tuple[Any, ...]) -> bool:
+        self.real.mark = {}
+        hook = self.real.names[norm].register_forward_hook(lambda inner, args, output: torch.full_like(output, torch.nan))
+        try:
+            with self.real.cut():
+                out = self.real(example)
+        finally:
+            hook.remove()
+        return not _has_nan(out) and not any(_has_nan(values) for sink, values in self.real.inputs.items() if sink not in readers)
+
+    def _same(self, a: str, b: str) -> bool:
+        first, second = self.calls[a], self.calls[b]
+        if len(first) != 1 or len(second) != 1:
+            return False
+        return first[0].given is second[0].given and first[0].version == second[0].version
 
 
 def _is_site(module: nn.Module) -> bool:
@@ -297,9 +289,54 @@ def _is_site(module: nn.Module) -> bool:
     return getattr(module, "padding_mode", "zeros") == "zeros" and getattr(module, "max_norm", None) is None
 
 
-def _is_norm(module: nn.Module) -> bool:
+class _Scaled(NamedTuple):
+    """How a norm treats channels: their axis in its input, what it adds to its stored scale, whether it takes the mean away."""
+
+    axis: int
+    plus: float = 0.0
+    centred: bool = True
+
+
+def _scaled(module: nn.Module) -> _Scaled | None:
+    """What a norm does, None for what is none: torch's own by their type, others by what they do (every library has an RMS norm)."""
     stored = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    return type(module) in CHANNELWISE and bool(stored) and all(t.dim() <= 1 for t in stored)
+    if not stored or any(t.dim() > 1 for t in stored):
+        return None
+    if type(module) in CHANNELWISE:
+        return _Scaled(CHANNELWISE[type(module)], centred=not isinstance(module, nn.RMSNorm | nn.PReLU))
+    if set(module._parameters) not in ({"weight"}, {"weight", "bias"}) or len(stored) != len(module._parameters):
+        return None
+    return _tried(module)
+
+
+def _tried(module: nn.Module) -> _Scaled | None:
+    """Runs a leaf module with one entry of its weight marked: a norm marks that one channel, and with its scale at zero gives zeros."""
+    weight = module._parameters["weight"]
+    if weight is None or weight.dim() != 1 or any(True for _ in module.children()):
+        return None
+    new = copy.copy(module)
+    x = torch.linspace(-1, 2, 3 * len(weight)).reshape(3, -1).sin()
+
+    def given(value: Tensor, x: Tensor = x) -> Tensor:
+        new._parameters = {"weight": nn.Parameter(value, requires_grad=False)}
+        if "bias" in module._parameters:
+            new._parameters["bias"] = nn.Parameter(torch.zeros(len(value)), requires_grad=False)
+        with torch.no_grad():
+            return new(x)  # type: ignore[no-any-return]
+
+    one = torch.ones(len(weight))
+    marked = one.clone()
+    marked[0] = torch.nan
+    try:
+        out, plain = given(marked), given(one)
+        plus = next((float(p) for p in (0, 1) if not bool(given(-p * one).any())), None)
+        # moved by a hundred, a mean that is taken away leaves what was there up to rounding
+        centred = torch.allclose(given(one, x + 100), plain, atol=1e-2)
+    except Exception:
+        # any module may be asked, and some take other inputs
+        return None
+    alone = isinstance(out, Tensor) and out.shape == x.shape and bool(out[:, 0].isnan().all()) and not bool(out[:, 1:].isnan().any())
+    return _Scaled(-1, plus, centred) if alone and plus is not None else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -321,6 +358,7 @@ class _Run:
         self.module = module
         self.names = dict(module.named_modules())
         self.sites = {name: inner for name, inner in self.names.items() if _is_site(inner)}
+        self.norms = {name: found for name, inner in self.names.items() if (found := _scaled(inner)) is not None}
         self.order: list[str] = []
         self.follows: dict[str, list[str]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
@@ -382,7 +420,7 @@ class _Run:
         for name, inner in self.names.items():
             if name in self.sites:
                 hooks.append(inner.register_forward_hook(ran(name)))
-            elif type(inner) in CHANNELWISE:
+            elif type(inner) in CHANNELWISE or name in self.norms:
                 hooks.append(inner.register_forward_pre_hook(read(name)))
         try:
             yield
@@ -434,6 +472,19 @@ class _Run:
                 hook.remove()
 
 
+def _norm_width(inner: nn.Module) -> int:
+    return max(t.numel() for t in (*inner._parameters.values(), *inner._buffers.values()) if t is not None)
+
+
+def _norm_site(run: _Run, names: Mapping[str, str], name: str) -> Site:
+    """A norm as a site; a running mean and variance have roles of their own."""
+    inner = run.names[name]
+    leaves = [n for n, t in (*inner._parameters.items(), *inner._buffers.items()) if t is not None and t.dim()]
+    tensors = {leaf: TensorId(names[f"{name}.{leaf}" if name else leaf]) for leaf in leaves}
+    found = run.norms[name]
+    return Site(name, Norm(), tensors, (_norm_width(inner),), {}, {"plus": found.plus, "centred": found.centred})
+
+
 class _UnlikeError(Exception):
     """A repeated example does not give repeated activations."""
 
@@ -480,17 +531,13 @@ class _Channels:
         self.base: dict[tuple[str, str], int] = {}
         self.parent: list[int] = []
         self.unknown: dict[int, str] = {}
+        self.marked = ""
         self.names = anatomy.names
         run = self._recorded(anatomy)
         self.run = run
         # modules that share one tensor are one site
         self.site_of = {path: site.name for site in anatomy.found for path in (site.name, *site.context.get("tied", ()))}
-        self.norm_names = [name for name, inner in run.names.items() if _is_norm(inner)]
-        for name, inner in run.names.items():
-            if name in self.site_of or name in self.norm_names or not _owns(inner):
-                continue
-            if any(True for _ in inner.children()):
-                self.hidden = self._first_tensor(name, inner)
+        self.norm_names = list(run.norms)
         for site in anatomy.found:
             n, m = self._widths(site)
             self._add((site.name, "out"), n)
@@ -502,8 +549,11 @@ class _Channels:
         for name in run.order:
             if name in self.site_of:
                 self._trace(name, anatomy.example)
-
-    hidden: str = ""
+        # tensors that lie in no module of their own, and the channels that they act on
+        self.alone: dict[int, str] = {}
+        for name, inner in run.names.items():
+            if name not in self.site_of and name not in self.norm_names and any(True for _ in inner.children()):
+                self._trace_alone(name, inner, anatomy.example)
 
     def _recorded(self, anatomy: TracedAnatomy) -> _Run:
         for lanes in (LANES, 1):
@@ -533,8 +583,7 @@ class _Channels:
         return site.shape[0], site.shape[1] * int(site.context.get("groups", 1))
 
     def _norm_width(self, name: str) -> int:
-        inner = self.run.names[name]
-        return max(t.numel() for t in (*inner._parameters.values(), *inner._buffers.values()) if t is not None)
+        return _norm_width(self.run.names[name])
 
     def _add(self, key: tuple[str, str], count: int) -> None:
         self.base[key] = len(self.parent)
@@ -595,7 +644,8 @@ class _Channels:
                         self._arrived(sink, value, base + start, count)
         run.mark = {}
 
-    def _arrived(self, sink: str, value: Tensor, first: int, count: int) -> None:
+    def _arrived(self, sink: str, value: Tensor, first: int | None, count: int) -> None:
+        """Joins the channels where NaN arrived with those that were marked, from node `first` on, a lane each; None: with self.marked."""
         inner = self.run.names[sink]
         lanes = self.run.lanes
         value = value.reshape(lanes, -1, *value.shape[1:])[:count]
@@ -613,15 +663,43 @@ class _Channels:
                 # one scale for all channels goes with none of them
                 return
             base = self.base[sink, "norm"]
-            axis = 2 if CHANNELWISE[type(inner)] == 1 else last
+            axis = 2 if self.run.norms[sink].axis == 1 else last
         else:
-            for lane in value.flatten(1).sum(1).isnan().nonzero()[:, 0].tolist():
+            for lane in value.flatten(1).sum(1).isnan().nonzero()[:, 0].tolist() if first is not None else ():
                 self.unknown[first + lane] = self._first_tensor(sink, inner)
             return
         # one NaN makes the sum of its channel NaN
         sums = value.sum(tuple(i for i in range(1, last + 1) if i != axis))
         for lane, channel in sums.isnan().nonzero().tolist():
-            self._join(first + lane, base + channel)
+            if first is None:
+                self.alone[base + channel] = self.marked
+            else:
+                self._join(first + lane, base + channel)
+
+    def _trace_alone(self, name: str, inner: nn.Module, example: tuple[Any, ...]) -> None:
+        """Marks each tensor that a module with children owns, as a whole: which of its axes are channels is not known."""
+        for held in (inner._parameters, inner._buffers):
+            for leaf, value in list(held.items()):
+                if value is None or not value.is_floating_point() or leaf in inner._non_persistent_buffers_set:
+                    continue
+                self.marked = f"{name}.{leaf}" if name else leaf
+                self.run.mark = {}
+                marked = torch.full_like(value, torch.nan)
+                held[leaf] = nn.Parameter(marked, requires_grad=False) if isinstance(value, nn.Parameter) else marked  # type: ignore[assignment]
+                try:
+                    with self.run.cut():
+                        out = self.run(self._repeated(example, self.run.lanes))
+                finally:
+                    held[leaf] = value  # type: ignore[assignment]
+                for sink, values in self.run.inputs.items():
+                    for arrived in values:
+                        if arrived.is_floating_point():
+                            self._arrived(sink, arrived, None, self.run.lanes)
+                if _has_nan(out):
+                    for site in self.sites.values():
+                        if 0 in site.context["fixed"]:
+                            start = self.base[site.name, "out"]
+                            self.alone |= dict.fromkeys(range(start, start + self._widths(site)[0]), self.marked)
 
     @functools.cached_property
     def _axes(self) -> dict[tuple[str, str], list[int]]:
@@ -640,16 +718,12 @@ class _Channels:
             return "out" if axis == 1 else ""
         return "out" if axis == 0 else "in"
 
-    def group(self, site: Site, axis: int) -> tuple[Group, tuple[Channelwise, ...]]:
-        """The group of a site's axis and the norms that belong to it."""
-        if self.hidden:
-            raise UserError(
-                f"{self.hidden} may act on any channel, as it lies in no module of its own: structured methods need it in a leaf module"
-            )
+    def group(self, site: Site, axis: int) -> Group:
+        """The group of a site's axis."""
         side = self._side(site, axis)
         if not side:
             # the rows of a table are ids, which meet nothing that a trace can see
-            return Group(site.shape[0], (Member(site, axis, IndexMap()),)), ()
+            return Group(site.shape[0], (Member(site, axis, IndexMap(site.shape[0])),), fixed=True)
         keys = [(site.name, side)]
         components = set(self._axes[keys[0]])
         grown = True
@@ -665,22 +739,28 @@ class _Channels:
                 raise UserError(
                     f"{name} reads the channels of {site.name}, and its kind is unknown: structured methods leave {site.name} out"
                 )
+        for node, name in self.alone.items():
+            if self._root(node) in components:
+                raise UserError(
+                    f"{name} acts on the channels of {site.name} and lies in no module of its own: structured methods leave {site.name} out"
+                )
         order = self._order(keys, components)
-        members, norms = [], []
+        members = []
+        fixed = False
         for key in sorted(keys, key=lambda key: self.base[key]):
             name, way = key
             index = self._fit(key, order)
             if way == "norm":
-                inner = self.run.names[name]
-                leaves = [n for n, t in (*inner._parameters.items(), *inner._buffers.items()) if t is not None and t.dim()]
-                norms.append(Channelwise(name, tuple(TensorId(self.names[f"{name}.{leaf}"]) for leaf in leaves), index))
+                members.append(Member(_norm_site(self.run, self.names, name), 0, index))
                 continue
             found = self.sites[name]
             if way == "in" and int(found.context.get("groups", 1)) > 1:
                 # the input slices of a grouped convolution go with its output rows
                 continue
-            members.append(Member(found, 1 if way == "in" or isinstance(found.kind, Embedding) else 0, index))
-        return Group(len(order), tuple(members)), tuple(norms)
+            at = 1 if way == "in" or isinstance(found.kind, Embedding) else 0
+            fixed |= at in found.context["fixed"]
+            members.append(Member(found, at, index))
+        return Group(len(order), tuple(members), fixed)
 
     def _order(self, keys: list[tuple[str, str]], components: set[int]) -> dict[int, int]:
         """Component -> canonical index, in the order of the axis that meets most of them."""
@@ -692,14 +772,12 @@ class _Channels:
         return order
 
     def _fit(self, key: tuple[str, str], order: Mapping[int, int]) -> IndexMap:
-        """The IndexMap of one axis: runs of equal length, one after another, from some canonical index on."""
+        """The IndexMap of one axis: runs of equal length, one after another, from some canonical index on, or a table."""
         at = [order[root] for root in self._axes[key]]
-        runs: dict[int, int] = {}
-        for i in at:
-            runs[i] = runs.get(i, 0) + 1
-        block = runs[at[0]]
-        if at != [at[0] + j // block for j in range(len(at))]:
-            raise UserError(
-                f"the channels of {key[0]} meet others in an order that offset and block cannot express: structured methods leave it out"
-            )
-        return IndexMap(offset=-at[0] * block, block=block)
+        block = at.count(at[0])
+        if at == [at[0] + j // block for j in range(len(at))]:
+            return IndexMap(len(at), offset=-at[0] * block, block=block)
+        table: list[list[int]] = [[] for _ in order]
+        for j, i in enumerate(at):
+            table[i].append(j)
+        return IndexMap(len(at), table=tuple(tuple(found) for found in table))

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from laconic.anatomy import DECODERS, decoder_anatomy
+from laconic.architectures import DECODERS, decoder_anatomy
 from laconic.core.errors import UserError
 from laconic.core.packed import Held, Packed, restore
 from laconic.core.site import Anatomy
+from laconic.experts import split_experts
 from laconic.journal import sha256_of
 from laconic.models import (
     Source,
@@ -37,6 +38,8 @@ from laconic.models import (
 FORMAT = 1
 # layers whose arithmetic Held knows; a form of any other module's weight is read as a dense tensor
 HOLDABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# classes of transformers that Held knows: a linear whose weight is stored as (m, n), tables that scale their rows
+KNOWN = ("Conv1D", "GemmaTextScaledWordEmbedding", "Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding")
 
 
 def by_form(names: Iterable[str], forms: Collection[str]) -> dict[str, dict[str, str]]:
@@ -73,8 +76,11 @@ def _restored(described: Mapping[str, Any], tensors: Mapping[str, Tensor], name:
 
 
 def holdable(layer: nn.Module) -> bool:
-    """Whether a Held can stand in this layer's place: exactly one of torch's own layers, since subclasses compute something else."""
-    return type(layer) in HOLDABLE and getattr(layer, "padding_mode", "zeros") == "zeros"
+    """Whether a Held can stand in this layer's place: exactly one of torch's own layers, since subclasses compute something else, or one
+    of those that Held knows by name."""
+    kind = type(layer)
+    known = kind in HOLDABLE or (kind.__name__ in KNOWN and kind.__module__.startswith("transformers."))
+    return known and getattr(layer, "padding_mode", "zeros") == "zeros"
 
 
 def put(module: nn.Module, path: str, layer: nn.Module) -> None:
@@ -130,6 +136,7 @@ class Artifact(Source):
 
         with _quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        split_experts(model)
         return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
     def _match(self, bare: nn.Module) -> None:

@@ -6,6 +6,7 @@ after that each layer is filled, run over all batches, observed, and released. F
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,23 +38,39 @@ class Stop(Exception):
 class _StandIn(nn.Module):
     """Stands where a layer was: notes what it is handed, gives back the hidden state (or the one it is told to)."""
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, number: int, gives: int) -> None:
         super().__init__()
         self.handed: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.answer: Tensor | None = None
-        self.last = False
+        self.first = self.last = False
+        self.more = tuple(_Promise(number, i) for i in range(1, gives))
+        self.alone = not gives
         for name, value in vars(original).items():
             # plain attributes that the model's own loop may look at (attention_type and the like)
             if isinstance(value, (str, int, bool)) and not hasattr(self, name):
                 setattr(self, name, value)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.handed = (args, kwargs)
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.handed = (tuple(_uncached(value) for value in args), {name: _uncached(value) for name, value in kwargs.items()})
         if self.answer is not None:
-            return self.answer
+            return self.answer if self.alone else (self.answer, *self.more)
+        if self.first:
+            raise Stop
         if self.last:
             raise Caught(hidden)
-        return hidden
+        return hidden if self.alone else (hidden, *self.more)
+
+
+class _Promise:
+    """Stands for what a layer gives besides the hidden state (T5's position bias), until that layer was run."""
+
+    def __init__(self, layer: int, entry: int) -> None:
+        self.layer, self.entry = layer, entry
+
+
+def _uncached(value: Any) -> Any:
+    """None for a cache of keys and values: a layer is run many times over the same tokens, which a cache would count as new ones."""
+    return None if any(kind.__name__ == "Cache" for kind in type(value).__mro__) else value
 
 
 class Caught(Stop):
@@ -65,14 +82,15 @@ class Caught(Stop):
 
 
 class FewRows(nn.Module):
-    """The rows of a table that a set of tokens needs, and no others."""
+    """The rows of a table that a set of tokens needs, and no others, scaled as the table scales them."""
 
-    def __init__(self, index: Tensor, table: Tensor) -> None:
+    def __init__(self, index: Tensor, rows: Tensor, scale: float) -> None:
         super().__init__()
-        self.index, self.table = index, table
+        self.index, self.rows, self.scale = index, rows, scale
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(torch.searchsorted(self.index, ids), self.table)
+        found = F.embedding(torch.searchsorted(self.index, ids), self.rows)
+        return found if self.scale == 1.0 else found * self.scale
 
 
 def release(module: nn.Module) -> None:
@@ -89,6 +107,18 @@ def run_layer(layer: nn.Module, hidden: Tensor, handed: tuple[tuple[Any, ...], d
     """One layer's output; layers that return a tuple give its first entry."""
     out = layer(hidden, *handed[0], **handed[1])
     return out[0] if isinstance(out, tuple) else out
+
+
+def answer_of(out: Any) -> Tensor:
+    """The logits of whatever a model returns."""
+    if isinstance(out, Tensor):
+        return out
+    return out.logits if hasattr(out, "logits") else out[0]  # type: ignore[no-any-return]
+
+
+def joined(segments: Sequence[Segment]) -> Segment:
+    """All segments as one, for a model that is in memory anyway."""
+    return Segment("", tuple(stage for s in segments for stage in s.stages), tuple(tensor for s in segments for tensor in s.tensors))
 
 
 class Shelf:
@@ -170,6 +200,8 @@ class Observer:
         self.wants = tuple(wants)
         self.first = {site.name: stage.sites[0].name for stage in stages for site in stage.sites}
         self.state: dict[tuple[str, Statistic], Any] = {}
+        # rows that passed the segment: an expert's Fisher information is a mean over all of them, as what it never saw had no gradient
+        self.rows: int | None = None
 
     def _offer(self, site: Site, needs: str, seen: Seen) -> None:
         for statistic in self.wants:
@@ -204,7 +236,10 @@ class Observer:
         for statistic in self.wants:
             key = (self.first[site.name] if statistic.needs == {"x"} else site.name, statistic)
             if key in self.state:
-                found[statistic] = statistic.finish(self.state[key])
+                state = self.state[key]
+                if "expert" in site.context and self.rows is not None and isinstance(statistic, Fisher):
+                    state = {**state, "count": torch.tensor(float(self.rows), dtype=torch.float64)}
+                found[statistic] = statistic.finish(state)
         return found
 
 
@@ -263,54 +298,104 @@ class _Memo:
 class Walk:
     """A model over inputs, segment by segment. `inputs` (count, ...) are run in batches of `batch`; compute is fp32."""
 
-    def __init__(self, source: Opened, inputs: Tensor, *, batch: int = 8, shelf: Path | None = None) -> None:
+    def __init__(self, source: Opened, inputs: Tensor, *, batch: int = 8, shelf: Path | None = None, whole: bool = False) -> None:
         self.source = source
         self.inputs = inputs
         self.batches = list(inputs.split(batch))
         self.model = source.skeleton()
         segments = source.anatomy.segments()
+        if whole:
+            segments = (joined(segments),)
         self.layers = [segment for segment in segments if segment.name]
         self.rest = next(segment for segment in segments if not segment.name)
         self.whole = not self.layers
         self.shelf = Shelf(shelf) if shelf is not None else None
+        # layers by stack: an encoder and a decoder, two towers
+        self.stacks: list[list[int]] = []
+        for number, segment in enumerate(self.layers):
+            if not number or segment.name.rpartition(".")[0] != self.layers[number - 1].name.rpartition(".")[0]:
+                self.stacks.append([])
+            self.stacks[-1].append(number)
+        self.entered = 0
+        # for each stack that was gone through: its hidden states at the end
+        self.through: list[list[Tensor]] = []
         self.hidden: list[Tensor] = []
         self.handed: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._stands: list[_StandIn] = []
         self._modules: dict[str, nn.Module] = {}
         self._batch = 0
         self._memos: list[_Memo] = []
+        self._plain = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
 
     def begin(self, table: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Sets out: the hidden state before the first layer, and what every layer is handed. `table` gives rows of the embedding by index
-        (a compressed one, say); the original's rows are read when it is None. A model without layers has nothing to do here."""
+        """Sets out: everything outside the layers is filled. `table` gives rows of the embedding by index (a compressed one, say); the
+        original's rows are read when it is None. A model without layers has nothing to do here."""
         if self.whole:
             self.hidden = list(self.batches)
             return
-        for segment in self.layers:
+        for number, segment in enumerate(self.layers):
             module = self.model.get_submodule(segment.name)
             self._modules[segment.name] = module
-            stand = _StandIn(module)
+            stand = _StandIn(module, number, segment.gives)
             self._stands.append(stand)
             self._put(segment.name, stand)
-        self._stands[-1].last = True
         self._embed(table)
-        for batch in self.batches:
-            self.hidden.append(self._caught(batch))
-            self.handed.append([stand.handed for stand in self._stands])
+        # learned positions, projections, norms of the stem; a language model's head is wide and waits
+        if self._embeds():
+            self._fill_rest(skip={self.head_name()})
+        else:
+            # in one go, so that modules which share a tensor go on sharing it
+            self.source.fill(self.model, "", torch.float32)
+        self.handed = [[((), {}) for _ in self.layers] for _ in self.batches]
+
+    def enter(self, stack: int) -> None:
+        """The hidden state before the first layer of a stack, and what each of its layers is handed. Done by `take` where it was not."""
+        last = self._stands[self.stacks[stack][-1]]
+        last.last = True
+        self.hidden = []
+        for i, batch in enumerate(self.batches):
+            with self._answers(i):
+                self.hidden.append(self._caught(batch))
+            for number in self.stacks[stack]:
+                self.handed[i][number] = self._stands[number].handed
+        last.last = False
+        self.entered = stack + 1
+
+    @contextlib.contextmanager
+    def _answers(self, i: int | None, hidden: Tensor | None = None) -> Iterator[None]:
+        """Inside, the stacks that were gone through give back what they gave for batch i; `hidden` instead for the last of all."""
+        ends = [self._stands[stack[-1]] for stack in self.stacks]
+        if i is not None:
+            for stand, states in zip(ends, self.through, strict=False):
+                stand.answer = states[i]
+        if hidden is not None:
+            ends[-1].answer = hidden
+        try:
+            yield
+        finally:
+            for stand in ends:
+                stand.answer = None
+
+    def _embeds(self) -> bool:
+        """Whether tokens are looked up in a table that is read by rows: a language model that was opened from a folder."""
+        return any(site.roles.get("part") == "embed" for site in self.rest.sites)
 
     def _put(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         self.model.get_submodule(parent).register_module(child, module)
 
     def _embed(self, table: Callable[[Tensor], Tensor] | None) -> None:
+        if not self._embeds():
+            return
         used = torch.unique(self.inputs)
         for site in self.rest.sites:
-            if isinstance(site.kind, Embedding):
+            if site.roles.get("part") == "embed":
                 module = self.model.get_submodule(site.name)
-                if type(module) is not nn.Embedding and not hasattr(module, "weight"):
+                if not hasattr(module, "weight"):
                     continue
                 rows = table(used) if table is not None else self._stored_rows(site, used)
-                self._put(site.name, FewRows(used, rows.float()))
+                scale = float(getattr(module, "scalar_embed_scale", getattr(module, "scale", 1.0)))
+                self._put(site.name, FewRows(used, rows.float(), scale))
 
     def _stored_rows(self, site: Site, used: Tensor) -> Tensor:
         name = site.tensors["weight"].name
@@ -329,7 +414,7 @@ class Walk:
     def _caught(self, batch: Tensor) -> Tensor:
         try:
             with torch.no_grad():
-                self.model(batch, use_cache=False)
+                self.model(batch, **self._plain)
         except Caught as caught:
             return caught.hidden
         raise RuntimeError("the model's forward never reached its last layer")
@@ -339,6 +424,9 @@ class Walk:
         if not segment.name:
             self.source.fill(self.model, "", torch.float32)
             return self.model
+        number = self._number(segment)
+        if (stack := next(s for s, numbers in enumerate(self.stacks) if number in numbers)) >= self.entered:
+            self.enter(stack)
         module = self._modules[segment.name]
         self.source.fill(module, segment.name, torch.float32)
         return module
@@ -354,18 +442,40 @@ class Walk:
         """Batch i through the segment."""
         self._batch = i
         if not segment.name:
-            return module(self.hidden[i])  # type: ignore[no-any-return]
-        return run_layer(module, self.hidden[i], self.handed[i][self.layers.index(segment)])
+            return answer_of(module(self.hidden[i], **self._plain))
+        number = self._number(segment)
+        args, kwargs = self.handed[i][number]
+        out = module(self.hidden[i], *args, **kwargs)
+        if not isinstance(out, tuple):
+            return out  # type: ignore[no-any-return]
+        if segment.gives > 1:
+            self._keep_promises(i, number, out)
+        return out[0]  # type: ignore[no-any-return]
+
+    def _number(self, segment: Segment) -> int:
+        return next(n for n, layer in enumerate(self.layers) if layer.name == segment.name)
+
+    def _keep_promises(self, i: int, number: int, out: tuple[Any, ...]) -> None:
+        """What a layer gave besides the hidden state goes to the layers that were handed the promise of it."""
+
+        def kept(value: Any) -> Any:
+            return out[value.entry] if isinstance(value, _Promise) and value.layer == number else value
+
+        for later in range(number + 1, len(self.layers)):
+            args, kwargs = self.handed[i][later]
+            self.handed[i][later] = (tuple(kept(value) for value in args), {name: kept(value) for name, value in kwargs.items()})
 
     def observe(
         self, module: nn.Module, segment: Segment, sites: Sequence[Site], wants: Sequence[Statistic]
     ) -> dict[str, dict[Statistic, Tensor]]:
-        """Statistics of some sites of one stage over all batches; a pass is cut short once the last of them has run.
+        """Statistics of some sites of one stage, or of stages beside one another, over all batches; a pass is cut short once the last of
+        them has run.
 
         What comes before a stage does not change any more once the stage is reached. Where a sub-module gives back just what its last
         site computes (attention and its output projection, say), that site's inputs are kept, and later passes over the segment start
         from them; `advance` forgets them."""
-        observer = Observer([Stage(tuple(sites))], wants)
+        names = {site.name for site in sites}
+        observer = Observer([Stage(tuple(s for s in stage.sites if s.name in names)) for stage in segment.stages], wants)
         pending: set[str] = set()
         hooks = []
 
@@ -398,7 +508,7 @@ class Walk:
 
     def _memo(self, module: nn.Module, segment: Segment, sites: Sequence[Site]) -> _Memo | None:
         """A memo for a stage of one site inside a sub-module, where its inputs are small enough to be kept."""
-        if len(sites) != 1 or not segment.name:
+        if len(sites) != 1 or not segment.name or "expert" in sites[0].context:
             return None
         parent, _, leaf = sites[0].name[len(segment.name) + 1 :].rpartition(".")
         rows = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
@@ -412,6 +522,12 @@ class Walk:
         """Moves every hidden state through the segment."""
         for i, out in enumerate(self.outputs(module, segment)):
             self.hidden[i] = out
+        self.forget()
+        if any(segment.name == self.layers[numbers[-1]].name for numbers in self.stacks):
+            self.through.append(list(self.hidden))
+
+    def forget(self) -> None:
+        """Kept inputs of sites are given back: what computed them has changed, or the segment is done."""
         for memo in self._memos:
             memo.forget()
         self._memos.clear()
@@ -427,10 +543,10 @@ class Walk:
             yield from self.hidden
             return
         self._open_tail(head)
-        for batch, hidden in zip(self.batches, self.hidden, strict=True):
+        for i, (batch, hidden) in enumerate(zip(self.batches, self.hidden, strict=True)):
             # never across a yield: a generator left half-way would keep gradients off for everyone
             with torch.no_grad():
-                out = self._tail(batch, hidden)
+                out = self._tail(batch, hidden, i)
             yield out
             # not kept while the next one is made: logits over a large vocabulary are wide
             del out
@@ -452,8 +568,27 @@ class Walk:
         """Logits of one sequence of a batch; what the layers were handed is left as it was."""
         return self._tail(batch[i : i + 1], hidden[i : i + 1])
 
+    def observe_rest(self, after: int, sites: Sequence[Site], wants: Sequence[Statistic]) -> dict[str, dict[Statistic, Tensor]]:
+        """Statistics of sites outside the layers that run once `after` stacks were gone through, before the next is entered."""
+        observer = Observer([Stage((site,)) for site in sites], wants)
+        hooks = [hook for site in sites for hook in observer.attach(site, self.model.get_submodule(site.name))]
+        following = self._stands[self.stacks[after][0]] if after < len(self.stacks) else None
+        if following is not None:
+            following.first = True
+        try:
+            for i, batch in enumerate(self.batches):
+                with torch.no_grad(), self._answers(i), contextlib.suppress(Stop):
+                    self.model(batch, **self._plain)
+        finally:
+            if following is not None:
+                following.first = False
+            for hook in hooks:
+                hook.remove()
+        return {site.name: observer.finish(site) for site in sites}
+
     def _open_tail(self, head: Callable[[Tensor], Tensor] | None) -> None:
-        self._stands[-1].last = False
+        if not self._embeds():
+            return
         name = self.head_name()
         if head is None and name:
             weight = getattr(self.model.get_submodule(name), "weight", None)
@@ -506,15 +641,15 @@ class Walk:
         """Weights outside the layers: norms, and the head unless it was given."""
         for name, module in self.model.named_modules():
             own = list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False))
-            if name in skip or isinstance(module, (_StandIn, FewRows, Call)) or not any(p.is_meta for _, p in own):
+            skipped = any(name == other or name.startswith(f"{other}.") for other in skip if other)
+            if skipped or isinstance(module, (_StandIn, FewRows, Call)) or not any(p.is_meta for _, p in own):
                 continue
             self.source.fill(module, name, torch.float32)
 
-    def _tail(self, batch: Tensor, hidden: Tensor) -> Tensor:
-        self._stands[-1].answer = hidden
-        out = self.model(batch, use_cache=False)
-        self._stands[-1].answer = None
-        return out.logits if hasattr(out, "logits") else out
+    def _tail(self, batch: Tensor, hidden: Tensor, i: int | None = None) -> Tensor:
+        """The model's output from the hidden states after the last layer; `i` is the batch's number where earlier stacks answer too."""
+        with self._answers(i, hidden):
+            return answer_of(self.model(batch, **self._plain))
 
     def backward(
         self, wants: Sequence[Statistic], generator: torch.Generator, log: Callable[[int, int], None]
@@ -525,6 +660,7 @@ class Walk:
             yield self._backward_whole(wants, generator)
             return
         shelf = self.shelf or Shelf(Path())
+        self.enter(0)
         total = 2 * len(self.layers) + 1
         for number, segment in enumerate(self.layers):
             for i, hidden in enumerate(self.hidden):
@@ -540,6 +676,7 @@ class Walk:
             segment = self.layers[number]
             module = self.take(segment)
             watch = Observer(segment.stages, wants)
+            watch.rows = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
             hooks = [hook for site in segment.sites for hook in watch.attach(site, self.site_module(module, segment, site))]
             for i in range(len(self.batches)):
                 hidden = shelf.get(f"{number}-{i}").detach().requires_grad_(True)
@@ -584,20 +721,33 @@ class Walk:
     ) -> tuple[Segment, nn.Module, dict[str, dict[Statistic, Tensor]]]:
         module = self.take(self.rest)
         observer = Observer([Stage((site,)) for site in self.rest.sites], wants)
-        hooks = [hook for site in self.rest.sites for hook in observer.attach(site, self.site_module(module, self.rest, site))]
+        hooks = []
+        tables = [module.get_submodule(site.name).get_parameter("weight") for site in self.rest.sites if isinstance(site.kind, Embedding)]
+        for weight in tables:
+            # what depends on a table alone (the texts of a zero-shot classifier) has gradients too
+            weight.requires_grad_(True)
+        for site in self.rest.sites:
+            table = isinstance(site.kind, Embedding)
+            hooks += observer.attach(site, self.site_module(module, self.rest, site), table=table)
+            # a table that is a head too is seen as one
+            heads = [module.get_submodule(path) for path in site.context.get("tied", ()) if table]
+            hooks += [hook for inner in heads if isinstance(inner, nn.Linear) for hook in observer.attach(site, inner)]
         for batch in self.batches:
             inputs = batch.detach()
             if inputs.is_floating_point():
                 inputs.requires_grad_(True)
-                drawn_loss(module(inputs), generator).backward()
+                drawn_loss(answer_of(module(inputs, **self._plain)), generator).backward()
             else:
                 with torch.enable_grad():
                     for parameter in module.parameters():
                         parameter.requires_grad_(True)
-                    drawn_loss(module(inputs), generator).backward()
+                    drawn_loss(answer_of(module(inputs, **self._plain)), generator).backward()
                     module.zero_grad(set_to_none=True)
         for hook in hooks:
             hook.remove()
+        for weight in tables:
+            weight.requires_grad_(False)
+            weight.grad = None
         return self.rest, module, {site.name: observer.finish(site) for site in self.rest.sites}
 
 
@@ -638,9 +788,25 @@ PRICING: tuple[Statistic, ...] = (Gram(), Fisher(), Lookups(), LookupFisher())
 
 
 def observed(stats: Mapping[str, Mapping[Statistic, Tensor]], site: Site, wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
-    """The wanted statistics of one site, an error naming it where one is missing."""
+    """The wanted statistics of one site, an error naming it where one is missing; those of an expert that no token reached are zero."""
     have = stats.get(site.name, {})
+    if "expert" in site.context and not have:
+        return {s: s.finish(s.init(site)) for s in wants}
     missing = [type(s).__name__ for s in wants if s not in have]
     if missing:
         raise KeyError(f"{site.name} has no {', '.join(missing)}: it saw no input in calibration")
     return {s: have[s] for s in wants}
+
+
+def as_if_once(
+    stats: Mapping[str, Mapping[Statistic, Tensor]], segment: Segment, site: Site, rows: int
+) -> dict[Statistic, Tensor]:
+    """What an expert that no token reached is priced with: as if one token out of `rows` had reached it, an average one of its layer's.
+    Without it the expert would look free to damage."""
+    part = site.roles["part"]
+    others = [stats[s.name] for s in segment.sites if "expert" in s.context and s.roles["part"] == part and stats.get(s.name)]
+    if not others:
+        return {}
+    gram = torch.stack([found[Gram()] for found in others]).mean(0)
+    fisher = torch.stack([found[Fisher()] for found in others]).sum(0) / (max(1, site.context["chosen"]) * rows)
+    return {Gram(): gram, Fisher(): fisher}

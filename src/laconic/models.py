@@ -24,9 +24,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from laconic.anatomy import DECODERS, decoder_anatomy, stored_names, traced_anatomy
+from laconic.anatomy import stored_names, traced_anatomy
+from laconic.architectures import DECODERS, decoder_anatomy
 from laconic.core.errors import UserError, nearest
 from laconic.core.site import Anatomy
+from laconic.experts import single, split_experts
 
 # names of safetensors, and what torch calls them
 DTYPES: Mapping[str, torch.dtype] = {
@@ -190,7 +192,7 @@ class FolderSource(Source):
         self._hashes: dict[str, str] | None = None
         raw = _config(path)
         self._check_config(raw)
-        self.infos = _headers(path)
+        self.infos = single(_headers(path))
         with _quiet():
             self.config = _transformers_config(path, raw)
         self.row = DECODERS[raw["model_type"]]
@@ -204,9 +206,17 @@ class FolderSource(Source):
         for name, parameter in model.named_parameters(remove_duplicate=False):
             same.setdefault(id(parameter), []).append(name)
         stored, self.infos = self._match(shapes, [names for names in same.values() if len(names) > 1])
+        self.notes = self._leave_out(set(stored.values()), model)
         self.tied = {name: found for name, found in stored.items() if name != found}
         self.parameters = sum(_count(self.infos[name].shape) for name in set(stored.values()))
         self._anatomy = decoder_anatomy(self.row, self.config, {n: i.shape for n, i in self.infos.items()}, stored)
+
+    def _leave_out(self, used: set[str], model: Any) -> tuple[str, ...]:
+        """Drops what old checkpoints store and transformers computes (causal masks, rotary frequencies); a sentence that names it."""
+        patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+        gone = [name for name in self.infos if name not in used and any(re.search(pattern, name) for pattern in patterns)]
+        self.infos = {name: info for name, info in self.infos.items() if name not in gone}
+        return (f"left out, as transformers computes it: {gone[0]} and {len(gone) - 1} more like it",) if gone else ()
 
     @property
     def anatomy(self) -> Anatomy:
@@ -242,10 +252,13 @@ class FolderSource(Source):
                 f"the architecture {kind!r} of {where} has no anatomy table yet (there are tables for {', '.join(sorted(DECODERS))})"
                 f"{_close(kind)}: give one of those, or the model as package.module:function, which is traced"
             )
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
         for name in raw.get("architectures") or []:
-            if not str(name).endswith("ForCausalLM"):
+            if name != known:
                 raise UserError(
-                    f"{where} describes a {name}, not a language model (…ForCausalLM): give one, or the model as package.module:function"
+                    f"{where} describes a {name}, not a language model ({known}): give one, or the model as package.module:function"
                 )
 
     def _build(self) -> Any:
@@ -257,6 +270,7 @@ class FolderSource(Source):
                     model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
             except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
                 raise UserError(f"{self.path}/config.json describes no model that can be built ({_short(error)}): correct it") from error
+        split_experts(model)
         return model.eval().requires_grad_(False)
 
     def _match(self, shapes: Mapping[str, tuple[int, ...]], same: list[list[str]]) -> tuple[dict[str, str], dict[str, TensorInfo]]:
@@ -371,9 +385,24 @@ class FolderSource(Source):
         return dict(self._hashes)
 
 
+# names that transformers' classes give to the model below the head
+BASES = ("model", "transformer", "gpt_neox", "backbone")
+# what transformers renames when it reads a checkpoint: in the module -> in the file
+RENAMED = (
+    (re.compile(r"^lm_head\."), "embed_out."),
+    (re.compile(r"\.embeddings\."), ".embedding."),
+    (re.compile(r"\.mlp\.gate\."), ".block_sparse_moe.gate."),
+    (re.compile(r"\.mlp\.experts\.(\d+)\.gate_proj\."), r".block_sparse_moe.experts.\1.w1."),
+    (re.compile(r"\.mlp\.experts\.(\d+)\.up_proj\."), r".block_sparse_moe.experts.\1.w3."),
+    (re.compile(r"\.mlp\.experts\.(\d+)\.down_proj\."), r".block_sparse_moe.experts.\1.w2."),
+)
+
+
 def stored_name(parameter: str, stored: Collection[str]) -> str | None:
     """The stored name of a module's parameter: the same, or with the base model's prefix left out or added, as headless checkpoints do."""
-    for name in (parameter, parameter.removeprefix("model."), f"model.{parameter}"):
+    base, _, rest = parameter.partition(".")
+    others = (pattern.sub(other, parameter) for pattern, other in RENAMED)
+    for name in (parameter, rest if base in BASES else parameter, f"model.{parameter}", *others):
         if name in stored:
             return name
     return None
@@ -546,22 +575,36 @@ def _sha256(file: Path) -> str:
 
 
 def _compute(model: Any, path: Path) -> dict[str, Tensor]:
-    """The buffers that no file stores (rotary frequencies), computed as transformers does after building a model on meta."""
+    """The buffers that no file stores (rotary frequencies, the scale of a table), computed as transformers does after building a model
+    on meta: by the module built anew where a config is all it takes, else by the model's own initialization of that one module."""
     computed: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         leaves = [leaf for leaf in module._non_persistent_buffers_set if module._buffers.get(leaf) is not None]
         if not leaves:
             continue
         with _quiet():
-            real = type(module)(module.config) if hasattr(module, "config") else module
+            real: nn.Module = type(module)(module.config) if hasattr(module, "config") else _initialized(model, module, leaves)
         for leaf in leaves:
             value = real._buffers[leaf]
-            if value.is_meta:
+            if value is None or value.is_meta or bool(torch.isnan(value).any()):
                 raise UserError(
                     f"the buffer {name}.{leaf} of {path} is stored nowhere and cannot be computed: give a supported architecture"
                 )
             computed[f"{name}.{leaf}"] = value.detach()
     return computed
+
+
+def _initialized(model: Any, module: nn.Module, leaves: Collection[str]) -> nn.Module:
+    """A copy of a module on meta with `leaves` real, NaN where the model's initialization does not set them."""
+    real = copy.copy(module)
+    real._buffers = dict(module._buffers)
+    for leaf in leaves:
+        empty = module._buffers[leaf]
+        assert empty is not None
+        real._buffers[leaf] = torch.full(empty.shape, torch.nan if empty.is_floating_point() else 0, dtype=empty.dtype)
+    with torch.no_grad():
+        model._init_weights(real)
+    return real
 
 
 @contextlib.contextmanager

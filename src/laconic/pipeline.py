@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from laconic import __version__
 from laconic.budget import parse_budget
-from laconic.calibration import KEPT, PRICING, Shelf, Walk, observed, release
+from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_if_once, joined, observed, release
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
-from laconic.core.packed import Packed, Soft, below, restore
+from laconic.core.packed import Packed, Soft, Transposed, below, restore
 from laconic.core.site import Anatomy, Embedding, Segment, Site
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
 from laconic.core.transform import Change, Lesson, Transform
@@ -156,6 +156,11 @@ def kept_tensor(tensor: Tensor) -> Tensor:
     return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
+def oriented(site: Site, weight: Tensor) -> Tensor:
+    """A weight between the way it is stored and the (n, m) that methods see; the same call goes back."""
+    return weight.T.contiguous() if site.transposed else weight
+
+
 def reconstructed(change: Change, site: Site) -> Tensor:
     """The site's weight after the change, matrix view."""
     return change.hold[site.tensors["weight"]].dense().reshape(site.matrix)
@@ -189,11 +194,13 @@ def price(
     by_site: dict[str, list[Offer]] = {}
     for offer in offered:
         by_site.setdefault(offer.site.name, []).append(offer)
-    segments = source.anatomy.segments()
+    # a module that was given is in memory: one pass prices all of it
+    whole = source.path is None
+    segments = (joined(source.anatomy.segments()),) if whole else source.anatomy.segments()
     if all(work.done(f"price/{s.name}") for s in segments):
         rows = [_from_words(r) for s in segments for r in work.done(f"price/{s.name}")["rows"]]
         return rows, _load_stats(work)
-    walk = Walk(source, inputs, batch=batch, shelf=work.folder / "shelf")
+    walk = Walk(source, inputs, batch=batch, shelf=work.folder / "shelf", whole=whole)
     walk.begin()
     generator = torch.Generator().manual_seed(seed)
     rows_of: dict[str, list[Row]] = {}
@@ -207,11 +214,13 @@ def price(
         found = []
         for site in segment.sites:
             have = stats.get(site.name, {})
+            if not have and "expert" in site.context:
+                have = as_if_once(stats, segment, site, inputs.numel())
             if not segment.name:
                 rest[site.name] = have
             if (group := by_site.get(site.name)) is None:
                 continue
-            weight: Tensor = source.read(site.tensors["weight"].name).float()
+            weight = oriented(site, source.read(site.tensors["weight"].name).float())
             with suited(weight.numel()):
                 for offer, change in _changes(group, site, weight, stats):
                     count += 1
@@ -226,6 +235,13 @@ def price(
     return [row for segment in segments for row in rows_of[segment.name]], rest
 
 
+def _with_gram(site: Site, found: Mapping[Statistic, Tensor], wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
+    """An untied table has one-hot inputs: their Gram is diagonal, so nothing is correlated and columns of its rows stand alone."""
+    if isinstance(site.kind, Embedding) and Gram() in wants and Gram() not in found:
+        return {**found, Gram(): torch.eye(site.matrix[1])}
+    return dict(found)
+
+
 def _changes(
     group: Sequence[Offer], site: Site, weight: Tensor, stats: Mapping[str, Mapping[Statistic, Tensor]]
 ) -> Iterator[tuple[Offer, Change]]:
@@ -234,7 +250,8 @@ def _changes(
         same = [offer for offer in group if offer.method == method]
         transform = same[0].transform
         levels = [offer.level for offer in same]
-        yield from zip(same, transform.several(site, {"weight": weight}, observed(stats, site, transform.wants), levels), strict=True)
+        own = {site.name: _with_gram(site, stats.get(site.name, {}), transform.wants)}
+        yield from zip(same, transform.several(site, {"weight": weight}, observed(own, site, transform.wants), levels), strict=True)
 
 
 def _load_stats(work: Any) -> dict[str, dict[Statistic, Tensor]]:
@@ -325,7 +342,13 @@ def plan_words(
     frontier: list[dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """A Plan as plan.json; the frontier is computed unless given."""
-    why = {name: ("one-dimensional" if len(source.infos[name].shape) < 2 else "no site covers it") for name in kept}
+    anatomy = source.anatomy
+    offered = {site.tensors["weight"].name for site in anatomy.sites()}
+
+    def why(name: str) -> str:
+        flat = len(source.infos[name].shape) < 2
+        return "one-dimensional" if flat else "the recipe leaves it" if name in offered else anatomy.why(name)
+
     return {
         "format": 1,
         "laconic": __version__,
@@ -341,8 +364,8 @@ def plan_words(
         "seed": seed,
         "data": split.record if split is not None else {},
         "choices": [_words(row) for row in plan.rows],
-        "kept": [{"tensor": name, "bytes": size, "why": why[name]} for name, size in sorted(kept.items())],
-        "notes": [],
+        "kept": [{"tensor": name, "bytes": size, "why": why(name)} for name, size in sorted(kept.items())],
+        "notes": list(getattr(source, "notes", ())),
         "predicted": {
             "bytes": plan.bytes,
             "bits_per_weight": plan.bytes * 8 / source.parameters,
@@ -365,7 +388,8 @@ def predicted_memory(source: Any, split: Any = None) -> int:
     single = max(math.prod(i.shape) * (i.dtype.itemsize + 1) for i in source.infos.values())
     states = 0
     if split is not None and segments:
-        tokens = calibration_rows(source, split).numel()
+        rows = calibration_rows(source, split)
+        tokens = rows.numel() if source.task == "text" else rows.shape[0] * getattr(source.anatomy, "positions", 1)
         widths = [site.matrix[1] for site in segments[0].sites]
         states = 4 * tokens * 2 * min(widths) + min(2 * KEPT, 4 * tokens * (min(widths) + max(widths)))
     return 500_000_000 + max(widest * 4 * 2, single * 2) + states
@@ -454,7 +478,7 @@ def apply_plan(
     total = len(segments)
     notes: list[str] = []
     parts: list[str] = []
-    tables = [site for site in rest.sites if isinstance(site.kind, Embedding)] if layers else []
+    tables = [site for site in rest.sites if site.roles.get("part") == "embed"]
 
     def take_in(key: str, value: Mapping[str, Any]) -> None:
         view.add(key, value)
@@ -476,7 +500,29 @@ def apply_plan(
     table = view.packed(tables[0].tensors["weight"].name) if tables else None
     walk.begin(table.rows if table is not None else None)
     del table
+    done = {site.name for site in tables}
+
+    def between(after: int) -> None:
+        """Sites outside the layers of a traced module that run once `after` stacks were gone through."""
+        sites = [s for s in rest.sites if s.context.get("after") == after and s.name in chosen and s.name not in done] if layers else []
+        if not sites:
+            return
+        key = f"{prefix}/:{after}"
+        if (value := work.done(key)) is None:
+            progress("compressing", after, total, "what stands outside the layers")
+            value, tensors = _compress_between(walk, after, sites, chosen, work)
+            work.finish(key, value, tensors)
+            take_in(key, value)
+        else:
+            take_in(key, value)
+            for site in sites:
+                walk.model.get_submodule(site.name).weight.data.copy_(view.read(site.tensors["weight"].name))  # type: ignore[union-attr, operator]
+        done.update(site.name for site in sites)
+
+    first = {stack[0]: number for number, stack in enumerate(walk.stacks)}
     for number, segment in enumerate(layers):
+        if number in first:
+            between(first[number])
         key = f"{prefix}/{segment.name}"
         value = work.done(key)
         if value is None:
@@ -491,11 +537,11 @@ def apply_plan(
         take_in(key, value)
         walk.advance(module, segment)
         release(module)
+    between(len(walk.stacks))
     key = f"{prefix}/"
     value = work.done(key)
     if value is None:
         progress("compressing", total, total, "head and norms")
-        done = {site.name for site in tables}
         value, tensors = _compress_rest(walk, rest, layers, chosen, source, done, log)
         work.finish(key, value, tensors)
         del tensors
@@ -519,18 +565,34 @@ def _pack(
         return {"forms": {}, "kept": [name], "bytes": kept.numel() * kept.element_size(), "notes": []}, {name: kept}
     change = offer.transform(site, weights, {s: stats[s] for s in offer.transform.wants}, offer.level)
     size = _same_bytes(offer, change)
-    forms, tensors = _stored(change)
+    forms, tensors = _stored(change, site)
     return {"forms": forms, "kept": [], "bytes": size, "notes": list(change.notes)}, tensors
 
 
-def _stored(change: Change) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _stored(change: Change, site: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if change.fold or change.cut or change.place:
         raise ValueError("this pipeline applies `hold` only; the change folds, cuts or places")
     forms, tensors = {}, {}
-    for tid, packed in change.hold.items():
+    for tid, found in change.hold.items():
+        packed = Transposed(found) if site.transposed else found
         forms[tid.name] = packed.describe()
         tensors.update({f"{tid.name}.{key}": value for key, value in packed.tensors().items()})
     return forms, tensors
+
+
+def together(segment: Segment) -> Iterator[tuple[Site, ...]]:
+    """Sites that one pass may observe: a stage, with the stages beside it as far as their Gram matrices stay small."""
+    sites: list[Site] = []
+    size = 0
+    for stage in segment.stages:
+        own = 4 * stage.sites[0].matrix[1] ** 2
+        if sites and not (stage.beside and size + own <= KEPT):
+            yield tuple(sites)
+            sites, size = [], 0
+        sites += stage.sites
+        size += own
+    if sites:
+        yield tuple(sites)
 
 
 def _compress_segment(
@@ -539,27 +601,63 @@ def _compress_segment(
     """All stages of a segment in order: each stage's statistics are taken with the stages before it already changed."""
     value: dict[str, Any] = {"forms": {}, "kept": [], "bytes": 0, "notes": []}
     tensors: dict[str, Tensor] = {}
-    for stage in segment.stages:
-        todo = [chosen[site.name] for site in stage.sites if site.name in chosen and site.name not in skip]
-        wants = tuple(dict.fromkeys(s for offer in todo for s in offer.transform.wants))
-        stats = walk.observe(module, segment, [offer.site for offer in todo], wants) if wants else {}
+    for sites in together(segment):
+        todo = [chosen[site.name] for site in sites if site.name in chosen and site.name not in skip]
+        # a table that stands inside a layer (T5's relative positions) has no rows of inputs
+        seen = [offer for offer in todo if not isinstance(offer.site.kind, Embedding)]
+        wants = tuple(dict.fromkeys(s for offer in seen for s in offer.transform.wants))
+        stats = walk.observe(module, segment, [offer.site for offer in seen], wants) if wants else {}
+        stats |= {o.site.name: _with_gram(o.site, {}, o.transform.wants) for o in todo if o not in seen}
         for offer in todo:
+            if offer.transform.wants and "expert" in offer.site.context and not stats.get(offer.site.name):
+                value["notes"].append(f"{offer.site.name}: no token of the calibration data reached this expert, it has no statistics")
             target = walk.site_module(module, segment, offer.site)
-            weight = target.weight.detach()  # type: ignore[union-attr, operator]
+            weight = oriented(offer.site, target.weight.detach())  # type: ignore[union-attr, arg-type, operator]
             with suited(weight.numel()):
                 change = offer.transform(offer.site, {"weight": weight}, observed(stats, offer.site, offer.transform.wants), offer.level)
             value["bytes"] += _same_bytes(offer, change)
-            forms, held = _stored(change)
+            forms, held = _stored(change, offer.site)
             value["forms"].update(forms)
             value["notes"] += change.notes
             tensors.update(held)
-            target.weight.data.copy_(change.hold[offer.site.tensors["weight"]].dense().reshape(weight.shape))  # type: ignore[union-attr, operator]
+            changed = change.hold[offer.site.tensors["weight"]].dense().reshape(weight.shape)
+            target.weight.data.copy_(oriented(offer.site, changed))  # type: ignore[union-attr, operator]
     for name in segment.tensors:
         if name not in value["forms"] and name not in skip and name in source.infos:
             kept = kept_tensor(source.read(name))
             tensors[name] = kept
             value["kept"].append(name)
             value["bytes"] += kept.numel() * kept.element_size()
+    # later blocks see what is stored of norms and biases too, as they do in a run that goes on from the journal
+    for path, own in (*module.named_parameters(), *module.named_buffers()):
+        name = f"{segment.name}.{path}" if segment.name else path
+        if (stored := source.tied.get(name, name)) in value["kept"] and not torch.equal(own.data, tensors[stored].to(own.dtype)):
+            own.data.copy_(tensors[stored])
+            walk.forget()
+    return value, tensors
+
+
+def _compress_between(
+    walk: Walk, after: int, sites: Sequence[Site], chosen: Mapping[str, Offer], work: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Sites outside the layers, one after another, each in the walk's own model too, so that what follows sees its error."""
+    value: dict[str, Any] = {"forms": {}, "kept": [], "bytes": 0, "notes": []}
+    tensors: dict[str, Tensor] = {}
+    for site in sites:
+        offer = chosen[site.name]
+        if isinstance(site.kind, Embedding):
+            priced = _load_stats(work) if work.done("stats") is not None else {}
+            stats = _with_gram(site, priced.get(site.name, {}), offer.transform.wants)
+        else:
+            stats = walk.observe_rest(after, [site], offer.transform.wants)[site.name] if offer.transform.wants else {}
+        target: Tensor = walk.model.get_submodule(site.name).weight.data  # type: ignore[union-attr, assignment]
+        one, held = _pack(site, offer, {"weight": oriented(site, target)}, stats)
+        form = restore(one["forms"][site.tensors["weight"].name], below(held, site.tensors["weight"].name))
+        target.copy_(form.dense().reshape(target.shape))
+        value["forms"].update(one["forms"])
+        value["notes"] += one["notes"]
+        value["bytes"] += one["bytes"]
+        tensors.update(held)
     return value, tensors
 
 
@@ -608,11 +706,7 @@ def _table_stats(source: Any, inputs: Tensor, site: Site, chosen: Mapping[str, O
             release(module)
         stats = walk.observe_tail(site, (Gram(),)) if site.roles.get("tied") else {}
         work.finish("stats", {"sites": [site.name]}, {f"{site.name}|{type(k).__name__}": v for k, v in stats.items()})
-    found = dict(_load_stats(work).get(site.name, {}))
-    # an untied table has one-hot inputs: their Gram is diagonal, so nothing is correlated and columns of its rows stand alone
-    if Gram() in offer.transform.wants and Gram() not in found:
-        found[Gram()] = torch.eye(site.matrix[1])
-    return found
+    return _with_gram(site, _load_stats(work).get(site.name, {}), offer.transform.wants)
 
 
 # ---- tune
@@ -686,18 +780,19 @@ def learn(
 ) -> tuple[dict[str, Packed], list[float]]:
     """What can be learned of the forms, by stored name, learned together; and the objective of each step. model: filled with the weights
     that stay; targets: the outputs that each of the batches must meet."""
-    softs: dict[str, Soft] = {}
-    for name, packed in held.items():
-        soft = packed.soften(source.read(name).float().reshape(packed.shape))
-        if soft is not None:
-            softs[name] = soft
     path: dict[str, str] = {}
     for name, _ in model.named_parameters():
         path.setdefault(source.tied.get(name, name), name)
+    softs: dict[str, Soft] = {}
+    for name, packed in held.items():
+        # what is stored in parts of a module's own tensor (fused experts) stays as it is
+        if name in path and packed.shape == tuple(model.get_parameter(path[name]).shape):
+            soft = packed.soften(source.read(name).float().reshape(packed.shape))
+            if soft is not None:
+                softs[name] = soft
 
     def run(i: int, weights: Mapping[str, Tensor]) -> Tensor:
-        out = torch.func.functional_call(model, {path[name]: weight for name, weight in weights.items()}, (batches[i],))
-        return out.logits if hasattr(out, "logits") else out  # type: ignore[no-any-return]
+        return answer_of(torch.func.functional_call(model, {path[name]: weight for name, weight in weights.items()}, (batches[i],)))
 
     losses = tune(
         run, targets, softs, lesson,

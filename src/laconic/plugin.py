@@ -87,6 +87,9 @@ def register() -> None:
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
             _finish(model, self.alias)
 
+        def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+            return _unmerged(weight_conversions)
+
         def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
             # a tied head is saved once, under the name it was stored with
             doubles = tuple(f"{path}.weight." for path in self.alias)
@@ -94,6 +97,17 @@ def register() -> None:
 
     register_quantization_config("laconic")(LaconicConfig)
     register_quantizer("laconic")(LaconicQuantizer)
+
+
+def _unmerged(conversions: list[Any]) -> list[Any]:
+    """transformers' conversions without those that merge experts, whose matrices stay apart; the names that they gave are given still."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    kept = [found for found in conversions if not (isinstance(found, WeightConverter) and "experts" in str(found.target_patterns))]
+    if len(kept) == len(conversions):
+        return conversions
+    names = (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+    return kept + [WeightRenaming(rf"\.experts\.(\d+)\.{old}\.", rf".experts.\1.{new}.") for old, new in names]
 
 
 def _swap(model: Any, forms: dict[str, Any], files: Sequence[str]) -> dict[str, tuple[Any, str]]:
@@ -105,8 +119,10 @@ def _swap(model: Any, forms: dict[str, Any], files: Sequence[str]) -> dict[str, 
 
     from laconic.artifact import blank, by_form, holdable, put
     from laconic.core.packed import Held
+    from laconic.experts import split_experts
     from laconic.models import header, stored_name
 
+    split_experts(model)
     infos = {name: info for file in files for name, info in header(Path(file)).items()}
     held = {full for keys in by_form(infos, forms).values() for full in keys.values()}
     known = {*forms, *(name for name in infos if name not in held)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.anatomy import Channelwise, slices, traced_anatomy
+from laconic.anatomy import traced_anatomy
 from laconic.core.errors import UserError
-from laconic.core.site import Anatomy, Conv, Embedding, Group, Linear
+from laconic.core.site import Conv, Embedding, Linear, Norm, Rotate, Scale
 from laconic.models import Source, open_model
+
+_spec = importlib.util.spec_from_file_location("groups", Path(__file__).with_name("groups.py"))
+assert _spec is not None
+assert _spec.loader is not None
+groups = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(groups)
+masked, removed = groups.masked, groups.removed
 
 DATA = Path(os.environ.get("LACONIC_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
@@ -105,43 +113,6 @@ def resnet20() -> ResNet:
     return model.eval()
 
 
-def masked(model: nn.Module, anatomy: Anatomy, group: Group, norms: tuple[Channelwise, ...], gone: list[int]) -> nn.Module:
-    """A copy whose slices of the canonical indices `gone` are zero."""
-    new = copy.deepcopy(model)
-    state = new.state_dict()
-    for i in gone:
-        for member in group.members:
-            state[member.site.tensors["weight"].name].index_fill_(
-                member.axis, torch.tensor([*slices(member, i, member.site.shape[member.axis])], dtype=torch.int64), 0
-            )
-            if member.axis == 0 and "bias" in member.site.tensors:
-                state[member.site.tensors["bias"].name][[*slices(member, i, member.site.shape[0])]] = 0
-        for norm in norms:
-            for tensor in norm.tensors:
-                if not tensor.name.endswith("running_var"):
-                    state[tensor.name][[*slices(norm, i, len(state[tensor.name]))]] = 0
-    return new
-
-
-def removed(model: nn.Module, group: Group, norms: tuple[Channelwise, ...], gone: list[int]) -> dict[str, Tensor]:
-    """The state dict without the slices of the canonical indices `gone`."""
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-
-    def drop(name: str, axis: int, indices: set[int]) -> None:
-        kept = [j for j in range(state[name].shape[axis]) if j not in indices]
-        state[name] = state[name].index_select(axis, torch.tensor(kept))
-
-    for member in group.members:
-        indices = {j for i in gone for j in slices(member, i, member.site.shape[member.axis])}
-        drop(member.site.tensors["weight"].name, member.axis, indices)
-        if member.axis == 0 and "bias" in member.site.tensors:
-            drop(member.site.tensors["bias"].name, 0, indices)
-    for norm in norms:
-        for tensor in norm.tensors:
-            drop(tensor.name, 0, {j for i in gone for j in slices(norm, i, len(state[tensor.name]))})
-    return state
-
-
 def images(count: int = 4) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -175,27 +146,30 @@ def test_resnet_stream_with_padded_shortcuts() -> None:
     model = resnet20()
     anatomy = traced_anatomy(model, images())
     first = next(anatomy.sites())
-    group, norms = anatomy.coupled(first, 0), anatomy.norms(first, 0)
+    group = anatomy.coupled(first, 0)
+    norms = [member for member in group.members if isinstance(member.site.kind, Norm)]
     assert group.width == 64
     offsets = {(member.site.name, member.axis): member.index.offset for member in group.members}
     # channel 0 of stage one is channel 8 of stage two and channel 24 of stage three
     assert offsets["conv1", 0] == offsets["layer1.2.conv2", 0] == offsets["layer2.0.conv1", 1] == -24
     assert offsets["layer2.0.conv2", 0] == offsets["layer3.0.conv1", 1] == -16
     assert offsets["layer3.2.conv2", 0] == offsets["linear", 1] == 0
-    assert len(group.members) == 1 + 9 + 9 + 1
-    assert {norm.name for norm in norms} == {"bn1"} | {f"layer{s}.{b}.bn2" for s in (1, 2, 3) for b in range(3)}
+    assert len(group.members) == 1 + 9 + 9 + 1 + len(norms)
+    assert {norm.site.name for norm in norms} == {"bn1"} | {f"layer{s}.{b}.bn2" for s in (1, 2, 3) for b in range(3)}
+    assert not group.fixed
     for member in group.members:
-        assert anatomy.coupled(member.site, member.axis) == group
+        if member not in norms:
+            assert anatomy.coupled(member.site, member.axis) == group
     x = images()
     gone = [0, 17, 20, 25, 30, 45, 63]
-    zeroed = masked(model, anatomy, group, norms, gone)
+    zeroed = masked(model, group, gone)
     left = [i for i in range(64) if i not in gone]
     widths = tuple(sum(lo <= i < hi for i in left) for lo, hi in ((24, 40), (16, 48), (0, 64)))
     pads = tuple(
         (sum(lo <= i < inner for i in left), sum(top <= i < hi for i in left)) for lo, inner, top, hi in ((16, 24, 40, 48), (0, 16, 48, 64))
     )
     smaller = ResNet(widths=widths, pads=pads).eval()
-    smaller.load_state_dict(removed(model, group, norms, gone))
+    smaller.load_state_dict(removed(model, group, gone))
     with torch.no_grad():
         assert torch.allclose(zeroed(x), smaller(x), atol=1e-5)
         assert not torch.allclose(zeroed(x), model(x), atol=1e-2)
@@ -205,13 +179,18 @@ def test_resnet_inner_group() -> None:
     model = resnet20()
     anatomy = traced_anatomy(model, images())
     site = next(site for site in anatomy.sites() if site.name == "layer2.1.conv1")
-    group, norms = anatomy.coupled(site, 0), anatomy.norms(site, 0)
-    assert [(m.site.name, m.axis, m.index.offset) for m in group.members] == [("layer2.1.conv1", 0, 0), ("layer2.1.conv2", 1, 0)]
-    assert [norm.name for norm in norms] == ["layer2.1.bn1"]
+    group = anatomy.coupled(site, 0)
+    assert [(m.site.name, m.axis, m.index.offset) for m in group.members] == [
+        ("layer2.1.conv1", 0, 0),
+        ("layer2.1.conv2", 1, 0),
+        ("layer2.1.bn1", 0, 0),
+    ]
+    assert anatomy.coupled(next(anatomy.sites()), 1).fixed
+    assert anatomy.coupled([*anatomy.sites()][-1], 0).fixed
     gone = [1, 5, 31]
-    zeroed = masked(model, anatomy, group, norms, gone)
+    zeroed = masked(model, group, gone)
     smaller = copy.deepcopy(model)
-    state = removed(model, group, norms, gone)
+    state = removed(model, group, gone)
     block = smaller.layer2[1]
     block.conv1, block.bn1, block.conv2 = (
         nn.Conv2d(32, 29, 3, 1, 1, bias=False),
@@ -278,7 +257,7 @@ def test_odd_module() -> None:
         ("shared", 1, 6),
         ("head", 1, 6),
     ]
-    assert [*slices(group.members[1], 4, 30)] == [24, 25, 26, 27, 28, 29]
+    assert [*group.members[1].index(4)] == [24, 25, 26, 27, 28, 29]
 
 
 class Tied(nn.Module):
@@ -332,6 +311,46 @@ def test_unknown_weights_are_named() -> None:
     complete(source)
     with pytest.raises(UserError, match=r"1\.weight_ih_l0"):
         source.anatomy.coupled(next(source.anatomy.sites()), 1)
+
+
+class ShiftedRMS(nn.Module):
+    """A norm that no table knows: RMS with a scale of 1 + weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class Branches(nn.Module):
+    """Two norms: the first is read by two linears only, the second goes on as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = ShiftedRMS(6), nn.LayerNorm(5)
+        self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.second(self.a(y) * self.b(y))
+        return z + self.c(z)
+
+
+def test_folds_are_found_where_nothing_else_reads_a_norm() -> None:
+    torch.manual_seed(0)
+    model, x = Branches(), torch.randn(3, 6)
+    (edge,) = traced_anatomy(model, x).edges()
+    assert edge.folds[0].norm.name == "first"
+    assert edge.folds[0].norm.context == {"plus": 1.0, "centred": False}
+    assert [reader.site.name for reader in edge.readers] == ["a", "b"]
+    with torch.no_grad():
+        before = model(x)
+        for reader in (model.a, model.b):
+            reader.weight.mul_(1 + model.first.weight)
+        model.first.weight.zero_()
+        assert torch.allclose(model(x), before, atol=1e-5)
 
 
 def test_module_that_does_not_run() -> None:
@@ -398,9 +417,9 @@ def test_decoder_removal_equals_masking(tmp_path: Path, kind: str, part: str, ax
     assert group.width == (80 if part == "gate" else 2)
     assert all(anatomy.coupled(m.site, m.axis) == group for m in group.members)
     model = source.load(torch.float32)
-    zeroed = masked(model, anatomy, group, (), gone)
+    zeroed = masked(model, group, gone)
     smaller = copy.deepcopy(model)
-    for name, value in removed(model, group, (), gone).items():
+    for name, value in removed(model, group, gone).items():
         owner, _, leaf = name.rpartition(".")
         setattr(smaller.get_submodule(owner), leaf, nn.Parameter(value))
     ids = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -417,15 +436,21 @@ def test_decoder_streams(tmp_path: Path) -> None:
     assert len(anatomy.segments()[-1].sites) == 1
     group = anatomy.coupled(embed, 1)
     assert group.width == 64
-    assert len(group.members) == 1 + 2 * 7
+    assert len(group.members) == 1 + 2 * 7 + 5
     assert all(anatomy.coupled(m.site, m.axis) == group for m in group.members)
     assert anatomy.coupled(embed, 0).width == 96
     stream, *others = anatomy.edges()
-    assert [edge.name for edge in others][:2] == ["model.layers.0.gate", "model.layers.0.value"]
+    assert [edge.name for edge in others][:2] == ["model.layers.0.value", "model.layers.0.gate"]
     assert len(others) == 4
     assert len(stream.writers) == 1 + 2 * 2
     assert len(stream.readers) == 2 * 5 + 1
-    assert len(stream.norms) == 5
+    assert len(stream.folds) == 5
+    # the last norm is read by a table that is also written to the stream, so nothing may turn
+    assert [len(fold.readers) for fold in stream.folds] == [3, 2, 3, 2, 0]
+    assert stream.may(Rotate) is None
+    assert others[1].allows == (Scale(),)
+    assert others[0].may(Rotate) == Rotate()
+    assert others[0].block == 8
     assert stream.width == 64
 
 
@@ -436,15 +461,15 @@ def test_residual_width_removal(tmp_path: Path) -> None:
     group = anatomy.coupled(next(iter(anatomy.sites(Embedding))), 1)
     gone = list(range(0, 64, 4))
     model = source.load(torch.float32)
-    zeroed = masked(model, anatomy, group, (), gone)
+    zeroed = masked(model, group, gone)
     smaller = copy.deepcopy(model)
     kept = [i for i in range(64) if i not in gone]
     with torch.no_grad():
         # the mean of squares is now over fewer channels: the scale takes the difference
-        for name, value in removed(model, group, (), gone).items():
+        for name, value in removed(model, group, gone).items():
             owner, _, leaf = name.rpartition(".")
             if "norm" in name:
-                value = value[kept] * (64 / len(kept)) ** 0.5
+                value = value * (64 / len(kept)) ** 0.5
             setattr(smaller.get_submodule(owner), leaf, nn.Parameter(value))
         smaller.lm_head.weight = smaller.model.embed_tokens.weight
         ids = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -1,7 +1,7 @@
 """How a tensor is held. A Packed is an nn.Module whose buffers are exactly what is stored, so state_dict, devices and compile come for
 nothing, and its bytes are counted from those buffers: scales and indices included.
 
-The algebra makes new forms from old: Sum (base plus correction), Product (low rank), Dense (kept as it is)."""
+The algebra makes new forms from old: Sum (base plus correction), Product (low rank), Transposed, Dense (kept as it is)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Packed(nn.Module, ABC):
 
     form: ClassVar[str]
     shape: tuple[int, ...]
+    # what a model that looks at its weight's dtype is told: that of the products
+    dtype: torch.dtype = torch.float32
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -219,6 +221,46 @@ class SoftSum(Soft):
         return Sum(self.base.harden(), *[term for term in self.rest if isinstance(term, Packed)])
 
 
+class Transposed(Packed):
+    """The transpose of a held matrix, for weights that a model stores as (m, n): `inner` is (n, m)."""
+
+    form = "core.packed.Transposed"
+
+    def __init__(self, inner: Packed) -> None:
+        super().__init__()
+        self.inner = inner
+        self.shape = inner.matrix[::-1]
+
+    def dense(self) -> Tensor:
+        return self.inner.dense().reshape(self.inner.matrix).T.contiguous()
+
+    def soften(self, target: Tensor) -> Soft | None:
+        soft = self.inner.soften(target.T.reshape(self.inner.shape))
+        return None if soft is None else SoftTransposed(soft)
+
+    def describe(self) -> dict[str, Any]:
+        return {"form": self.form, "inner": self.inner.describe()}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        return cls(restore(described["inner"], below(tensors, "inner")))
+
+
+class SoftTransposed(Soft):
+    """A Transposed whose inner form is learned."""
+
+    def __init__(self, inner: Soft) -> None:
+        super().__init__()
+        self.inner = inner
+        self.shape = inner.matrix[::-1]
+
+    def dense(self) -> Tensor:
+        return self.inner.dense().reshape(self.inner.matrix).T
+
+    def harden(self) -> Transposed:
+        return Transposed(self.inner.harden())
+
+
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries under `prefix.`, without it."""
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
@@ -236,12 +278,15 @@ def restore(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Pack
 
 class Held(nn.Module):
     """The one thin layer: a linear, convolution or embedding whose weight is a Packed. The product runs on the form, or on a dense copy
-    once `thaw()` made one (for long measurements, where memory is not the point)."""
+    once `thaw()` made one (for long measurements, where memory is not the point).
+
+    A linear whose weight is stored as (m, n) (transformers' Conv1D) is held as Transposed; a table may scale its rows (Gemma's)."""
 
     def __init__(self, weight: Packed, like: nn.Module, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = weight
-        self.kind = type(like).__name__
+        self.kind = "Embedding" if isinstance(like, nn.Embedding) else type(like).__name__
+        self.scale = float(getattr(like, "scalar_embed_scale", 1.0))
         self._copy: Tensor | None = None
         if bias is not None:
             self.bias: nn.Parameter | None = nn.Parameter(bias, requires_grad=False)
@@ -273,9 +318,12 @@ class Held(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype) if x.is_floating_point() else self.bias
         if self.kind == "Embedding":
             if self._copy is not None:
-                return F.embedding(x, self._copy)
+                return self._scaled(F.embedding(x, self._copy))
             flat = self.weight.rows(x.reshape(-1))
-            return flat.reshape(*x.shape, -1).to(self.dtype)
+            return self._scaled(flat.reshape(*x.shape, -1).to(self.dtype))
+        if isinstance(self.weight, Transposed):
+            y = x @ self._copy if self._copy is not None else self.weight.inner.matmul(x)
+            return y if bias is None else y + bias
         if self.kind.startswith("Conv"):
             dense = self._copy if self._copy is not None else self.weight.dense().to(x.dtype)
             conv: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[dense.dim()]
@@ -286,4 +334,14 @@ class Held(nn.Module):
         y = self.weight.matmul(x)
         return y if bias is None else y + bias
 
-    dtype: torch.dtype = torch.float32
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What lookups give, and what a model that asks for its weight's dtype is told."""
+        return self.weight.dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        self.weight.dtype = dtype

@@ -5,9 +5,11 @@ Kinds are types, not strings: a method says `acts_on = (Linear, Conv)` and is of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+A = TypeVar("A", bound="Act")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,20 @@ class Embedding(Kind):
 
 
 @dataclass(frozen=True)
+class Norm(Kind):
+    """The scale (and shift) of a norm, weight (d,). Named by groups and edges, never offered to a method by itself.
+
+    context: `plus` is what the norm adds to its stored scale, `centred` whether it takes the mean away first."""
+
+
+@dataclass(frozen=True)
+class Scan(Kind):
+    """What a state-space scan holds for each of its channels or heads, weight (n, ...). Named by groups and edges only."""
+
+
+@dataclass(frozen=True)
 class Experts(Kind):
-    """Fused expert tensors, weight (e, n, m)."""
+    """The experts of one layer together; each matrix of each expert is a Linear site of its own."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class Site(NamedTuple):
     """One place. `name` is the module's path; `tensors` maps a role (weight, bias) to the stored tensor; `shape` is that of the weight.
 
     `roles` says what the place does in its architecture ({"stream": "reads"}, {"part": "q"}), `context` holds numbers a method may
-    need (heads, groups, stride)."""
+    need (heads, groups, stride). `transposed`: the weight is stored as (m, n), and `shape` is (n, m) all the same."""
 
     name: str
     kind: Kind
@@ -87,6 +101,7 @@ class Site(NamedTuple):
     shape: tuple[int, ...]
     roles: Mapping[str, str] = {}
     context: Mapping[str, Any] = {}
+    transposed: bool = False
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -99,59 +114,110 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexMap:
-    """How index i of a group's canonical axis meets index j of one member: j = i * step + offset over blocks of `block` indices.
+    """Which of the `width` indices of one member's axis fall together with index i of a group's canonical axis: the `block` of them from
+    i * block + offset on, as far as the axis has them (a padded shortcut is narrower than its stream), or what `table` lists for i, where
+    an order needs it (several slices of one fused tensor, interleaved heads)."""
 
-    Identity is IndexMap(). A padded shortcut has an offset, a GQA key head a block that serves `share` query heads."""
-
+    width: int
     offset: int = 0
     block: int = 1
-    share: int = 1
+    table: tuple[tuple[int, ...], ...] | None = None
 
-    def __call__(self, i: int) -> range:
-        """The member's indices that fall together with canonical index i."""
-        start = self.offset + (i // self.share) * self.block
-        return range(start, start + self.block)
+    def __call__(self, i: int) -> Sequence[int]:
+        """The member's indices that fall together with canonical index i; none where the member is narrower."""
+        if self.table is not None:
+            return self.table[i]
+        start = self.offset + i * self.block
+        return range(max(start, 0), max(min(start + self.block, self.width), 0))
 
 
 @dataclass(frozen=True)
 class Member:
-    """A slice set of one site along one axis (0 = out, 1 = in) and how it maps to the group's canonical axis of `width` indices."""
+    """A slice set of one site along one axis (0 = out, 1 = in; of a table 0 = rows, 1 = columns) and how it maps to the group's canonical
+    axis. A bias, which has one entry for each output, goes with axis 0. No site is twice in one group with the same axis."""
 
     site: Site
     axis: int
     index: IndexMap
 
+    @property
+    def stored_axis(self) -> int:
+        """The axis of the stored weight."""
+        return 1 - self.axis if self.site.transposed else self.axis
+
 
 class Group(NamedTuple):
-    """Slices that must fall together; removing canonical index i removes `member.index(i)` from every member."""
+    """Slices that must fall together; removing canonical index i removes `member.index(i)` from every member, and another order of them
+    is another order of all. `fixed`: they are the model's own inputs or outputs (pixels, classes, the vocabulary), which stay."""
 
     width: int
     members: tuple[Member, ...]
+    fixed: bool = False
+
+
+@dataclass(frozen=True)
+class Act:
+    """An exact edit that an edge may allow. Subclasses are final."""
+
+
+@dataclass(frozen=True)
+class Scale(Act):
+    """A factor for each channel at the writers and its inverse at the readers; `positive`: only factors above zero (a rectifier lies
+    between)."""
+
+    positive: bool = False
+
+
+@dataclass(frozen=True)
+class Rotate(Act):
+    """Any orthogonal matrix, once the norms of the edge are folded. `keeps_ones`: only those that leave the vector of ones where it is,
+    since a norm takes the mean away."""
+
+    keeps_ones: bool = False
+
+
+class Fold(NamedTuple):
+    """A norm on an edge and the readers that take in its scale; `readers` is empty where it can go into none (a norm between a writer
+    and the stream, a norm whose output goes on in the stream, a tied head)."""
+
+    norm: Site
+    readers: tuple[Member, ...]
 
 
 @dataclass(frozen=True)
 class Edge:
-    """Writers and readers of one stream: where an exact rotation, scale or fold may act. `norms` are the elementwise scales between."""
+    """Writers and readers of one stream of `width` channels and the exact edits that may act on it, within runs of `block` channels
+    (the entries of one head; the whole width otherwise). Biases of writers and shifts of norms are written to the stream too."""
 
     name: str
     width: int
-    writers: tuple[Site, ...]
-    readers: tuple[Site, ...]
-    norms: tuple[TensorId, ...] = ()
+    block: int
+    writers: tuple[Member, ...]
+    readers: tuple[Member, ...]
+    folds: tuple[Fold, ...] = ()
+    allows: tuple[Act, ...] = ()
+
+    def may(self, act: type[A]) -> A | None:
+        """How the edge allows an act, None where it does not."""
+        return next((found for found in self.allows if isinstance(found, act)), None)
 
 
 class Stage(NamedTuple):
-    """Sites of one segment that see the same input, so one statistic serves them all; stages are in order of execution."""
+    """Sites of one segment that see the same input, so one statistic serves them all; stages are in order of execution. `beside`: it sees
+    nothing of the stage before it (another expert of the same layer), so one pass may serve both."""
 
     sites: tuple[Site, ...]
+    beside: bool = False
 
 
 class Segment(NamedTuple):
-    """What the walk holds at once: a module path ("" is the whole model), its stages and all stored tensors under it."""
+    """What the walk holds at once: a module path ("" is the whole model), its stages and all stored tensors under it. `gives`: entries of
+    the tuple that its module returns, 0 where it returns the hidden state itself."""
 
     name: str
     stages: tuple[Stage, ...]
     tensors: tuple[str, ...]
+    gives: int = 0
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -164,8 +230,8 @@ class Anatomy(ABC):
 
     @abstractmethod
     def segments(self) -> tuple[Segment, ...]:
-        """What the walk holds one after another. The stack's layers come in order; stem and head (embedding, last norm) come last as one
-        segment named "" when the model has layers; a model without layers is one segment ""."""
+        """What the walk holds one after another. The layers of each stack come in order; stem and head (embedding, last norm) come last as
+        one segment named "" when the model has layers; a model without layers is one segment ""."""
 
     @abstractmethod
     def coupled(self, site: Site, axis: int) -> Group:
@@ -177,10 +243,14 @@ class Anatomy(ABC):
 
     @abstractmethod
     def uncovered(self) -> tuple[str, ...]:
-        """Stored tensors that no site covers (norms, biases, positions): named, kept and counted."""
+        """Stored tensors that no site covers (norms, biases, positions, routers): named, kept and counted."""
+
+    def why(self, tensor: str) -> str:
+        """In a few words, why no site covers a stored tensor."""
+        return "no site covers it"
 
     def sites(self, *kinds: type[Kind]) -> Iterator[Site]:
-        """All sites, or those of the given kinds, in order of execution."""
+        """All sites that a method may be offered, or those of the given kinds, in order of execution."""
         for segment in self.segments():
             for site in segment.sites:
                 if not kinds or isinstance(site.kind, kinds):
