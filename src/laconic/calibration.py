@@ -164,8 +164,8 @@ class Shelf:
 
 
 def rows_of(site: Site, x: Tensor, module: nn.Module) -> Tensor:
-    """A module's input as rows of the site's matrix view: (t, m). Convolutions are unfolded, one row for each output position (for
-    grouped ones, of each group, whose matrices are then seen with each other's inputs as one mean)."""
+    """A module's input as rows of the site's matrix view: (t, m). Convolutions are unfolded, one row for each output position
+    (with groups, one for each position and group, the groups of a position side by side)."""
     if not isinstance(site.kind, Conv):
         return x.reshape(-1, x.shape[-1])
     conv: Any = module
