@@ -591,16 +591,21 @@ class Walk:
             return
         name = self.head_name()
         if head is None and name:
-            weight = getattr(self.model.get_submodule(name), "weight", None)
+            module = self.model.get_submodule(name)
+            weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.numel() > WIDE:
-                head = self._wide_head(self.source.tied.get(f"{name}.weight", f"{name}.weight"), weight.shape[0], weight.shape[1])  # type: ignore[attr-defined]
+                tied: Mapping[str, str] = self.source.tied  # type: ignore[attr-defined]
+                bias = None
+                if getattr(module, "bias", None) is not None:
+                    bias = self.source.read(tied.get(f"{name}.bias", f"{name}.bias")).float()  # type: ignore[attr-defined]
+                head = self._wide_head(tied.get(f"{name}.weight", f"{name}.weight"), weight.shape[0], weight.shape[1], bias)
         if head is not None and name:
             self._put(name, Call(head))
             self._fill_rest(skip={name})
         else:
             self._fill_rest(skip=set())
 
-    def _wide_head(self, stored: str, n: int, m: int) -> Callable[[Tensor], Tensor]:
+    def _wide_head(self, stored: str, n: int, m: int, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """The product with a head too large to be held in fp32: its rows are read a chunk at a time."""
         step = max(1, WIDE // 4 // m)
 
@@ -613,7 +618,8 @@ class Walk:
             return out
 
         def differentiable(x: Tensor) -> Tensor:
-            return _Chunked.apply(x, product, lambda grad: self._wide_back(stored, n, step, grad))  # type: ignore[no-any-return, no-untyped-call]
+            y: Tensor = _Chunked.apply(x, product, lambda grad: self._wide_back(stored, n, step, grad))  # type: ignore[no-untyped-call]
+            return y if bias is None else y + bias
 
         return differentiable
 

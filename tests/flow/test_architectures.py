@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from laconic import artifact
+from laconic import artifact, calibration
 from laconic.architectures import DECODERS, WHY
 from laconic.calibration import Walk, drawn_loss
 from laconic.core.site import Edge, Group, Linear, Member, Norm, Rotate, Scale
@@ -473,6 +473,15 @@ def _scale(own: Mapping[str, Tensor], member: Member, values: Tensor) -> None:
 def test_the_walk_gives_the_models_logits(opened: Callable[[str], Source], case: str) -> None:
     source = opened(case)
     tokens = ids(3, 20)
+    walked = torch.cat(list(finished_logits(source, tokens, 2)))
+    assert near(walked, logits(source.load(torch.float32), tokens))
+
+
+@pytest.mark.parametrize("case", ["phi", "gpt2", "gemma2", "opt-projected"])
+def test_a_head_read_by_rows_gives_the_same(opened: Callable[[str], Source], case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened(case)
+    tokens = ids(3, 20)
+    monkeypatch.setattr(calibration, "WIDE", 4 * 32 * 10)
     walked = torch.cat(list(finished_logits(source, tokens, 2)))
     assert near(walked, logits(source.load(torch.float32), tokens))
 
