@@ -179,9 +179,9 @@ def test_what_is_opened_is_what_transformers_opens(opened: Callable[[str], Sourc
     assert near(logits(source.load(torch.float32), ids()), logits(theirs, ids()))
 
 
-def test_names_and_masks_of_old_checkpoints(tmp_path: Path) -> None:
+def test_names_and_masks_of_old_checkpoints(tmp_path: Path, text: Path) -> None:
     """As openai-community/gpt2 is stored: without the base model's prefix, with causal masks that transformers computes."""
-    source = make(tmp_path / "new", "gpt2")
+    source = with_tokenizer(tmp_path / "new", "gpt2")
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     held = load_file(tmp_path / "new" / "model.safetensors")
     old = {name.removeprefix("transformer."): value for name, value in held.items()}
@@ -192,6 +192,12 @@ def test_names_and_masks_of_old_checkpoints(tmp_path: Path) -> None:
     assert again.notes == ("left out, as transformers computes it: h.0.attn.bias and 1 more like it",)  # type: ignore[attr-defined]
     assert "h.0.attn.c_attn.bias" in again.infos
     assert torch.equal(logits(again.load(torch.float32), ids()), logits(source.load(torch.float32), ids()))
+    split = open_data(str(text), again, seed=0, length=24, limits=(4, 2, 2))
+    out = tmp_path / "out"
+    compress(again, split, budget=["bits=8"], recipe=load_recipe("rtn"), out=out, log=lambda _: None)
+    assert json.loads((out / "plan.json").read_text())["notes"] == list(again.notes)  # type: ignore[attr-defined]
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert near(logits(theirs, ids()), logits(artifact.load(out), ids()))
 
 
 # ---- groups
