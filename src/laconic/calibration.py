@@ -357,7 +357,8 @@ class Walk:
             with self._answers(i):
                 self.hidden.append(self._caught(batch))
             for number in self.stacks[stack]:
-                self.handed[i][number] = self._stands[number].handed
+                stand = self._stands[number]
+                self.handed[i][number], stand.handed = stand.handed, ((), {})
         last.last = False
         self.entered = stack + 1
 
@@ -804,15 +805,15 @@ def observed(stats: Mapping[str, Mapping[Statistic, Tensor]], site: Site, wants:
     return {s: have[s] for s in wants}
 
 
-def as_if_once(
-    stats: Mapping[str, Mapping[Statistic, Tensor]], segment: Segment, site: Site, rows: int
-) -> dict[Statistic, Tensor]:
+def as_if_once(stats: Mapping[str, Mapping[Statistic, Tensor]], segment: Segment, site: Site, rows: int) -> dict[Statistic, Tensor]:
     """What an expert that no token reached is priced with: as if one token out of `rows` had reached it, an average one of its layer's.
     Without it the expert would look free to damage."""
     part = site.roles["part"]
     others = [stats[s.name] for s in segment.sites if "expert" in s.context and s.roles["part"] == part and stats.get(s.name)]
     if not others:
         return {}
-    gram = torch.stack([found[Gram()] for found in others]).mean(0)
-    fisher = torch.stack([found[Fisher()] for found in others]).sum(0) / (max(1, site.context["chosen"]) * rows)
-    return {Gram(): gram, Fisher(): fisher}
+    gram, fisher = torch.zeros_like(others[0][Gram()]), torch.zeros_like(others[0][Fisher()])
+    for found in others:
+        gram += found[Gram()]
+        fisher += found[Fisher()]
+    return {Gram(): gram / len(others), Fisher(): fisher / (max(1, site.context["chosen"]) * rows)}
