@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from laconic import artifact, calibration
+from laconic.api import Talk
+from laconic.api import tokens as generated
 from laconic.architectures import DECODERS, WHY
 from laconic.calibration import Walk, drawn_loss
 from laconic.core.site import Edge, Group, Linear, Member, Norm, Rotate, Scale
@@ -526,6 +528,16 @@ def left_padded(model: nn.Module) -> None:
         assert near(batch[i, 12 - len(row) :], alone[0], 2e-5)
 
 
+def one_token_at_a_time(model: Any) -> None:
+    """Greedy tokens from what is carried between steps are those of whole passes."""
+    talk = Talk(model, None, 0, frozenset())
+    tokens = ids(1, 5)
+    new = list(generated(talk, tokens, limit=6, temperature=0.0, generator=torch.Generator()))
+    for token in new:
+        assert int(logits(model, tokens)[0, -1].argmax()) == token
+        tokens = torch.cat([tokens, torch.tensor([[token]])], 1)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_whole_job(tmp_path: Path, text: Path, case: str) -> None:
     source = with_tokenizer(tmp_path / "model", case)
@@ -554,6 +566,7 @@ def test_the_whole_job(tmp_path: Path, text: Path, case: str) -> None:
         held = {id(layer.weight) for layer in model.modules() if isinstance(layer, Held)}
         forms = json.loads((out / "config.json").read_text())["quantization_config"]["forms"]
         assert len(held) == len(forms) == len(settled)
+    one_token_at_a_time(model)
     left_padded(model)
     left_padded(source.load(torch.float32))
 
