@@ -714,6 +714,8 @@ class _Channels:
         return n if side == "out" else m
 
     def _side(self, site: Site, axis: int) -> str:
+        if isinstance(site.kind, Norm):
+            return "norm"
         if isinstance(site.kind, Embedding):
             return "out" if axis == 1 else ""
         return "out" if axis == 0 else "in"

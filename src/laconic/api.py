@@ -455,13 +455,14 @@ def prompt_ids(talk: Talk, prompt: str, *, raw: bool = False) -> Tensor:
 
 
 def tokens(talk: Talk, ids: Tensor, *, limit: int, temperature: float, generator: torch.Generator) -> Iterator[int]:
-    """New token ids one by one, from a KV cache: the likeliest at temperature 0, else drawn; until an end token, limit or context."""
+    """New token ids one by one, with a KV cache or states: the likeliest at temperature 0, else drawn; until an end, limit or context."""
     room = min(limit, talk.context - ids.shape[1]) if talk.context else limit
-    cache, step = None, ids
+    cache: dict[str, Any] = {}
+    step = ids
     for _ in range(room):
         with torch.inference_mode():
-            found = talk.model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache, logits = found.past_key_values, found.logits[0, -1].float()
+            found = talk.model(input_ids=step, use_cache=True, **cache)
+        cache, logits = measurement.carried(found), found.logits[0, -1].float()
         if temperature > 0:
             chosen = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
         else:

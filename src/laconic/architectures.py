@@ -272,7 +272,7 @@ class DecoderAnatomy(Anatomy):
     def why(self, tensor: str) -> str:
         """In a few words, why no site covers a stored tensor."""
         parts = {id.name: site.roles["part"] for site in self.named.values() for id in site.tensors.values()}
-        return WHY.get(parts.get(tensor, ""), "the architecture does not use it" if tensor not in parts else "no method is offered it")
+        return WHY.get(parts.get(tensor, ""), "its architecture's row does not name it")
 
     def coupled(self, site: Site, axis: int) -> Group:
         """MLP channels, KV heads with the query heads they serve, channels, heads, states and ranks of a scan, the residual stream's width,

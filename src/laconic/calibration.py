@@ -164,8 +164,8 @@ class Shelf:
 
 
 def rows_of(site: Site, x: Tensor, module: nn.Module) -> Tensor:
-    """A module's input as rows of the site's matrix view: (t, m). Convolutions are unfolded, one row for each output position (for
-    grouped ones, of each group, whose matrices are then seen with each other's inputs as one mean)."""
+    """A module's input as rows of the site's matrix view: (t, m). Convolutions are unfolded, one row for each output position
+    (with groups, one for each position and group, the groups of a position side by side)."""
     if not isinstance(site.kind, Conv):
         return x.reshape(-1, x.shape[-1])
     conv: Any = module
@@ -357,7 +357,8 @@ class Walk:
             with self._answers(i):
                 self.hidden.append(self._caught(batch))
             for number in self.stacks[stack]:
-                self.handed[i][number] = self._stands[number].handed
+                stand = self._stands[number]
+                self.handed[i][number], stand.handed = stand.handed, ((), {})
         last.last = False
         self.entered = stack + 1
 
@@ -591,16 +592,21 @@ class Walk:
             return
         name = self.head_name()
         if head is None and name:
-            weight = getattr(self.model.get_submodule(name), "weight", None)
+            module = self.model.get_submodule(name)
+            weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.numel() > WIDE:
-                head = self._wide_head(self.source.tied.get(f"{name}.weight", f"{name}.weight"), weight.shape[0], weight.shape[1])  # type: ignore[attr-defined]
+                tied: Mapping[str, str] = self.source.tied  # type: ignore[attr-defined]
+                bias = None
+                if getattr(module, "bias", None) is not None:
+                    bias = self.source.read(tied.get(f"{name}.bias", f"{name}.bias")).float()  # type: ignore[attr-defined]
+                head = self._wide_head(tied.get(f"{name}.weight", f"{name}.weight"), weight.shape[0], weight.shape[1], bias)
         if head is not None and name:
             self._put(name, Call(head))
             self._fill_rest(skip={name})
         else:
             self._fill_rest(skip=set())
 
-    def _wide_head(self, stored: str, n: int, m: int) -> Callable[[Tensor], Tensor]:
+    def _wide_head(self, stored: str, n: int, m: int, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """The product with a head too large to be held in fp32: its rows are read a chunk at a time."""
         step = max(1, WIDE // 4 // m)
 
@@ -613,7 +619,8 @@ class Walk:
             return out
 
         def differentiable(x: Tensor) -> Tensor:
-            return _Chunked.apply(x, product, lambda grad: self._wide_back(stored, n, step, grad))  # type: ignore[no-any-return, no-untyped-call]
+            y: Tensor = _Chunked.apply(x, product, lambda grad: self._wide_back(stored, n, step, grad))  # type: ignore[no-untyped-call]
+            return y if bias is None else y + bias
 
         return differentiable
 
@@ -798,15 +805,15 @@ def observed(stats: Mapping[str, Mapping[Statistic, Tensor]], site: Site, wants:
     return {s: have[s] for s in wants}
 
 
-def as_if_once(
-    stats: Mapping[str, Mapping[Statistic, Tensor]], segment: Segment, site: Site, rows: int
-) -> dict[Statistic, Tensor]:
+def as_if_once(stats: Mapping[str, Mapping[Statistic, Tensor]], segment: Segment, site: Site, rows: int) -> dict[Statistic, Tensor]:
     """What an expert that no token reached is priced with: as if one token out of `rows` had reached it, an average one of its layer's.
     Without it the expert would look free to damage."""
     part = site.roles["part"]
     others = [stats[s.name] for s in segment.sites if "expert" in s.context and s.roles["part"] == part and stats.get(s.name)]
     if not others:
         return {}
-    gram = torch.stack([found[Gram()] for found in others]).mean(0)
-    fisher = torch.stack([found[Fisher()] for found in others]).sum(0) / (max(1, site.context["chosen"]) * rows)
-    return {Gram(): gram, Fisher(): fisher}
+    gram, fisher = torch.zeros_like(others[0][Gram()]), torch.zeros_like(others[0][Fisher()])
+    for found in others:
+        gram += found[Gram()]
+        fisher += found[Fisher()]
+    return {Gram(): gram / len(others), Fisher(): fisher / (max(1, site.context["chosen"]) * rows)}

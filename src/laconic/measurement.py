@@ -231,14 +231,19 @@ def sizes(bytes_stored: int, bytes_original: int, parameters: int, **more: Any) 
 # ---- speed
 
 
+def carried(found: Any) -> dict[str, Any]:
+    """What a model's output hands to its next step: a cache of keys and values, or the states of a scan."""
+    return {name: found[name] for name in ("past_key_values", "cache_params") if found.get(name) is not None}
+
+
 def _timed_generation(model: nn.Module, tokens: Tensor, new: int) -> tuple[float, float]:
-    """Seconds of one forward over tokens (1, prompt) and of `new` greedy steps from its KV cache."""
+    """Seconds of one forward over tokens (1, prompt) and of `new` greedy steps from what it carries between tokens."""
     start = time.perf_counter()
     found = model(input_ids=tokens, use_cache=True)
     chosen = found.logits[:, -1:].argmax(-1)
     middle = time.perf_counter()
     for _ in range(new):
-        found = model(input_ids=chosen, past_key_values=found.past_key_values, use_cache=True)
+        found = model(input_ids=chosen, use_cache=True, **carried(found))
         chosen = found.logits[:, -1:].argmax(-1)
     return middle - start, time.perf_counter() - middle
 

@@ -116,6 +116,31 @@ def t5() -> nn.Module:
     return model
 
 
+class Separable(nn.Module):
+    """Depthwise, pointwise and grouped convolutions, and 1-D ones after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, stride=2, padding=1)
+        self.depth = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.point = nn.Conv2d(12, 16, 1)
+        self.groups = nn.Conv2d(16, 24, 3, padding=1, groups=4)
+        self.wide = nn.Conv1d(24, 24, 5, padding=2, groups=3)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.depth(torch.relu(self.stem(pictures)))))
+        x = torch.relu(self.groups(torch.relu(self.point(x)))).flatten(2)
+        return self.head(torch.relu(self.wide(x)).mean(2))  # type: ignore[no-any-return]
+
+
+def separable() -> nn.Module:
+    model = _random(Separable)
+    model.example_input = pictures()[:1]  # type: ignore[assignment]
+    return model
+
+
 def tokens(count: int = 40) -> Tensor:
     return torch.randint(3, 64, (count, 10), generator=torch.Generator().manual_seed(1))
 
@@ -140,6 +165,10 @@ def bert_data() -> tuple[Tensor, Tensor]:
 
 
 def vit_data() -> tuple[Tensor, Tensor]:
+    return _with_classes(pictures())
+
+
+def separable_data() -> tuple[Tensor, Tensor]:
     return _with_classes(pictures())
 
 

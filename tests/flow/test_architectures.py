@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from laconic import artifact
+from laconic import artifact, calibration
+from laconic.api import Talk
+from laconic.api import tokens as generated
 from laconic.architectures import DECODERS, WHY
 from laconic.calibration import Walk, drawn_loss
 from laconic.core.site import Edge, Group, Linear, Member, Norm, Rotate, Scale
@@ -179,9 +181,9 @@ def test_what_is_opened_is_what_transformers_opens(opened: Callable[[str], Sourc
     assert near(logits(source.load(torch.float32), ids()), logits(theirs, ids()))
 
 
-def test_names_and_masks_of_old_checkpoints(tmp_path: Path) -> None:
+def test_names_and_masks_of_old_checkpoints(tmp_path: Path, text: Path) -> None:
     """As openai-community/gpt2 is stored: without the base model's prefix, with causal masks that transformers computes."""
-    source = make(tmp_path / "new", "gpt2")
+    source = with_tokenizer(tmp_path / "new", "gpt2")
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     held = load_file(tmp_path / "new" / "model.safetensors")
     old = {name.removeprefix("transformer."): value for name, value in held.items()}
@@ -192,6 +194,12 @@ def test_names_and_masks_of_old_checkpoints(tmp_path: Path) -> None:
     assert again.notes == ("left out, as transformers computes it: h.0.attn.bias and 1 more like it",)  # type: ignore[attr-defined]
     assert "h.0.attn.c_attn.bias" in again.infos
     assert torch.equal(logits(again.load(torch.float32), ids()), logits(source.load(torch.float32), ids()))
+    split = open_data(str(text), again, seed=0, length=24, limits=(4, 2, 2))
+    out = tmp_path / "out"
+    compress(again, split, budget=["bits=8"], recipe=load_recipe("rtn"), out=out, log=lambda _: None)
+    assert json.loads((out / "plan.json").read_text())["notes"] == list(again.notes)  # type: ignore[attr-defined]
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert near(logits(theirs, ids()), logits(artifact.load(out), ids()))
 
 
 # ---- groups
@@ -477,6 +485,15 @@ def test_the_walk_gives_the_models_logits(opened: Callable[[str], Source], case:
     assert near(walked, logits(source.load(torch.float32), tokens))
 
 
+@pytest.mark.parametrize("case", ["phi", "gpt2", "gemma2", "opt-projected"])
+def test_a_head_read_by_rows_gives_the_same(opened: Callable[[str], Source], case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened(case)
+    tokens = ids(3, 20)
+    monkeypatch.setattr(calibration, "WIDE", 4 * 32 * 10)
+    walked = torch.cat(list(finished_logits(source, tokens, 2)))
+    assert near(walked, logits(source.load(torch.float32), tokens))
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from laconic.zoo import corpus
@@ -511,6 +528,16 @@ def left_padded(model: nn.Module) -> None:
         assert near(batch[i, 12 - len(row) :], alone[0], 2e-5)
 
 
+def one_token_at_a_time(model: Any) -> None:
+    """Greedy tokens from what is carried between steps are those of whole passes."""
+    talk = Talk(model, None, 0, frozenset())
+    tokens = ids(1, 5)
+    new = list(generated(talk, tokens, limit=6, temperature=0.0, generator=torch.Generator()))
+    for token in new:
+        assert int(logits(model, tokens)[0, -1].argmax()) == token
+        tokens = torch.cat([tokens, torch.tensor([[token]])], 1)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_whole_job(tmp_path: Path, text: Path, case: str) -> None:
     source = with_tokenizer(tmp_path / "model", case)
@@ -539,6 +566,7 @@ def test_the_whole_job(tmp_path: Path, text: Path, case: str) -> None:
         held = {id(layer.weight) for layer in model.modules() if isinstance(layer, Held)}
         forms = json.loads((out / "config.json").read_text())["quantization_config"]["forms"]
         assert len(held) == len(forms) == len(settled)
+    one_token_at_a_time(model)
     left_padded(model)
     left_padded(source.load(torch.float32))
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from laconic import calibration
 from laconic.calibration import PRICING, Shelf, Walk, release, rows_of
 from laconic.core.site import Conv, Site, Stage, TensorId
-from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups
+from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Seen
 from laconic.models import open_model
 from laconic.pipeline import finished_logits
 
@@ -145,3 +145,45 @@ def test_stages_share_what_depends_on_the_input_alone(source):
     together = walk.observe(module, segment, stage.sites, (Gram(),))
     alone = walk.observe(module, segment, Stage(stage.sites[1:2]).sites, (Gram(),))
     assert torch.equal(together[stage.sites[1].name][Gram()], alone[stage.sites[1].name][Gram()])
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_groups_of_a_convolution_have_their_own_gram_and_rounding(groups):
+    """A grouped convolution is so many small ones side by side: the same Gram, codes and damage as each alone."""
+    from laconic.kernels.grids import Grid
+    from laconic.kernels.obs import output_error
+    from laconic.methods.prune.score.wanda import wanda
+    from laconic.methods.quantize.round.gptq import GPTQ
+
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 16, 3, padding=1, groups=groups, bias=False)
+    x = torch.randn(3, 8, 5, 5) * torch.linspace(0.2, 3, 8)[:, None, None]
+
+    def site_of(conv):
+        context = {key: getattr(conv, key) for key in ("kernel_size", "stride", "padding", "dilation", "groups")}
+        return Site("conv", Conv(), {"weight": TensorId("conv.weight")}, tuple(conv.weight.shape), {}, context)
+
+    def seen_by(conv, x):
+        site, gram = site_of(conv), Gram()
+        # in two passes, to be merged
+        halves = [gram.update(gram.init(site), Seen(x=rows_of(site, part, conv))) for part in (x[:1], x[1:])]
+        return site, gram.finish(gram.merge(*halves))
+
+    site, gram = seen_by(conv, x)
+    assert gram.shape == (groups, site.matrix[1], site.matrix[1])
+    weight = conv.weight.detach()
+    (change,) = GPTQ(clip=True).several(site, {"weight": weight}, {Gram(): gram}, [Grid(3, None)])
+    rounded = change.hold[site.tensors["weight"]].dense()
+    n, m = 16 // groups, 8 // groups
+    error = output_error((rounded - weight).reshape(16, -1), gram)
+    for i in range(groups):
+        alone = nn.Conv2d(m, n, 3, padding=1, bias=False)
+        alone.weight.data = weight[i * n : (i + 1) * n]
+        one, own = seen_by(alone, x[:, i * m : (i + 1) * m])
+        torch.testing.assert_close(gram[i], own, rtol=1e-4, atol=1e-5)
+        (found,) = GPTQ(clip=True).several(one, {"weight": alone.weight.detach()}, {Gram(): gram[i]}, [Grid(3, None)])
+        torch.testing.assert_close(rounded[i * n : (i + 1) * n], found.hold[one.tensors["weight"]].dense())
+        delta = (found.hold[one.tensors["weight"]].dense() - alone.weight.detach()).reshape(n, -1)
+        torch.testing.assert_close(error[i * n : (i + 1) * n], output_error(delta, gram[i]))
+        score = wanda(weight.reshape(16, -1), gram)[i * n : (i + 1) * n]
+        torch.testing.assert_close(score, wanda(alone.weight.detach().reshape(n, -1), gram[i]))

@@ -223,6 +223,29 @@ def test_a_table_used_four_times_is_stored_once(tmp_path: Path) -> None:
     assert len({id(model.get_submodule(path).weight) for path in (table.name, *table.context["tied"])}) == 1
 
 
+def test_convolutions_with_groups(tmp_path: Path) -> None:
+    source = opened("separable")
+    sites = {site.name: site for site in source.anatomy.sites()}
+    assert [int(site.context.get("groups", 1)) for site in sites.values()] == [1, 12, 1, 4, 3, 1]
+    model, inputs = encoders.separable(), encoders.pictures(4)
+    # a depthwise channel goes with the stem's, a group of a grouped convolution as a whole
+    stem = source.anatomy.coupled(sites["stem"], 0)
+    assert [(m.site.name, m.axis) for m in stem.members] == [("stem", 0), ("depth", 0), ("point", 1), ("norm", 0)]
+    zeroed = groups.masked(model, stem, [2, 7])
+    small = copy.deepcopy(model)
+    state = groups.removed(model, stem, [2, 7])
+    small.stem, small.norm, small.point = nn.Conv2d(3, 10, 3, stride=2, padding=1), nn.BatchNorm2d(10), nn.Conv2d(10, 16, 1)
+    small.depth = nn.Conv2d(10, 10, 3, padding=1, groups=10, bias=False)
+    small.load_state_dict(state)
+    assert near(answers(small.eval(), inputs), answers(zeroed, inputs))
+    split = open_data("encoders:separable_data", source, seed=0, limits=(12, 6, 6))
+    for recipe in ("rtn", "gptq", "auto"):
+        out = tmp_path / recipe
+        certificate = compress(source, split, budget=["bits=9"], recipe=load_recipe(recipe), out=out, log=lambda _: None)
+        assert certificate["reload"]["difference"] <= 1e-4
+        assert near(answers(artifact.load(out), inputs), answers(model, inputs), 0.2)
+
+
 @pytest.mark.parametrize("case", ["t5", "clip"])
 def test_an_interrupted_run_goes_on(tmp_path: Path, case: str) -> None:
     """Also between two stacks, where sites outside the layers were changed."""

@@ -147,8 +147,8 @@ class Member:
 
 
 class Group(NamedTuple):
-    """Slices that must fall together; removing canonical index i removes `member.index(i)` from every member, and another order of them
-    is another order of all. `fixed`: they are the model's own inputs or outputs (pixels, classes, the vocabulary), which stay."""
+    """Slices that must fall together; removing canonical index i removes `member.index(i)` from every member. `fixed`: they are the
+    model's own inputs or outputs (pixels, classes, the vocabulary), which stay."""
 
     width: int
     members: tuple[Member, ...]

@@ -58,17 +58,25 @@ def _add(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Gram(Statistic):
-    """Mean of x xT over tokens, (m, m) in fp32: the Hessian of a layer's squared output error, up to a factor of 2."""
+    """Mean of x xT over tokens, (m, m) in fp32: the Hessian of a layer's squared output error, up to a factor of 2. Of a convolution with
+    groups (g, m, m), one for each group, whose output rows see inputs of their own; x then has the groups of one position side by side."""
 
     needs = frozenset({"x"})
 
     def init(self, site: Site) -> dict[str, Tensor]:
         m = int(site.context.get("gram_width", site.matrix[1]))
-        return {"sum": torch.zeros(m, m), "count": torch.zeros((), dtype=torch.float64)}
+        groups = int(site.context.get("groups", 1))
+        shape = (m, m) if groups == 1 else (groups, m, m)
+        return {"sum": torch.zeros(shape), "count": torch.zeros((), dtype=torch.float64)}
 
     def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
         assert seen.x is not None
         x = _rows(seen.x, seen.mask).float()
+        if state["sum"].dim() == 3:
+            apart = x.reshape(-1, *state["sum"].shape[:2]).transpose(0, 1)
+            state["sum"].baddbmm_(apart.transpose(1, 2), apart)
+            state["count"] += apart.shape[1]
+            return state
         state["sum"].addmm_(x.T, x)
         state["count"] += x.shape[0]
         return state
@@ -80,6 +88,14 @@ class Gram(Statistic):
         return state["sum"] / float(state["count"].clamp(min=1))
 
 
+def by_rows(gram: Tensor, n: int) -> list[tuple[slice, Tensor]]:
+    """Which of n output rows a Gram matrix is of: gram (m, m) of all, gram (g, m, m) of n / g rows each."""
+    if gram.dim() == 2:
+        return [(slice(0, n), gram)]
+    step = n // gram.shape[0]
+    return [(slice(i * step, (i + 1) * step), one) for i, one in enumerate(gram)]
+
+
 @dataclass(frozen=True)
 class CrossGram(Statistic):
     """Mean of x_ref xT over tokens, (m, m): the inputs of the original model against those of the compressed prefix."""
@@ -87,7 +103,8 @@ class CrossGram(Statistic):
     needs = frozenset({"x", "reference_x"})
 
     def init(self, site: Site) -> dict[str, Tensor]:
-        return Gram().init(site)
+        m = site.matrix[1]
+        return {"sum": torch.zeros(m, m), "count": torch.zeros((), dtype=torch.float64)}
 
     def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
         assert seen.x is not None and seen.reference_x is not None

@@ -132,7 +132,10 @@ def round_columns(
 
 
 def output_error(delta: Tensor, gram: Tensor) -> Tensor:
-    """delta (n, m), gram (m, m) -> (n,) mean squared error of each output channel."""
+    """delta (n, m), gram (m, m) or (g, m, m) of n / g rows each -> (n,) mean squared error of each output channel."""
+    if gram.dim() == 3:
+        apart = delta.reshape(gram.shape[0], -1, delta.shape[1])
+        return ((apart @ gram) * apart).sum(2).reshape(-1)
     return ((delta @ gram) * delta).sum(1)
 
 

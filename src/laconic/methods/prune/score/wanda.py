@@ -19,8 +19,9 @@ CARD = Card(Paper("Sun et al.", 2023, "arXiv:2306.11695", "section 3, eq. 1"), c
 
 
 def wanda(weight: Tensor, gram: Tensor) -> Tensor:
-    """weight (n, m), gram (m, m) -> score (n, m)."""
-    return weight.abs() * gram.diagonal().clamp(min=0).sqrt()
+    """weight (n, m), gram (m, m) or, of a convolution with groups, (g, m, m) -> score (n, m)."""
+    norm = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().reshape(-1, weight.shape[1])
+    return weight.abs() * norm.repeat_interleave(weight.shape[0] // norm.shape[0], 0)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Frantar et al. 2023, arXiv:2210.17323, algorithm 1, eq. 2-3.  For column q with inverse-Hessian Cholesky factor U:
 e = (w_q - quant(w_q)) / U_qq;  w_j -= e U_qj for j > q.  H = 2 mean(x xT) + damping * mean(diag) I.
-weight (n, m), gram (m, m) -> codes (n, m), scale and zero (n, g).  Groups are fitted when the walk reaches them.
+weight (n, m), gram (m, m) -> codes (n, m), scale and zero (n, g).  Groups are fitted when the walk reaches them. A convolution with groups
+has a Gram of each, and rows are rounded by their own.
 Dead columns and singular Hessians are damped until they factor and named in the Change's notes; nothing becomes NaN.
 Sibling: quantize.round.rtn (no compensation)."""
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from laconic.core.claim import Card, Paper
 from laconic.core.site import Conv, Embedding, Linear, Site
-from laconic.core.statistic import Gram
+from laconic.core.statistic import Gram, by_rows
 from laconic.core.transform import Change, Stats, Transform
 from laconic.kernels.grids import Grid
 from laconic.kernels.obs import inverse_factor, round_columns
@@ -50,21 +51,28 @@ class GPTQ(Transform):
         """All levels in one sweep over the columns, with one factorization."""
         n, m = site.matrix
         weight = weights["weight"].reshape(n, m).float()
-        gram = stats[Gram()]
-        order = torch.argsort(gram.diagonal(), descending=True, stable=True) if self.order == "activation" else None
-        factor = inverse_factor(gram if order is None else gram[order][:, order], self.damping)
+        parts = []
+        dead, damping = 0, self.damping
+        for rows, gram in by_rows(stats[Gram()], n):
+            order = torch.argsort(gram.diagonal(), descending=True, stable=True) if self.order == "activation" else None
+            factor = inverse_factor(gram if order is None else gram[order][:, order], self.damping)
+            dead, damping = dead + int(factor.dead.sum()), max(damping, factor.damping)
+            parts.append((rows, factor, gram.diagonal() if self.clip else None, order))
         notes = []
-        if dead := int(factor.dead.sum()):
-            notes.append(f"{site.name}: {dead} of {m} input channels saw no activation and were rounded to nearest")
-        if factor.damping > self.damping:
-            notes.append(f"{site.name}: the Hessian is singular; damping was raised from {self.damping:g} to {factor.damping:g}")
-        importance = gram.diagonal() if self.clip else None
+        if dead:
+            notes.append(f"{site.name}: {dead} of {m * len(parts)} input channels saw no activation and were rounded to nearest")
+        if damping > self.damping:
+            notes.append(f"{site.name}: the Hessian is singular; damping was raised from {self.damping:g} to {damping:g}")
         # as many levels at once as keep the stacked rows small
         step = max(1, STACKED // (n * m))
         for first in range(0, len(levels), step):
             some = levels[first : first + step]
-            swept = round_columns(weight, factor, some, importance=importance, block=self.block, order=order)
-            for level, rounded in zip(some, swept, strict=True):
+            swept = [
+                round_columns(weight[rows], factor, some, importance=importance, block=self.block, order=order)
+                for rows, factor, importance, order in parts
+            ]
+            for level, found in zip(some, zip(*swept, strict=True), strict=True):
+                rounded = [torch.cat(piece) for piece in zip(*found, strict=True)]
                 yield Change(hold={site.tensors["weight"]: Grouped.of(site.shape, level, *rounded)}, notes=tuple(notes))
 
     def stored(self, site: Site, level: Grid) -> int:
