@@ -14,7 +14,7 @@ import torch
 
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Row, Search, cheapest, plan_of, total
-from laconic.core.packed import Dense, Held, Product, Sum, restore
+from laconic.core.packed import Dense, Held, Product, Sum, Transposed, restore
 from laconic.core.score import Across, Everywhere, NofM, PerRow, Score, Unit, keep_top
 from laconic.core.site import Linear
 from laconic.core.statistic import Seen
@@ -210,6 +210,9 @@ def test_a_softened_form_begins_as_it_is_and_stores_what_it_computes(path, trans
     torch.testing.assert_close(soft.dense(), packed.dense(), rtol=0, atol=1e-6)
     assert packed.nbytes == held.nbytes
     assert not torch.equal(packed.dense(), held.dense())
+    # of a weight that is stored the other way round, too
+    turned = Transposed(held).soften(w.T)
+    assert torch.equal(turned.dense(), begun.dense().T) and torch.equal(turned.harden().dense(), begun.dense().T)
     with pytest.raises(TypeError, match="harden"):
         soft.describe()
 
