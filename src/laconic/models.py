@@ -212,8 +212,9 @@ class FolderSource(Source):
         self._anatomy = decoder_anatomy(self.row, self.config, {n: i.shape for n, i in self.infos.items()}, stored)
 
     def _leave_out(self, used: set[str], model: Any) -> tuple[str, ...]:
-        """Drops what old checkpoints store and transformers computes (causal masks, rotary frequencies); a sentence that names it."""
-        patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+        """Drops what the model's class says old checkpoints store for nothing (causal masks, as wide as the context is squared); a sentence
+        that names it. Other tensors without a use are kept."""
+        patterns = model._keys_to_ignore_on_load_unexpected or ()
         gone = [name for name in self.infos if name not in used and any(re.search(pattern, name) for pattern in patterns)]
         self.infos = {name: info for name, info in self.infos.items() if name not in gone}
         return (f"left out, as transformers computes it: {gone[0]} and {len(gone) - 1} more like it",) if gone else ()

@@ -215,7 +215,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "config no object": (lambda p: (p / "config.json").write_text("[]"), "JSON object"),
     "config not utf-8": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe"), "JSON"),
     "no model type": (lambda p: _config(p, model_type=None), "model_type"),
-    "unknown architecture": (lambda p: _config(p, model_type="qwen9"), "gpt_neox, llama, mistral"),
+    "unknown architecture": (lambda p: _config(p, model_type="qwen9"), "gpt_neox, llama, mamba"),
     "no table": (lambda p: _config(p, model_type="bloom"), "'bloom'"),
     "other task": (lambda p: _config(p, architectures=["LlamaForSequenceClassification"]), "ForCausalLM"),
     "bad size": (lambda p: _config(p, hidden_size="many"), "config"),
