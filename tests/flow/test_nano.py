@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,7 @@ def test_two_steps_then_resume_from_the_written_folder(tmp_path):
         assert seen == 128
         assert sum("held-out" in line for line in said) == 2 * run
         assert all(not torch.equal(a, p) for a, p in zip(start, model.parameters(), strict=True) if a.ndim == 2)
-        runs = [{"seen": seen, "batch": 64, "muon": recipe.muon, "adamw": recipe.adamw, "minutes": minutes, "finished": True}] * run
+        runs = [{**asdict(recipe), "seen": seen, "minutes": minutes, "finished": True}] * run
         nano.write_folder(model, tokenizer, out, {"tokens": 128 * run, "runs": runs})
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
         model, tokenizer, record = nano.load(out)
