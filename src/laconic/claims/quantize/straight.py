@@ -56,7 +56,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         says="Tuning a GPTQ model whole lowers its KL and its perplexity in the same bytes.",
         where=QAT,
-        scale="nano, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 96 steps of 4 rows, 3 draws of the calibration rows "
+        scale="nano, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 64 steps of 4 rows, 3 draws of the calibration rows "
         "(quick: 1)",
         check=partial(_on, "nano", "GPTQ", SEEDS, False),
         broken=partial(_on, "nano", "GPTQ", ONE, True),
@@ -64,7 +64,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         says="Tuning a GPTQ model whole lowers its KL and its perplexity in the same bytes, on a model trained by others.",
         where=QAT,
-        scale="stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 96 steps of 4 rows, 3 draws of the "
+        scale="stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 64 steps of 4 rows, 3 draws of the "
         "calibration rows (quick: 1)",
         check=partial(_on, "stories260k", "GPTQ", SEEDS, False),
         broken=partial(_on, "stories260k", "GPTQ", ONE, True),
@@ -72,7 +72,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         says="In equal steps and bytes, learning codes and step sizes has the lower KL and perplexity than learning step sizes alone.",
         where=LSQ,
-        scale="stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 96 steps of 4 rows, 3 draws of the "
+        scale="stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 64 steps of 4 rows, 3 draws of the "
         "calibration rows (quick: 1)",
         check=partial(_on, "stories260k", "step sizes alone", SEEDS, False),
         broken=partial(_on, "stories260k", "step sizes alone", ONE, True),
