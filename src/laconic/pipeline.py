@@ -569,6 +569,15 @@ def _pack(
     return {"forms": forms, "kept": [], "bytes": size, "notes": list(change.notes)}, tensors
 
 
+def _take_in(value: dict[str, Any], tensors: dict[str, Tensor], one: Mapping[str, Any], held: Mapping[str, Tensor]) -> None:
+    """Adds one site's journal value and tensors to those of a segment."""
+    value["forms"].update(one["forms"])
+    value["kept"] += one["kept"]
+    value["notes"] += one["notes"]
+    value["bytes"] += one["bytes"]
+    tensors.update(held)
+
+
 def _stored(change: Change, site: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if change.fold or change.cut or change.place:
         raise ValueError("this pipeline applies `hold` only; the change folds, cuts or places")
@@ -654,10 +663,7 @@ def _compress_between(
         one, held = _pack(site, offer, {"weight": oriented(site, target)}, stats)
         form = restore(one["forms"][site.tensors["weight"].name], below(held, site.tensors["weight"].name))
         target.copy_(form.dense().reshape(target.shape))
-        value["forms"].update(one["forms"])
-        value["notes"] += one["notes"]
-        value["bytes"] += one["bytes"]
-        tensors.update(held)
+        _take_in(value, tensors, one, held)
     return value, tensors
 
 
@@ -677,11 +683,7 @@ def _compress_rest(
         stats = walk.observe_tail(site, offer.transform.wants) if offer is not None and offer.transform.wants else {}
         one, held = _pack(site, offer, {"weight": source.read(site.tensors["weight"].name)}, stats)
         settled.add(site.tensors["weight"].name)
-        value["forms"].update(one["forms"])
-        value["kept"] += one["kept"]
-        value["notes"] += one["notes"]
-        value["bytes"] += one["bytes"]
-        tensors.update(held)
+        _take_in(value, tensors, one, held)
     for name in rest.tensors:
         if name not in settled and name in source.infos:
             kept = kept_tensor(source.read(name))
@@ -785,11 +787,9 @@ def learn(
         path.setdefault(source.tied.get(name, name), name)
     softs: dict[str, Soft] = {}
     for name, packed in held.items():
-        # what is stored in parts of a module's own tensor (fused experts) stays as it is
-        if name in path and packed.shape == tuple(model.get_parameter(path[name]).shape):
-            soft = packed.soften(source.read(name).float().reshape(packed.shape))
-            if soft is not None:
-                softs[name] = soft
+        soft = packed.soften(source.read(name).float().reshape(packed.shape))
+        if soft is not None:
+            softs[name] = soft
 
     def run(i: int, weights: Mapping[str, Tensor]) -> Tensor:
         return answer_of(torch.func.functional_call(model, {path[name]: weight for name, weight in weights.items()}, (batches[i],)))

@@ -274,12 +274,13 @@ def seen(bench: Bench, transform: Transform, level: Level, seed: int = 0) -> Fou
 def tuned(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, *, astray: bool = False) -> dict[str, Packed]:
     """The forms tuned together on the rows of a seed. astray: every batch must meet the original's predictions for another one."""
     batches = bench.drawn(seed).split(lesson.batch)
-    run = outputs(bench.source.load(torch.float32))
+    # the original's own weights give the targets; learning puts others in their place
+    model = bench.source.load(torch.float32)
+    run = outputs(model)
     with torch.inference_mode():
         made = [run(batch).half() for batch in batches]
     # outside of inference mode, so that losses may be taken of them
     targets = [logits.clone() for logits in (made[1:] + made[:1] if astray else made)]
-    model = bench.source.load(torch.float32)
     return learn(bench.source, model, forms, batches, targets, lesson, seed=seed)[0]
 
 

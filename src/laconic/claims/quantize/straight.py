@@ -18,14 +18,13 @@ STEPS_ALONE = replace(Straight(), rates=(("step", dict(Straight().rates)["step"]
 
 
 def _after(bench: Bench, level: Grid, lesson: Lesson, seed: int, astray: bool) -> Found:
-    """GPTQ, then the lesson, measured."""
-    make = partial(_tune, bench, level, lesson, seed, astray)
+    """GPTQ, then the lesson, measured; made once."""
+
+    def make() -> Found:
+        return measure(bench, tuned(bench, held(bench, FIRST, level, seed), lesson, seed, astray=astray))
+
     found: Found = bench.once(("tuned", level, lesson, seed, astray), make)
     return found
-
-
-def _tune(bench: Bench, level: Grid, lesson: Lesson, seed: int, astray: bool) -> Found:
-    return measure(bench, tuned(bench, held(bench, FIRST, level, seed), lesson, seed, astray=astray))
 
 
 def _against(bench: Bench, rival: str, levels: Sequence[Grid], seeds: Sequence[int], astray: bool) -> Verdict:

@@ -72,6 +72,10 @@ class Grouped(Packed):
         return cls(tuple(described["shape"]), grid, tensors["codes"], tensors["scales"], tensors.get("zeros"))
 
 
+# how far from its code, in steps, a weight may begin
+INSIDE = 0.45
+
+
 class Stepped(Soft):
     """Codes and scales that are learned. position (n, g, width): where each weight stands on its group's grid, in steps; the code is the
     nearest whole number, and its gradient passes the rounding. step (n, g): logarithm of a factor of the scale. Zeros stay."""
@@ -109,7 +113,3 @@ class Stepped(Soft):
     def harden(self) -> Grouped:
         with torch.no_grad():
             return Grouped.of(self.shape, self.grid, self._flat(self._codes()).to(torch.uint8), self._scale(), self.zero)
-
-
-# how far from its code, in steps, a weight may begin
-INSIDE = 0.45
