@@ -33,8 +33,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PEERS = ROOT / "bench" / "peers"
 SOURCE = ROOT / "src" / "laconic"
-# all of the package that a row of ours depends on
-RELEVANT = ("core", "kernels", "methods", "recipes", "anatomy.py", "budget.py", "calibration.py", "job.py", "pipeline.py", "recipe.py")
+# what every row of ours depends on, beside the methods of its recipe and what these import
+RELEVANT = ("core", "anatomy.py", "architectures.py", "budget.py", "calibration.py", "experts.py", "job.py", "pipeline.py", "recipe.py",
+            "tuning.py")  # fmt: skip
+# the recipes of our rows
+OURS = ("auto", "gptq", "rtn")
 # what both ours and the peers' figures are computed with
 EVALUATOR = "kernels/divergence.py"
 ROWS = 128
@@ -81,10 +84,31 @@ def hash_of_files(paths: Sequence[Path], base: Path) -> str:
     return digest.hexdigest()
 
 
+def reached(start: Sequence[Path]) -> set[Path]:
+    """These files and every method and kernel that they import, and that those import."""
+    found: set[Path] = set()
+    open_ = list(start)
+    while open_:
+        path = open_.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("laconic.methods", "laconic.kernels")):
+                inside = SOURCE.joinpath(*node.module.split(".")[1:])
+                tried = [inside.with_suffix(".py"), *(inside / f"{alias.name}.py" for alias in node.names)]
+                open_ += [near for near in tried if near.is_file()]
+    return found
+
+
 def code_hash() -> str:
-    """Of everything in the package that a row of ours depends on."""
-    found = [p for name in RELEVANT for p in ([SOURCE / name] if (SOURCE / name).is_file() else (SOURCE / name).rglob("*"))]
-    return hash_of_files([p for p in found if p.suffix in (".py", ".yaml")], SOURCE)
+    """Of everything in the package that decides what our rows come to: of methods, those of the recipes."""
+    text = "".join((SOURCE / "recipes" / f"{name}.yaml").read_text(encoding="utf-8") for name in OURS)
+    named = set(re.findall(r"[a-z]+(?:\.[a-z_0-9]+){2}", text))
+    methods = [SOURCE.joinpath("methods", *name.split(".")).with_suffix(".py") for name in named]
+    fixed = [p for name in RELEVANT for p in ([SOURCE / name] if (SOURCE / name).is_file() else (SOURCE / name).rglob("*.py"))]
+    recipes = [SOURCE / "recipes" / f"{name}.yaml" for name in OURS]
+    return hash_of_files([*reached([p for p in [*fixed, *methods] if p.is_file()]), *recipes], SOURCE)
 
 
 def evaluator_hash() -> str:
@@ -265,7 +289,7 @@ def outside(source: Any) -> str:
 
 
 def our_jobs(source: Any, panels: Sequence[str], quick: bool) -> list[Job]:
-    """Recipes and budgets of our rows: all recipes in both panels, and what each part of `auto` does alone in panel a."""
+    """Recipes and budgets of our rows: all in both panels."""
     from laconic.recipe import load_recipe
 
     linears = sum(n * m for n, m in linears_of(source).values())
@@ -278,25 +302,14 @@ def our_jobs(source: Any, panels: Sequence[str], quick: bool) -> list[Job]:
             # the header of the weight file counts in panel b: names, shapes and places of up to three tensors a matrix
             bits = point if panel == "a" else point - 8 * 3 * 140 * len(source.infos) / source.parameters
             budget = f"size={int(point * linears / 8) + rest}B" if panel == "a" else f"bits={bits:.4f}"
-            recipes = [(f"laconic {name}", name, load_recipe(name)) for name in ("auto", "gptq", "rtn")]
-            if panel == "a" and not quick:
-                auto = load_recipe("auto")
-                for choice in auto.choices:
-                    part = choice.method.split("(")[0]
-                    alone = auto.model_copy(update={"choices": (choice,), "judge": False, "name": f"auto-{part.rpartition('.')[2]}"})
-                    recipes.append(("laconic part", f"auto, {choice.method} alone", alone))
+            recipes = [(f"laconic {name}", name, load_recipe(name)) for name in OURS]
             for tool, setting, recipe in recipes:
                 kept = recipe.model_copy(update={"keep": outside(source)}) if panel == "a" else recipe
                 command = (
                     f"laconic compress MODEL --recipe {recipe.name if panel == 'b' else f'{recipe.name}.yaml'} --budget {budget} -o OUT"
                 )
                 if panel == "a":
-                    base = (
-                        f"recipe auto with the choice {recipe.choices[0].method} alone"
-                        if tool == "laconic part"
-                        else f"recipe {recipe.name}"
-                    )
-                    command += f"  # {recipe.name}.yaml: {base}, keep: {kept.keep}"
+                    command += f"  # {recipe.name}.yaml: recipe {recipe.name}, keep: {kept.keep}"
                 found.append({"panel": panel, "tool": tool, "setting": f"{setting} at {point:g}", "point": point, "recipe": kept.resolved(),
                               "budget": budget, "command": command})  # fmt: skip
     return found
@@ -323,7 +336,7 @@ def make_ours(job: Job) -> Row:
     return {
         "bytes_linears": sum(chosen.get(name, 2 * n * m) for name, (n, m) in linears_of(source).items()),
         "bytes_file": sum(path.stat().st_size for path in out.glob("*.safetensors")),
-        "seconds": seconds["plan"] + seconds["apply"],
+        "seconds": seconds["plan"] + seconds["apply"] + seconds["tune"],
         "peak_memory_bytes": peak_memory(),
         "judged": plan["judged"],
         "levels": dict(counted.most_common()),
@@ -365,7 +378,9 @@ class Bench:
     hash: str
     # rows of an earlier table by key; whether rows that are not kept are made
     earlier: Mapping[str, Row]
-    make: bool
+    # whose rows are made where they are not kept
+    make: Sequence[str]
+    threads: int
 
     def identity(self) -> list[Any]:
         """Model and tokens: part of every cached row's name."""
@@ -379,18 +394,18 @@ class Bench:
         """Whether a row is kept."""
         return key in self.earlier or (self.cache / f"{key}.json").is_file()
 
-    def cached(self, key: str, make: Callable[[], Row]) -> tuple[Row, bool]:
-        """A row that is kept, or made and kept. A failure that may pass is not kept."""
+    def cached(self, key: str, tool: str, make: Callable[[], Row]) -> tuple[Row, bool]:
+        """A row of a tool that is kept, or made and kept. A failure that may pass is not kept."""
         file = self.cache / f"{key}.json"
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8")), True
         if key in self.earlier:
             return {name: value for name, value in self.earlier[key].items() if name not in PLACE}, True
-        if not self.make:
+        if tool not in self.make:
             return {"reason": PENDING}, False
         row = make()
         if row.pop("final", True):
-            row["key"] = key
+            row |= {"key": key, "threads": self.threads}
             self.cache.mkdir(parents=True, exist_ok=True)
             near = file.with_suffix(".new")
             near.write_text(json.dumps(row), encoding="utf-8")
@@ -427,7 +442,7 @@ def our_rows(bench: Bench) -> Iterator[tuple[Row, bool]]:
             # a row computed while the code was edited belongs to neither version
             return made if code_hash() == code else made | {"final": False}
 
-        row, old = bench.cached(key, make)
+        row, old = bench.cached(key, "ours", make)
         yield {key: value for key, value in job.items() if key not in ("recipe", "budget")} | row | bench.sizes(row, job["panel"]), old
 
 
@@ -441,7 +456,7 @@ def peer_rows(bench: Bench, peer: Peer, tokens: Path) -> Iterator[tuple[Row, boo
             yield {"panel": panel, "tool": peer.name, "setting": "all", "command": "", "reason": reason}, False
         return
     for run, key in zip(runs, keys, strict=True):
-        row, old = bench.cached(key, partial(evaluated, bench, peer, run, tokens))
+        row, old = bench.cached(key, peer.name, partial(evaluated, bench, peer, run, tokens))
         for panel in run.panels:
             setting = f"{run.setting}, embedding in 16 bits" if panel == "b" and not peer.whole else run.setting
             yield {"panel": panel, "tool": peer.name, "setting": setting, "command": shown(peer, run)} | row | bench.sizes(row, panel), old
@@ -596,11 +611,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default=RESULTS / "quality.json", type=Path, help="quality.md is written beside it")
     parser.add_argument("--quick", action="store_true", help="the first point, one setting a peer")
     parser.add_argument("--tokens", default=None, type=Path, help="keep the calibration tokens in this .npy file")
+    parser.add_argument("--make", default=f"ours,{','.join(TABLE)}", help="whose rows to make where they are not kept; the rest waits")
     parser.add_argument("--kept", action="store_true", help="write the table of the rows that are kept, without making any")
+    parser.add_argument("--threads", default=os.cpu_count() or 1, type=int, help="threads that each row's tool may use")
     parser.add_argument("--check", action="store_true", help="exit code 1 where the kept table is stale")
     parser.add_argument("--data", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--cache", default=RESULTS / ".cache", type=Path, help=argparse.SUPPRESS)
     found = parser.parse_args(argv)
+    found.make = [] if found.kept else found.make.split(",")
     found.peers = [] if found.peers == "none" else [name for name in found.peers.split(",") if name]
     if unknown := [name for name in found.peers if name not in TABLE]:
         parser.error(f"unknown peer {', '.join(unknown)}; known are {', '.join(TABLE)} and none")
@@ -624,14 +642,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"stale: {reason}")
         say("the quality table is stale; run `python -m bench.quality`" if reasons else "the quality table fits the code and the model")
         return int(bool(reasons))
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import numpy as np
+    import torch
 
+    torch.set_num_threads(args.threads)
     model = args.model.resolve()
     source, split = open_all(str(model), args.data, args.rows)
     panels = tuple(PANELS) if args.panel == "both" else (args.panel,)
     earlier = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.is_file() else []
     by_key = {row["key"]: row for row in earlier if "key" in row}
-    bench = Bench(model, args.data, args.rows, args.quick, panels, source, split, args.cache, model_hash(model), by_key, not args.kept)
+    bench = Bench(
+        model, args.data, args.rows, args.quick, panels, source, split, args.cache, model_hash(model), by_key, args.make, args.threads
+    )
     code = code_hash()
     with tempfile.TemporaryDirectory(prefix="laconic-bench-") as scratch:
         tokens = (args.tokens or Path(scratch) / "tokens.npy").resolve()
@@ -648,7 +671,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.with_suffix(".md").write_text(text, encoding="utf-8")
     say(f"{args.out} and {args.out.with_suffix('.md').name} are written")
     for row in rows:
-        if is_ours(row["tool"]) and row["tool"] != BASELINE and "reason" in row and row["tool"] != "laconic part":
+        if is_ours(row["tool"]) and row["tool"] != BASELINE and "reason" in row:
             say(f"no row: {described(row)}")
     return 0
 

@@ -126,7 +126,7 @@ def quantize(source: Path, target: Path, recipe: str, plain: bool, matrix: dict[
         entry.name, entry.size = name.encode(), len(values)
         entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.nthread = 2
+    settings.nthread = torch.get_num_threads()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{recipe}")
     settings.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     settings.pure = plain

@@ -217,9 +217,7 @@ def _members(ports: Sequence[Port], units: int) -> tuple[Member, ...]:
     def indices(some: list[Port]) -> Callable[[int], Sequence[int]]:
         return lambda i: [j for port in some for j in port(i)]
 
-    return tuple(
-        Member(some[0].site, axis, _index(some[0].site.shape[axis], units, indices(some))) for (_, axis), some in found.items()
-    )
+    return tuple(Member(some[0].site, axis, _index(some[0].site.shape[axis], units, indices(some))) for (_, axis), some in found.items())
 
 
 class Lane(NamedTuple):
@@ -339,9 +337,7 @@ class DecoderAnatomy(Anatomy):
             return [(c // hd * served + s) * hd + c % hd for s in range(served)]
 
         writer = Member(v.site, 0, _index(v.site.shape[0], width, written))
-        return Edge(
-            f"{prefix}.value", width, hd, (writer,), (Member(o, 1, _index(o.shape[1], width, read)),), allows=(Scale(), Rotate())
-        )
+        return Edge(f"{prefix}.value", width, hd, (writer,), (Member(o, 1, _index(o.shape[1], width, read)),), allows=(Scale(), Rotate()))
 
     def _lane_map(self, site: Site, axis: int, lane: str) -> IndexMap:
         """Where one lane lies along an axis, entry by entry."""

@@ -17,7 +17,7 @@ from laconic import __version__
 from laconic.budget import parse_budget
 from laconic.core.errors import BrokenPromise, UserError
 from laconic.data import Samples, Split
-from laconic.journal import Work, sha256_of
+from laconic.journal import Work
 from laconic.measurement import compare, hardware, peak_memory, sizes, summarize, watch
 from laconic.models import Source
 from laconic.pipeline import (
@@ -172,7 +172,7 @@ def _run(
         log(note)
     plan["notes"] = list(dict.fromkeys([*plan["notes"], *applied.notes]))
     files = _files(source, plan, recipe, applied)
-    work.assemble(files, applied.parts)
+    hashes = work.assemble(files, applied.parts)
     written = _written(work, source, inputs=split.calibrate.inputs[:1])
     difference = reload_difference(written, applied, probe_of(source, split.calibrate.inputs))
     if difference > RELOAD:
@@ -186,7 +186,7 @@ def _run(
     clock("measure", at)
     size = sizes(applied.bytes, plan["model"]["bytes"], source.parameters)
     details = found.pop("details") | size.pop("details")
-    hashes = {name: sha256_of(work.assembled / name) for name in sorted(p.name for p in work.assembled.iterdir())}
+    hashes = dict(sorted(hashes.items()))
     certificate = {
         "format": 1,
         "model": plan["model"],
@@ -243,7 +243,7 @@ def _judged(
 ) -> tuple[dict[str, Any], Applied]:
     """The solved plan applied; where the recipe judges, also the best uniform plan of its menu; the better at the output is taken."""
     inputs = calibration_rows(source, split)
-    applied = apply_plan(source, inputs, plan, work=work, progress=progress, log=log, prefix="solved")
+    applied = apply_plan(source, inputs, plan, work=work, progress=progress, prefix="solved")
     if not (judge and recipe.judge and recipe.search != UNIFORM):
         return plan, applied
     menu = menu_of(plan)
@@ -256,7 +256,7 @@ def _judged(
     kept = {entry["tensor"]: entry["bytes"] for entry in plan["kept"]}
     uniform = plan_words(source, split, recipe, budget, bound, menu, other, kept, seed, frontier=plan["pareto"])
     progress("compressing", 0, 1, "the uniform plan, to compare with")
-    second = apply_plan(source, inputs, uniform, work=work, progress=progress, log=log, prefix="uniform")
+    second = apply_plan(source, inputs, uniform, work=work, progress=progress, prefix="uniform")
     uniform_kl = _kl(source, second, split, "uniform", work, progress)
     plan["judged"].append({"plan": "uniform", "bytes": second.bytes, "kl": uniform_kl})
     if uniform_kl < solved_kl:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic import artifact, models
+from laconic.calibration import answer_of
 from laconic.core.errors import BrokenPromise, UserError
 from laconic.kernels import divergence
 
@@ -49,10 +50,7 @@ def outputs(module: nn.Module) -> Outputs:
     plain = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
 
     def run(inputs: Tensor) -> Tensor:
-        found = module(inputs, **plain)
-        if not isinstance(found, Tensor):
-            found = found.logits if hasattr(found, "logits") else found[0]
-        return found.float()  # type: ignore[no-any-return]
+        return answer_of(module(inputs, **plain)).float()
 
     return run
 

@@ -405,7 +405,9 @@ def priced_again(source: Any, plan: Mapping[str, Any]) -> dict[str, Any]:
         held += choice["bytes"]
     bound = plan["budget"]["bytes"]
     if bound is not None and held > bound:
-        raise UserError(f"the plan holds {held:,} bytes, its budget is {bound:,}; choose smaller levels, or make a plan for a larger budget")  # noqa: E501
+        raise UserError(
+            f"the plan holds {held:,} bytes, its budget is {bound:,}; choose smaller levels, or make a plan for a larger budget"
+        )
     return {"bytes": held, "bits_per_weight": held * 8 / source.parameters}
 
 
@@ -463,7 +465,7 @@ def batch_of(source: Any) -> int:
 
 
 def apply_plan(
-    source: Any, inputs: Tensor, plan: Mapping[str, Any], *, work: Any, progress: Progress = quiet, log: Log = print, prefix: str = "apply"
+    source: Any, inputs: Tensor, plan: Mapping[str, Any], *, work: Any, progress: Progress = quiet, prefix: str = "apply"
 ) -> Applied:
     """Changes the model block by block, each block seeing the errors of those before it. inputs (count, ...): calibration rows, used by
     methods that want statistics and by the probe. Finished blocks are read from the journal, never computed again."""
@@ -542,7 +544,7 @@ def apply_plan(
     value = work.done(key)
     if value is None:
         progress("compressing", total, total, "head and norms")
-        value, tensors = _compress_rest(walk, rest, layers, chosen, source, done, log)
+        value, tensors = _compress_rest(walk, rest, layers, chosen, source, done)
         work.finish(key, value, tensors)
         del tensors
     take_in(key, value)
@@ -605,13 +607,13 @@ def together(segment: Segment) -> Iterator[tuple[Site, ...]]:
 
 
 def _compress_segment(
-    walk: Walk, module: nn.Module, segment: Segment, chosen: Mapping[str, Offer], source: Any, skip: frozenset[str] = frozenset()
+    walk: Walk, module: nn.Module, segment: Segment, chosen: Mapping[str, Offer], source: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """All stages of a segment in order: each stage's statistics are taken with the stages before it already changed."""
     value: dict[str, Any] = {"forms": {}, "kept": [], "bytes": 0, "notes": []}
     tensors: dict[str, Tensor] = {}
     for sites in together(segment):
-        todo = [chosen[site.name] for site in sites if site.name in chosen and site.name not in skip]
+        todo = [chosen[site.name] for site in sites if site.name in chosen]
         # a table that stands inside a layer (T5's relative positions) has no rows of inputs
         seen = [offer for offer in todo if not isinstance(offer.site.kind, Embedding)]
         wants = tuple(dict.fromkeys(s for offer in seen for s in offer.transform.wants))
@@ -631,12 +633,7 @@ def _compress_segment(
             tensors.update(held)
             changed = change.hold[offer.site.tensors["weight"]].dense().reshape(weight.shape)
             target.weight.data.copy_(oriented(offer.site, changed))  # type: ignore[union-attr, operator]
-    for name in segment.tensors:
-        if name not in value["forms"] and name not in skip and name in source.infos:
-            kept = kept_tensor(source.read(name))
-            tensors[name] = kept
-            value["kept"].append(name)
-            value["bytes"] += kept.numel() * kept.element_size()
+    _keep(value, tensors, source, [name for name in segment.tensors if name not in value["forms"]])
     # later blocks see what is stored of norms and biases too, as they do in a run that goes on from the journal
     for path, own in (*module.named_parameters(), *module.named_buffers()):
         name = f"{segment.name}.{path}" if segment.name else path
@@ -668,7 +665,7 @@ def _compress_between(
 
 
 def _compress_rest(
-    walk: Walk, rest: Segment, layers: Sequence[Segment], chosen: Mapping[str, Offer], source: Any, done: set[str], log: Log
+    walk: Walk, rest: Segment, layers: Sequence[Segment], chosen: Mapping[str, Offer], source: Any, done: set[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What stands outside the layers (head, last norm), or the whole of a model without layers."""
     if not layers:
@@ -684,13 +681,18 @@ def _compress_rest(
         one, held = _pack(site, offer, {"weight": source.read(site.tensors["weight"].name)}, stats)
         settled.add(site.tensors["weight"].name)
         _take_in(value, tensors, one, held)
-    for name in rest.tensors:
-        if name not in settled and name in source.infos:
+    _keep(value, tensors, source, [name for name in rest.tensors if name not in settled])
+    return value, tensors
+
+
+def _keep(value: dict[str, Any], tensors: dict[str, Tensor], source: Any, names: Sequence[str]) -> None:
+    """Stored tensors that no method touched join a segment's result."""
+    for name in names:
+        if name in source.infos:
             kept = kept_tensor(source.read(name))
             tensors[name] = kept
             value["kept"].append(name)
             value["bytes"] += kept.numel() * kept.element_size()
-    return value, tensors
 
 
 def _table_stats(source: Any, inputs: Tensor, site: Site, chosen: Mapping[str, Offer], work: Any) -> dict[Statistic, Tensor]:

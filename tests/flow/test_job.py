@@ -102,8 +102,11 @@ def test_auto_is_never_worse_than_uniform_where_it_was_judged(small, tmp_path):
     run(small, tmp_path / "out", "auto", "bits=4")
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     judged = {entry["plan"]: entry["kl"] for entry in plan["judged"]}
+    tuned = judged.pop("tuned")
     taken = "uniform" if any("uniform plan was taken" in note for note in plan["notes"]) else "solved"
     assert judged[taken] == min(judged.values())
+    # what was learned on top is kept only where it is better, and a note says when it is not
+    assert (tuned < judged[taken]) != any("was dropped" in note for note in plan["notes"])
     assert len({c["method"] for c in plan["menu"]}) == 3
 
 

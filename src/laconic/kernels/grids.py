@@ -93,9 +93,9 @@ def fit_clipped(
     return scale, zero
 
 
-def round_through(x: Tensor) -> Tensor:
-    """Nearest whole numbers, whose gradient is that of x. Bengio et al. 2013, arXiv:1308.3432, the straight-through estimator."""
-    return x + (x.round() - x).detach()
+def through(x: Tensor, rounded: Tensor) -> Tensor:
+    """rounded, with the gradient of x. Bengio et al. 2013, arXiv:1308.3432, the straight-through estimator."""
+    return x + (rounded - x).detach()
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from laconic.core.packed import Packed, Soft
 from laconic.kernels.bits import pack, packed_width, unpack
-from laconic.kernels.grids import Grid, decode, grouped, round_through
+from laconic.kernels.grids import Grid, decode, grouped, through
 
 
 class Grouped(Packed):
@@ -98,10 +98,10 @@ class Stepped(Soft):
     def _scale(self) -> Tensor:
         """(n, g) as it is stored, in bf16; its gradient passes that rounding."""
         learned = self.scale * self.step.exp()
-        return learned + (learned.to(torch.bfloat16).float() - learned).detach()
+        return through(learned, learned.to(torch.bfloat16).float())
 
     def _codes(self) -> Tensor:
-        return round_through(self.position).clamp(0, 2**self.grid.bits - 1)
+        return through(self.position, self.position.round()).clamp(0, 2**self.grid.bits - 1)
 
     def _flat(self, runs: Tensor) -> Tensor:
         n, m = self.matrix
