@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PEERS = ROOT / "bench" / "peers"
 SOURCE = ROOT / "src" / "laconic"
-# what every row of ours depends on, beside the methods of its recipe and what these import
-RELEVANT = ("core", "anatomy.py", "architectures.py", "budget.py", "calibration.py", "experts.py", "job.py", "pipeline.py", "recipe.py",
+# what every row of ours depends on, beside the methods of the recipes and what both import of core, methods and kernels
+RELEVANT = ("anatomy.py", "architectures.py", "budget.py", "calibration.py", "experts.py", "job.py", "pipeline.py", "recipe.py",
             "tuning.py")  # fmt: skip
 # the recipes of our rows
 OURS = ("auto", "gptq", "rtn")
@@ -85,30 +85,33 @@ def hash_of_files(paths: Sequence[Path], base: Path) -> str:
 
 
 def reached(start: Sequence[Path]) -> set[Path]:
-    """These files and every method and kernel that they import, and that those import."""
+    """These files and all of core, methods and kernels that they import, and that those import."""
     found: set[Path] = set()
-    open_ = list(start)
-    while open_:
-        path = open_.pop()
+    waiting = list(start)
+    while waiting:
+        path = waiting.pop()
         if path in found:
             continue
         found.add(path)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("laconic.methods", "laconic.kernels")):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("laconic.core", "laconic.methods", "laconic.kernels")):
                 inside = SOURCE.joinpath(*node.module.split(".")[1:])
                 tried = [inside.with_suffix(".py"), *(inside / f"{alias.name}.py" for alias in node.names)]
-                open_ += [near for near in tried if near.is_file()]
+                waiting += [near for near in tried if near.is_file()]
     return found
 
 
-def code_hash() -> str:
-    """Of everything in the package that decides what our rows come to: of methods, those of the recipes."""
-    text = "".join((SOURCE / "recipes" / f"{name}.yaml").read_text(encoding="utf-8") for name in OURS)
-    named = set(re.findall(r"[a-z]+(?:\.[a-z_0-9]+){2}", text))
-    methods = [SOURCE.joinpath("methods", *name.split(".")).with_suffix(".py") for name in named]
-    fixed = [p for name in RELEVANT for p in ([SOURCE / name] if (SOURCE / name).is_file() else (SOURCE / name).rglob("*.py"))]
+def relevant() -> list[Path]:
+    """The files that decide what our rows come to."""
     recipes = [SOURCE / "recipes" / f"{name}.yaml" for name in OURS]
-    return hash_of_files([*reached([p for p in [*fixed, *methods] if p.is_file()]), *recipes], SOURCE)
+    named = {name for path in recipes for name in re.findall(r"[a-z]+(?:\.[a-z_0-9]+){2}", path.read_text(encoding="utf-8"))}
+    methods = [SOURCE.joinpath("methods", *name.split(".")).with_suffix(".py") for name in named]
+    return [*reached([*(SOURCE / name for name in RELEVANT), *methods]), *recipes]
+
+
+def code_hash() -> str:
+    """Of all these files."""
+    return hash_of_files(relevant(), SOURCE)
 
 
 def evaluator_hash() -> str:
@@ -184,9 +187,9 @@ class Peer:
             Run(
                 both, f"W{bits} g{group} {'asymmetric' if zeros else 'symmetric'}", _grid(bits, group, *(["--asymmetric"] if zeros else []))
             )
-            for bits in (4, 3, 2)
             # groups of 64 with zero points exceed every point, so they count nowhere
-            for group, zeros in ((128, True), (128, False), (64, False))
+            for group, zeros in ((128, True), (64, False), (128, False))
+            for bits in (4, 3, 2)
         ]
         best = [Run(both, f"W{bits} g64 symmetric, best recipe", _grid(bits, 64, "--best")) for bits in (4, 3, 2)] if self.best else []
         return plain[:1] if quick else plain + best
@@ -222,11 +225,12 @@ def shown(peer: Peer, run: Run) -> str:
     )
 
 
-def run_peer(peer: Peer, run: Run, model: Path, tokens: Path, out: Path) -> dict[str, Any]:
+def run_peer(peer: Peer, run: Run, model: Path, tokens: Path, out: Path, threads: int) -> dict[str, Any]:
     """Its report, or {"reason": one sentence, "final": whether it would say so again}."""
     command = [str(peer.python()), str(PEERS / f"{peer.name}.py"), "--model", str(model), "--calibration", str(tokens), *run.args]
     # the table's own paths must not reach another environment
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    clean["OMP_NUM_THREADS"] = str(threads)
     # in the scratch folder, because some tools write logs where they stand
     out.parent.mkdir(parents=True, exist_ok=True)
     # Linux counts the peak of the process that starts a program as the program's own; a shell between them is small
@@ -317,11 +321,14 @@ def our_jobs(source: Any, panels: Sequence[str], quick: bool) -> list[Job]:
 
 def make_ours(job: Job) -> Row:
     """The whole job of the command line in a scratch folder; its certificate is the row."""
+    import torch
+
     from laconic.core.errors import UserError
     from laconic.job import compress
     from laconic.measurement import peak_memory
     from laconic.recipe import Recipe
 
+    torch.set_num_threads(job["threads"])
     source, split = open_all(job["model"], job["data"], job["rows"])
     out = Path(job["scratch"]) / "out"
     recipe = Recipe.model_validate(job["recipe"])
@@ -433,7 +440,7 @@ def our_rows(bench: Bench) -> Iterator[tuple[Row, bool]]:
     code = code_hash()
     for job in our_jobs(bench.source, bench.panels, bench.quick):
         key = key_of("ours", bench.identity(), code, job)
-        full = {**job, "model": str(bench.model), "data": bench.data, "rows": bench.rows}
+        full = {**job, "model": str(bench.model), "data": bench.data, "rows": bench.rows, "threads": bench.threads}
 
         def make(full: Job = full) -> Row:
             # the folder is this process's, so that it goes even where the other one is killed
@@ -473,7 +480,7 @@ def evaluated(bench: Bench, peer: Peer, run: Run, tokens: Path) -> Row:
 
     with tempfile.TemporaryDirectory(prefix="laconic-bench-") as scratch:
         out = Path(scratch) / "out"
-        record = run_peer(peer, run, bench.model, tokens, out)
+        record = run_peer(peer, run, bench.model, tokens, out, bench.threads)
         if "reason" in record:
             return record
         try:
@@ -642,11 +649,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"stale: {reason}")
         say("the quality table is stale; run `python -m bench.quality`" if reasons else "the quality table fits the code and the model")
         return int(bool(reasons))
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import numpy as np
-    import torch
 
-    torch.set_num_threads(args.threads)
     model = args.model.resolve()
     source, split = open_all(str(model), args.data, args.rows)
     panels = tuple(PANELS) if args.panel == "both" else (args.panel,)

@@ -86,6 +86,19 @@ def test_comments_and_docstrings_are_no_code() -> None:
     assert quality.code_hash() == quality.code_hash() and len(quality.code_hash()) == 64
 
 
+def test_our_rows_depend_on_what_their_recipes_reach() -> None:
+    found = {path.relative_to(quality.SOURCE).as_posix() for path in quality.relevant()}
+    assert {
+        "methods/quantize/round/gptq.py",
+        "methods/quantize/grid/grouped.py",
+        "kernels/obs.py",
+        "core/packed.py",
+        "pipeline.py",
+    } <= found
+    assert {"methods/search/allocate/knapsack.py", "methods/quantize/train/straight.py", "recipes/auto.yaml"} <= found
+    assert not {"core/state.py", "methods/prune/score/magnitude.py", "page.py", "cli.py"} & found
+
+
 def test_settings_of_the_peers() -> None:
     runs = quality.TABLE["autoround"].runs(("a", "b"), quick=False)
     assert len(runs) == 12 and all(run.panels == ("a", "b") for run in runs)
@@ -158,6 +171,12 @@ def test_a_small_run_is_kept_and_goes_stale(peers: Path, shared: Path, tmp_path:
     full["code"] = "other"
     out.write_text(json.dumps(full))
     assert quality.main([*common, "--check"]) == 1
+    # one tool alone is made, the others stay as they are kept
+    out.write_text(json.dumps(result | {"rows": [rows["hqq"]]}))
+    assert quality.main([*run, "--make", "ours"]) == 0
+    alone = {one["tool"]: one for one in json.loads(out.read_text())["rows"]}
+    assert alone["laconic rtn"]["threads"] >= 1 and alone["hqq"]["kl_mean"] == rows["hqq"]["kl_mean"]
+    assert alone["autoround"]["reason"] == quality.PENDING
     assert "code has changed" in capsys.readouterr().out
 
 
