@@ -202,3 +202,13 @@ def test_a_grid_needs_a_quantizer_that_takes_it():
     for hold in (None, GPTQ()):
         with pytest.raises(ValueError, match="needs `hold`"):
             SparseGPT(hold)(site(2, 16), {"weight": torch.randn(2, 16)}, {Gram(): coloured(16)}, level)
+
+
+def test_a_quantizer_that_rounds_again_is_refused():
+    class Again(RTN):
+        def __call__(self, site, weights, stats, level):
+            return RTN()(site, {"weight": weights["weight"]}, stats, level)
+
+    w = torch.randn(4, 32, generator=torch.Generator().manual_seed(9))
+    with pytest.raises(ValueError, match="does not hold"):
+        SparseGPT(Again())(site(4, 32), {"weight": w}, {Gram(): coloured(32)}, Sparsity(0.5, None, Grid(3, 8)))

@@ -57,6 +57,7 @@ def choose(weight: Tensor, factor: Factor, level: Sparsity, columns: slice) -> T
     if level.grid is not None:
         kept = level.kept(m)
         return keep_top(score, kept * columns.stop // m - kept * columns.start // m, among=PerRow())
+    # the paper's rule; against shares within each row it is better on some models and worse on others
     kept = n * level.kept(m)
     return keep_top(score, kept * columns.stop // m - kept * columns.start // m, among=Everywhere())
 
