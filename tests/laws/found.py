@@ -43,12 +43,17 @@ def instance(cls: type) -> Any:
 
 
 def levels(path: str, transform: Transform) -> list[Any]:
-    """Levels of a transform that the shipped recipes name; at least one, or the method is not reachable by a user."""
-    found = []
+    """Levels of a transform that the shipped recipes name, for it or, where none names it, for methods whose level is of the same type
+    (so that a recipe may exchange them); at least one, or the method is not reachable by a user. Those with a grid also without it."""
+    own, alike = [], []
     for name in named():
         for choice in load_recipe(name).choices:
-            if choice.method.split("(")[0] == path:
-                found += [level_of(transform, level) for level in choice.levels]
+            if build(choice.method).level is transform.level:
+                alike += [level_of(transform, level) for level in choice.levels]
+                if choice.method.split("(")[0] == path:
+                    own += [level_of(transform, level) for level in choice.levels]
+    found = own or alike
+    found += [dataclasses.replace(level, grid=None) for level in found if getattr(level, "grid", None) is not None]
     return list(dict.fromkeys(found))
 
 

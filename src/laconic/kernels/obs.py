@@ -1,8 +1,9 @@
-"""The optimal-brain-surgeon solver behind GPTQ and its kin: round column by column, push each error onto the columns not yet rounded."""
+"""The optimal-brain-surgeon solver behind GPTQ, SparseGPT and their kin: settle column by column, push each error onto the columns not yet
+settled."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,60 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
             if not int(bad) and bool(torch.isfinite(upper).all()):
                 return Factor(upper.float(), dead, used)
         used = max(used * 10, 1e-6)
+
+
+def remarks(name: str, factors: Sequence[Factor], damping: float, fate: str) -> tuple[str, ...]:
+    """What a user should know of a site's factors: how many input channels saw no activation and met which `fate`, and a damping that
+    had to be raised."""
+    found = []
+    if dead := sum(int(factor.dead.sum()) for factor in factors):
+        found.append(f"{name}: {dead} of {sum(factor.dead.numel() for factor in factors)} input channels saw no activation and {fate}")
+    if (used := max(factor.damping for factor in factors)) > damping:
+        found.append(f"{name}: the Hessian is singular; damping was raised from {damping:g} to {used:g}")
+    return tuple(found)
+
+
+class Window(NamedTuple):
+    """Columns `start` to `stop` of a sweep at work. inside (stop - start, rows): the weights as they stand, columns as rows so that each
+    step works on contiguous memory. errors, of the same shape: what the settled columns have pushed on inside, and not yet beyond.
+    work (rows, m) and upper (m, m) are those of the sweep."""
+
+    start: int
+    stop: int
+    inside: Tensor
+    errors: Tensor
+    work: Tensor
+    upper: Tensor
+
+    def ahead(self, i: int, rows: slice | Tensor, end: int) -> Tensor:
+        """The weights of some rows from the window's i-th column up to column `end` as they stand, all errors so far included."""
+        here = self.inside[i : min(end, self.stop) - self.start, rows].T
+        if end > self.stop:
+            # columns beyond the window have not had its earlier errors yet
+            pushed = self.errors[:i, rows].T @ self.upper[self.start : self.start + i, self.stop : end]
+            here = torch.cat([here, self.work[rows, self.stop : end] - pushed], 1)
+        return here
+
+
+def sweep(work: Tensor, upper: Tensor, settle: Callable[[Window, int], Tensor], *, block: int = 128) -> None:
+    """Walks over the columns of work (rows, m), which is written to, with upper (m, m) the Cholesky factor of the inverse Hessian.
+
+    settle(window, i) -> (rows,) decides what the window's i-th column becomes and gives its weights minus that; the error is pushed onto
+    the columns to its right by row of `upper`: at once within the window of `block` columns, beyond it when the window is done."""
+    m = work.shape[1]
+    diagonal = upper.diagonal().tolist()
+    for start in range(0, m, block):
+        stop = min(start + block, m)
+        inside = work[:, start:stop].T.contiguous()
+        window = Window(start, stop, inside, torch.empty_like(inside), work, upper)
+        for i in range(stop - start):
+            at = start + i
+            error = settle(window, i).div_(diagonal[at])
+            window.errors[i] = error
+            if i + 1 < stop - start:
+                inside[i + 1 :].addr_(upper[at, at + 1 : stop], error, alpha=-1.0)
+        if stop < m:
+            work[:, stop:].addmm_(window.errors.T, upper[start:stop, stop:], alpha=-1.0)
 
 
 class Rounded(NamedTuple):
@@ -92,41 +147,26 @@ def round_columns(
     top = torch.tensor([2.0**grid.bits - 1 for grid in grids]).repeat_interleave(n)
     s_now, z_now = torch.empty(count * n), torch.empty(count * n)
     codes = torch.empty(m, count * n, dtype=torch.uint8)
-    upper = factor.upper
-    diagonal = upper.diagonal().tolist()
-    for start in range(0, m, block):
-        stop = min(start + block, m)
-        # columns as rows: each step then works on contiguous memory
-        inside = work[:, start:stop].T.contiguous()
-        errors = torch.empty_like(inside)
-        for i in range(stop - start):
-            at = start + i
-            column = columns[at]
-            for level in range(count):
-                rows = slice(level * n, (level + 1) * n)
-                group, into = divmod(column, widths[level])
-                if not fixed and into == 0:
-                    end = min(column + widths[level], m)
-                    here = inside[i : min(end, stop) - start, rows].T
-                    if end > stop:
-                        # columns of this group beyond the block have not had this block's earlier errors yet
-                        ahead = work[rows, stop:end] - errors[:i, rows].T @ upper[start:at, stop:end]
-                        here = torch.cat([here, ahead], 1)
-                    s, z = fit(here, whole_rows[level], slice(column, end))
-                    scales[level][:, group], zeros[level][:, group] = s[:, 0], z[:, 0]
-                    s_now[rows], z_now[rows] = s[:, 0], z[:, 0]
-                elif fixed:
-                    s_now[rows], z_now[rows] = scales[level][:, group], zeros[level][:, group]
-            w = inside[i]
-            q = torch.addcdiv(z_now, w, s_now).round_().clamp_(min=0)
-            q = torch.minimum(q, top, out=q)
-            codes[column] = q
-            error = torch.addcmul(w, q - z_now, s_now, value=-1.0).div_(diagonal[at])
-            errors[i] = error
-            if i + 1 < stop - start:
-                inside[i + 1 :].addr_(upper[at, at + 1 : stop], error, alpha=-1.0)
-        if stop < m:
-            work[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1.0)
+
+    def settle(window: Window, i: int) -> Tensor:
+        column = columns[window.start + i]
+        for level in range(count):
+            rows = slice(level * n, (level + 1) * n)
+            group, into = divmod(column, widths[level])
+            if not fixed and into == 0:
+                end = min(column + widths[level], m)
+                s, z = fit(window.ahead(i, rows, end), whole_rows[level], slice(column, end))
+                scales[level][:, group], zeros[level][:, group] = s[:, 0], z[:, 0]
+                s_now[rows], z_now[rows] = s[:, 0], z[:, 0]
+            elif fixed:
+                s_now[rows], z_now[rows] = scales[level][:, group], zeros[level][:, group]
+        w = window.inside[i]
+        q = torch.addcdiv(z_now, w, s_now).round_().clamp_(min=0)
+        q = torch.minimum(q, top, out=q)
+        codes[column] = q
+        return torch.addcmul(w, q - z_now, s_now, value=-1.0)
+
+    sweep(work, factor.upper, settle, block=block)
     split = [codes[:, level * n : (level + 1) * n].T.contiguous() for level in range(count)]
     return [Rounded(*found) for found in zip(split, scales, zeros, strict=True)]
 

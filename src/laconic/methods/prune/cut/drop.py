@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from laconic.core.claim import Card, Paper
-from laconic.core.packed import Dense
+from laconic.core.packed import Dense, Packed
 from laconic.core.score import NofM, PerRow, Score, Unit, keep_top
 from laconic.core.site import Conv, Linear, Site
 from laconic.core.transform import Change, Stats, Transform
@@ -48,6 +48,28 @@ def mask_of(score: Tensor, level: Sparsity) -> Tensor:
     return keep_top(score, 1.0, among=NofM(round(level.keep * level.run), level.run))
 
 
+def hold_kept(site: Site, kept: Tensor, level: Sparsity, hold: Transform | None, fit: Mapping[str, Tensor]) -> Packed:
+    """kept, the weights that stay as a matrix, densely in 16 bits or by the quantizer `hold`; fit: `scale` and `zero` where they are on
+    a grid already. ValueError where the level has a grid and there is no quantizer that does without statistics."""
+    if level.grid is None:
+        return Dense(kept.to(torch.bfloat16) if kept.dtype == torch.float32 else kept)
+    if hold is None or hold.wants:
+        raise ValueError("a level with a grid needs `hold`, a quantizer that wants no statistics, such as quantize.round.rtn")
+    inner = site._replace(shape=tuple(kept.shape))
+    return hold(inner, {"weight": kept, **fit}, {}, level.grid).hold[site.tensors["weight"]]
+
+
+def stored_bytes(site: Site, level: Sparsity, hold: Transform | None) -> int:
+    """Bytes of the mask and of the weights that stay, the same number in each row."""
+    n, m = site.matrix
+    kept = level.kept(m)
+    if level.grid is None or hold is None:
+        held = 2 * n * kept
+    else:
+        held = hold.stored(site._replace(shape=(n, kept)), level.grid)
+    return n * packed_width(m, 1) + held
+
+
 @dataclass(frozen=True)
 class Drop(Transform):
     """score: what matters; hold: the quantizer of what stays (needed where the level has a grid)."""
@@ -66,21 +88,8 @@ class Drop(Transform):
     def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Sparsity) -> Change:
         weight = weights["weight"].reshape(site.matrix)
         mask = mask_of(self.score(Unit(site, weight.float()), stats), level)
-        kept = Sparse.gather(weight, mask)
-        if level.grid is None:
-            values = Dense(kept.to(torch.bfloat16) if kept.dtype == torch.float32 else kept)
-        else:
-            if self.hold is None or self.hold.wants:
-                raise ValueError("a level with a grid needs `hold`, a quantizer that wants no statistics, such as quantize.round.rtn")
-            inner = site._replace(shape=tuple(kept.shape))
-            values = self.hold(inner, {"weight": kept}, {}, level.grid).hold[site.tensors["weight"]]  # type: ignore[assignment]
+        values = hold_kept(site, Sparse.gather(weight, mask), level, self.hold, {})
         return Change(hold={site.tensors["weight"]: Sparse.of(site.shape, mask, values)})
 
     def stored(self, site: Site, level: Sparsity) -> int:
-        n, m = site.matrix
-        kept = level.kept(m)
-        if level.grid is None or self.hold is None:
-            held = 2 * n * kept
-        else:
-            held = self.hold.stored(site._replace(shape=(n, kept)), level.grid)
-        return n * packed_width(m, 1) + held
+        return stored_bytes(site, level, self.hold)

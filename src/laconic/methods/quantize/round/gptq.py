@@ -21,7 +21,7 @@ from laconic.core.site import Conv, Embedding, Linear, Site
 from laconic.core.statistic import Gram, by_rows
 from laconic.core.transform import Change, Stats, Transform
 from laconic.kernels.grids import Grid
-from laconic.kernels.obs import inverse_factor, round_columns
+from laconic.kernels.obs import inverse_factor, remarks, round_columns
 from laconic.methods.quantize.grid.grouped import Grouped
 
 CARD = Card(Paper("Frantar et al.", 2023, "arXiv:2210.17323", "algorithm 1"), catalogue="", sibling="quantize.round.rtn")
@@ -52,17 +52,11 @@ class GPTQ(Transform):
         n, m = site.matrix
         weight = weights["weight"].reshape(n, m).float()
         parts = []
-        dead, damping = 0, self.damping
         for rows, gram in by_rows(stats[Gram()], n):
             order = torch.argsort(gram.diagonal(), descending=True, stable=True) if self.order == "activation" else None
             factor = inverse_factor(gram if order is None else gram[order][:, order], self.damping)
-            dead, damping = dead + int(factor.dead.sum()), max(damping, factor.damping)
             parts.append((rows, factor, gram.diagonal() if self.clip else None, order))
-        notes = []
-        if dead:
-            notes.append(f"{site.name}: {dead} of {m * len(parts)} input channels saw no activation and were rounded to nearest")
-        if damping > self.damping:
-            notes.append(f"{site.name}: the Hessian is singular; damping was raised from {self.damping:g} to {damping:g}")
+        notes = remarks(site.name, [factor for _, factor, _, _ in parts], self.damping, "were rounded to nearest")
         # as many levels at once as keep the stacked rows small
         step = max(1, STACKED // (n * m))
         for first in range(0, len(levels), step):
@@ -73,7 +67,7 @@ class GPTQ(Transform):
             ]
             for level, found in zip(some, zip(*swept, strict=True), strict=True):
                 rounded = [torch.cat(piece) for piece in zip(*found, strict=True)]
-                yield Change(hold={site.tensors["weight"]: Grouped.of(site.shape, level, *rounded)}, notes=tuple(notes))
+                yield Change(hold={site.tensors["weight"]: Grouped.of(site.shape, level, *rounded)}, notes=notes)
 
     def stored(self, site: Site, level: Grid) -> int:
         return Grouped.bytes_of(*site.matrix, level)

@@ -2,6 +2,7 @@
 
 The baseline of every quantization paper; the form here is that of Jacob et al. 2018, arXiv:1712.05877, section 2.1, eq. 1:
 w = S (q - Z).  weight (n, m) fp32 -> codes (n, m), scale and zero (n, g).  No data is needed.
+`scale` and `zero` (n, g) beside the weight are taken in place of a fit: of weights on a grid already, the codes are read off.
 Sibling: quantize.round.gptq (rounds column by column and compensates)."""
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class RTN(Transform):
     def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Grid) -> Change:
         n, m = site.matrix
         weight = weights["weight"].reshape(n, m)
+        if "scale" in weights:
+            scale, zero = weights["scale"], weights["zero"]
+            codes = encode(weight.float(), scale, zero, level)
+            return Change(hold={site.tensors["weight"]: Grouped.of(site.shape, level, codes, scale, zero)})
         step = max(1, ROWS // m)
         pieces = [
             Grouped.of((min(step, n - i), m), level, *round_to_nearest(weight[i : i + step].float(), level)) for i in range(0, n, step)
