@@ -76,7 +76,7 @@ def test_other_decoders(kind: str, knobs: dict[str, object]) -> None:
     assert cache.nbytes - cache.state.nbytes == windows * 2 * 2 * 15 * 16 * 8
     held = laconic.cache(model, KIVI)
     model.generate(prompt, past_key_values=held, **STEPS)
-    assert held.state.nbytes < 0.5 * cache.state.nbytes
+    assert held.state.nbytes < 0.6 * cache.state.nbytes
 
 
 @pytest.mark.parametrize("method", ["cache.store.full", KIVI])

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from laconic.core.claim import Card, Paper
 from laconic.core.state import Ragged, State
@@ -43,9 +44,9 @@ def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
     """The inverse, fp32 (..., m)."""
-    m = codes.shape[-1]
-    wide = [one.float().repeat_interleave(group, -1)[..., :m] for one in (scale, zero)]
-    return torch.addcmul(wide[1], codes.float(), wide[0])
+    m, g = codes.shape[-1], scale.shape[-1]
+    runs = F.pad(codes, (0, g * group - m)).unflatten(-1, (g, group)).float()
+    return runs.mul_(scale.float()[..., None]).add_(zero.float()[..., None]).flatten(-2)[..., :m]
 
 
 @dataclass(eq=False)
