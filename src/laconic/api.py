@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import importlib
 import json
 import math
@@ -12,19 +14,23 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from laconic import artifact, catalogue, job, measurement
 from laconic.core.claim import Claim, Lab, Measurement, Verdict
-from laconic.core.errors import BrokenPromise, UserError
+from laconic.core.errors import BrokenPromise, UserError, nearest
+from laconic.core.state import State
 from laconic.data import Split, Texts, open_data
 from laconic.models import Source, is_artifact, open_model
 from laconic.pipeline import Log, Progress, batch_of, quiet
 from laconic.recipe import Recipe, load_recipe
 from laconic.zoo import corpus, nano
+
+if TYPE_CHECKING:
+    from laconic.runtime import StateCache
 
 Model = str | Path | nn.Module | None
 
@@ -502,6 +508,49 @@ def generate(
     ids = prompt_ids(talk, prompt, raw=raw)
     generator = torch.Generator().manual_seed(seed)
     return pieces(talk, ids, tokens(talk, ids, limit=max_tokens, temperature=temperature, generator=generator))
+
+
+# ---- cache
+
+
+def cache(model: nn.Module, method: str = "cache.store.kivi") -> StateCache:
+    """A KV cache for one `generate` of a transformers decoder, held by a method of the family `cache`.
+
+        model = AutoModelForCausalLM.from_pretrained("path/to/model")
+        held = laconic.cache(model, "cache.store.kivi(bits=2)")
+        model.generate(**tokenizer("def main(", return_tensors="pt"), past_key_values=held, max_new_tokens=64)
+        print(held.nbytes, held.state.bits_per_number)
+
+    Knobs stand in brackets; `laconic show cache.store.kivi` says what they mean. Batches with padding on the left, beam search, assisted
+    generation and plain forward passes work as with transformers' own caches. Layers with a sliding window keep their own cache. Raises
+    UserError for an unknown method or knob, and for a model without a layer that attends to all past tokens."""
+    from laconic.runtime import StateCache
+
+    return StateCache(model, _state(method))
+
+
+def _state(text: str) -> State:
+    """A State from its written form: a path, knobs in brackets."""
+    try:
+        node = ast.parse(text, mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        path, knobs = ast.unparse(call.func), {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError):
+        raise UserError(f"cache {text!r} is not understood; write a path and plain knobs, such as cache.store.kivi(bits=2)") from None
+    known = {entry.name for entry in catalogue.select(role="state")}
+    path = catalogue.ALIASES.get(path, path)
+    if path not in known:
+        raise UserError(f"unknown cache {path!r}{nearest(path, sorted(known))}")
+    module = importlib.import_module(f"laconic.methods.{path}")
+    cls = next(c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__ and issubclass(c, State))
+    fields = [one.name for one in dataclasses.fields(cls) if one.init]
+    for name in knobs:
+        if name not in fields:
+            raise UserError(f"{path} has no knob {name!r}{nearest(name, fields)}")
+    try:
+        return cls(**knobs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 # ---- report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import typing
@@ -13,6 +14,7 @@ import torch
 from laconic.core.packed import Packed
 from laconic.core.score import Score
 from laconic.core.site import Conv, Linear, Site, TensorId
+from laconic.core.state import State
 from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookups, Seen
 from laconic.core.transform import Transform
 from laconic.recipe import ROLES, build, level_of, load_recipe, named, paths
@@ -57,6 +59,19 @@ def levels(path: str, transform: Transform) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
+def states() -> list[tuple[str, Any]]:
+    """(name, how to make one) of every state: with its defaults, and with each other word that one of its knobs may be."""
+    found = []
+    for path, cls in classes(State):
+        found.append((path, cls))
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            words = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
+            others = [word for word in words if word != field.default]
+            found += [(f"{path}({field.name}={word})", functools.partial(cls, **{field.name: word})) for word in others]
+    return found
+
+
 def transforms() -> list[tuple[str, Transform, Any]]:
     """Every (name, transform, level), quantizers of what stays filled in where a level asks for one."""
     found = []
@@ -82,4 +97,4 @@ def stats_of(x: torch.Tensor, where: Site) -> dict[Any, torch.Tensor]:
     return {gram: gram.finish(gram.update(gram.init(where), Seen(x=x)))}
 
 
-__all__ = ["ROLES", "Packed", "classes", "conv_site", "instance", "levels", "site", "stats_of", "transforms"]
+__all__ = ["ROLES", "Packed", "classes", "conv_site", "instance", "levels", "site", "states", "stats_of", "transforms"]

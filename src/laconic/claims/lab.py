@@ -21,6 +21,7 @@ from laconic.calibration import Walk, observed, release
 from laconic.core.claim import Lab, Measurement, Verdict
 from laconic.core.packed import Packed
 from laconic.core.site import Conv, Linear, Site
+from laconic.core.state import State
 from laconic.core.statistic import Gram
 from laconic.core.transform import Lesson, Level, Transform
 from laconic.data import Samples, Texts, open_data
@@ -28,6 +29,7 @@ from laconic.kernels.obs import output_error
 from laconic.measurement import compare, outputs
 from laconic.models import Source, open_model
 from laconic.pipeline import learn
+from laconic.runtime import StateCache
 from laconic.zoo import corpus, nano
 
 SEEDS = (0, 1, 2)
@@ -333,3 +335,37 @@ def duel(
     if any(a.loss >= b.loss for a, b in pairs):
         wrong.append(f"{label}: perplexity of {names[0]} is not below that of {names[1]}")
     return wrong, numbers
+
+
+# ---- caches
+
+
+class Continued(NamedTuple):
+    """What a model said of the tokens after a prompt, its past held by a State: nll (rows, new tokens) in nats; bytes and bits a number of
+    the State at the end."""
+
+    nll: Tensor
+    bytes: int
+    bits: float
+
+
+@lru_cache(maxsize=1)
+def long_text() -> tuple[nn.Module, Tensor]:
+    """nano in fp32 and the certify part in rows of its whole context, 2,048 tokens, in an order drawn by a seed."""
+    source = open_model(None, default=nano.path())
+    rows = open_data(None, source, seed=0, length=2048, limits=(1, 1, 64), default=_texts).certify.inputs
+    return source.load(torch.float32), rows[torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(0))]
+
+
+def continued(make: Callable[[], State], rows: Tensor, prompt: int) -> Continued:
+    """A prefill of `prompt` tokens, then the rest of each row token by token, as decoding reads its cache."""
+    model, _ = long_text()
+    cache = StateCache(model, make())
+    nll = []
+    with torch.inference_mode():
+        logits = model(rows[:, :prompt], past_key_values=cache).logits[:, -1]
+        for at in range(prompt, rows.shape[1]):
+            nll.append(F.cross_entropy(logits.float(), rows[:, at], reduction="none"))
+            if at + 1 < rows.shape[1]:
+                logits = model(rows[:, at : at + 1], past_key_values=cache).logits[:, -1]
+    return Continued(torch.stack(nll, 1), cache.state.nbytes, cache.state.bits_per_number)

@@ -1,41 +1,185 @@
-"""What is carried between tokens, and how tokens mix, are routed and drawn. Roles only: the families bring the first of each."""
+"""What is carried between tokens, and how tokens mix, are routed and drawn. State has its bookkeeping here, so that a method says only how
+committed tokens are kept; the others are roles only: the families bring the first of each."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from typing_extensions import Self
+
+from laconic.core.errors import UserError
 
 
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of unlike length: `data` (b, h, t, ...), of which row i has the first lengths[i] entries along axis 2 (tokens, or groups of
+    them); zeros past a row's end. Never written to, so that it may be shared."""
+
+    data: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, data: Tensor, mask: Tensor | None = None) -> Self:
+        """mask (b, t): true where a token is one; padding is left out."""
+        if mask is None or bool(mask.all()):
+            return cls(data, (data.shape[2],) * data.shape[0])
+        lengths = tuple(int(n) for n in mask.sum(1).tolist())
+        out = data.new_zeros(*data.shape[:2], max(lengths), *data.shape[3:])
+        for i, n in enumerate(lengths):
+            out[i, :, :n] = data[i, :, mask[i]]
+        return cls(out, lengths)
+
+    def _even(self) -> bool:
+        return len(set(self.lengths)) <= 1
+
+    def join(self, *others: Self) -> Self:
+        """Each row followed by those of the others."""
+        parts = (self, *others)
+        lengths = tuple(sum(ends) for ends in zip(*(part.lengths for part in parts), strict=True))
+        if all(part._even() for part in parts):
+            return replace(self, data=torch.cat([part.data[:, :, : max(part.lengths, default=0)] for part in parts], 2), lengths=lengths)
+        out = self.data.new_zeros(*self.data.shape[:2], max(lengths), *self.data.shape[3:])
+        for i in range(len(lengths)):
+            at = 0
+            for part in parts:
+                out[i, :, at : at + part.lengths[i]] = part.data[i, :, : part.lengths[i]]
+                at += part.lengths[i]
+        return replace(self, data=out, lengths=lengths)
+
+    def cut(self, start: Sequence[int], stop: Sequence[int]) -> Self:
+        """Entries start[i] to stop[i] of each row, as a copy that holds nothing else in memory."""
+        lengths = tuple(b - a for a, b in zip(start, stop, strict=True))
+        if len(set(start)) <= 1 and len(set(stop)) <= 1:
+            first, last = max(start, default=0), max(stop, default=0)
+            return replace(self, data=self.data[:, :, first:last].clone(memory_format=torch.contiguous_format), lengths=lengths)
+        out = self.data.new_zeros(*self.data.shape[:2], max(lengths), *self.data.shape[3:])
+        for i, n in enumerate(lengths):
+            out[i, :, :n] = self.data[i, :, start[i] : stop[i]]
+        return replace(self, data=out, lengths=lengths)
+
+    def pick(self, index: Sequence[int]) -> Self:
+        """Rows by index, as a copy no wider than they need."""
+        lengths = tuple(self.lengths[i] for i in index)
+        rows = torch.tensor(index, dtype=torch.long, device=self.data.device)
+        return replace(self, data=self.data[:, :, : max(lengths, default=0)].index_select(0, rows), lengths=lengths)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a State has of one layer: `count` committed tokens of each row, held in `kept`; what is staged, keys and values or the inputs of
+    a scan; and how many numbers make a token."""
+
+    count: tuple[int, ...]
+    kept: Mapping[str, Ragged] | None
+    staged: tuple[Ragged, ...]
+    width: int
+
+
+@dataclass(eq=False)
 class State(ABC):
-    """KV pages, a state-space state, a convolution window. Law: tokens that were not committed leave no trace."""
+    """KV pages, a state-space state, a convolution window. Laws: tokens that were not committed leave no trace; a fork is independent; a
+    mark comes back exactly; how tokens were grouped into appends and commits leaves no trace either.
 
-    nbytes: int
+    A method is a dataclass whose fields are its knobs. It says how committed tokens are kept and read; both make new values and write to
+    none, so that a mark costs nothing."""
+
+    layers: dict[int, Layer] = field(default_factory=dict, init=False, repr=False)
 
     @abstractmethod
-    def append(self, layer: int, new: Any, positions: Tensor, mask: Tensor | None) -> Any:
-        """Stage new tokens of one layer; they count only once committed. Returns what attention may read now."""
+    def keep(self, kept: Mapping[str, Ragged] | None, new: tuple[Ragged, ...]) -> Mapping[str, Ragged]:
+        """`kept` (None: nothing yet) and after it, in each row, all of `new`. A staged tensor may be a view of a large one: copy it."""
 
     @abstractmethod
-    def commit(self, count: Tensor) -> None:
-        """Keep the first count[b] staged tokens of each row of the batch, forget the rest."""
+    def read(self, kept: Mapping[str, Ragged] | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
+        """What attention may read: each of `staged` after what is kept of the same."""
 
     @abstractmethod
     def attend(self, query: Tensor, layer: int, mask: Tensor | None) -> Tensor:
-        """Attention over what is held."""
+        """Attention over what is held, committed and staged: query (b, heads, t, d) of each row's last t tokens -> (b, heads, t, d of
+        values). mask (b, t, longest row): true where a query may look besides being no earlier; None: wherever it is no earlier."""
 
-    @abstractmethod
-    def fork(self, index: Tensor) -> State:
-        """An independent copy with rows picked by index."""
+    def append(self, layer: int, new: tuple[Tensor, ...], positions: Tensor | None, mask: Tensor | None) -> tuple[Ragged, ...]:
+        """Stage new tokens of one layer; they count only once committed. Returns what attention may read now.
 
-    @abstractmethod
+        new: tensors (b, h, t, d), keys and values for attention; positions (b, t) of the tokens in their rows, for methods that turn keys;
+        mask (b, t): false for padding, which is not held."""
+        fresh = tuple(Ragged.of(one, mask) for one in new)
+        had = self.layers.get(layer)
+        if had is None:
+            had = Layer((0,) * new[0].shape[0], None, (), sum(one.shape[1] * one.shape[3] for one in new))
+        staged = tuple(old.join(one) for old, one in zip(had.staged, fresh, strict=True)) if had.staged else fresh
+        self.layers[layer] = replace(had, staged=staged)
+        return self.read(had.kept, staged)
+
+    def commit(self, count: Tensor, layer: int | None = None) -> None:
+        """Keep the first count[b] staged tokens of each row of the batch, forget the rest; of one layer, or of all that have some."""
+        wanted = tuple(int(n) for n in count.tolist())
+        found = [layer] if layer is not None else [i for i, had in self.layers.items() if had.staged]
+        for i in found:
+            has = self.waiting(i)
+            if len(has) != len(wanted) or not all(0 <= n <= most for n, most in zip(wanted, has, strict=True)):
+                bounds = f"layer {i} has {list(has)} staged"
+                raise UserError(f"cannot commit {list(wanted)} tokens: {bounds}; give one count a row, within these")
+        for i in found:
+            had = self.layers[i]
+            if not any(wanted) and had.kept is None:
+                del self.layers[i]
+                continue
+            new = tuple(one if wanted == one.lengths else one.cut((0,) * len(wanted), wanted) for one in had.staged)
+            kept = self.keep(had.kept, new) if any(wanted) else had.kept
+            self.layers[i] = replace(had, count=tuple(a + b for a, b in zip(had.count, wanted, strict=True)), kept=kept, staged=())
+
+    def waiting(self, layer: int) -> tuple[int, ...]:
+        """How many tokens of each row are staged."""
+        had = self.layers.get(layer)
+        return () if had is None else had.staged[0].lengths if had.staged else (0,) * len(had.count)
+
+    def seen(self, layer: int) -> tuple[Ragged, ...]:
+        """What attention may read of a layer, without anything new."""
+        had = self.layers[layer]
+        return self.read(had.kept, had.staged)
+
+    def fork(self, index: Tensor) -> Self:
+        """An independent copy with rows picked by index; a row may be picked more than once."""
+        rows = [int(i) for i in index.tolist()]
+        twin = replace(self)
+        for i, had in self.layers.items():
+            kept = None if had.kept is None else {name: part.pick(rows) for name, part in had.kept.items()}
+            count = tuple(had.count[row] for row in rows)
+            twin.layers[i] = replace(had, count=count, kept=kept, staged=tuple(one.pick(rows) for one in had.staged))
+        return twin
+
     def mark(self) -> Any:
-        """A point to come back to."""
+        """A point to come back to, staged tokens included."""
+        return dict(self.layers)
 
-    @abstractmethod
     def restore(self, mark: Any) -> None:
-        """Back to a mark."""
+        """Back to a mark of this state; the mark can be used again."""
+        self.layers = dict(mark)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is held, by dotted name."""
+        found: dict[str, Tensor] = {}
+        for i, had in self.layers.items():
+            found |= {f"{i}.{name}": part.data for name, part in (had.kept or {}).items()}
+            found |= {f"{i}.staged.{at}": one.data for at, one in enumerate(had.staged)}
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really held."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def bits_per_number(self) -> float:
+        """Average bits that a number of a cached token takes, everything counted; NaN where nothing is held."""
+        numbers = sum((sum(had.count) + sum(self.waiting(i))) * had.width for i, had in self.layers.items())
+        return 8 * self.nbytes / numbers if numbers else float("nan")
 
 
 class Mixer(ABC):

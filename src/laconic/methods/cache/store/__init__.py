@@ -1,0 +1,1 @@
+"""How cached tokens are held."""
