@@ -161,6 +161,7 @@ def page(result: Mapping[str, Any], why: str | None) -> str:
     rows = result["rows"]
     model, data, machine = result["model"], result["data"], result["hardware"]
     seen = f", trained on {model['tokens_seen']:,} tokens" if model.get("tokens_seen") else ""
+    threads = sorted({row["threads"] for row in rows if "threads" in row}) or [machine["threads"]]
     before = f"; perplexity of the original {number(result['perplexity_original'])}" if result.get("perplexity_original") else ""
     lines = [
         "# Quality against other tools",
@@ -168,7 +169,7 @@ def page(result: Mapping[str, Any], why: str | None) -> str:
         f"Model {model['name']}: {model['parameters']:,} parameters, {model['linears']:,} of them in block linears{seen}{before}.",
         f"Calibration: {data['calibrate']['rows']} x {data['length']} tokens, the same for every tool; test: {data['certify']['rows']} x "
         f"{data['length']} tokens that no tool saw, one evaluator for all (KL of the original to the compressed model in nats a token).",
-        f"Machine: {machine['processor']}, {machine['threads']} threads.",
+        f"Machine: {machine['processor']}; threads of each tool: {' or '.join(map(str, threads))}.",
         "",
         "A cell: KL (perplexity, same top-1 choice) at the bits used. At each point a tool's best row at equal or fewer bytes counts "
         f"({TOLERANCE:g} bits of tolerance); bold is the best of the column.",
