@@ -18,7 +18,7 @@ from laconic.methods.cache.store.full import Full
 
 @dataclass(eq=False)
 class Slipped(State):
-    """The stand-in: what is kept is read one token late."""
+    """The stand-in: values are read one token late. Late keys as well would change nothing: attention does not look at places."""
 
     inner: State = field(default_factory=Full)
 
@@ -26,7 +26,7 @@ class Slipped(State):
         return self.inner.keep(kept, new)
 
     def read(self, kept: Mapping[str, Ragged] | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
-        late = {name: replace(part, data=part.data.roll(1, 2)) for name, part in (kept or {}).items()}
+        late = {name: replace(part, data=part.data.roll(1, 2)) if name == "values" else part for name, part in (kept or {}).items()}
         return self.inner.read(late or None, staged)
 
     def attend(self, query: Tensor, layer: int, mask: Tensor | None) -> Tensor:

@@ -45,9 +45,9 @@ class Misplaced(State):
 
 @lru_cache(maxsize=16)
 def _after(make: Callable[[], State], quick: bool) -> Continued:
-    """Tokens after PROMPT cached ones: of one row a seed, in full of eight, each row another."""
-    count, new = (1, 96) if quick else (8, 512)
-    return continued(make, long_text()[1][: len(SEEDS) * count, : PROMPT + new], PROMPT)
+    """The 512 tokens after PROMPT cached ones: of four rows a seed, in full of eight, each row another."""
+    count, piece = (4, 32) if quick else (8, 1)
+    return continued(make, long_text()[1][: len(SEEDS) * count], PROMPT, piece)
 
 
 def _by_seed(found: Continued) -> list[float]:
@@ -149,7 +149,7 @@ def _memory(lab: Lab, make: Callable[[], State]) -> Verdict:
     return judged(wrong, numbers)
 
 
-SCALE = "nano in fp32, groups of 32, residual of 128; 96 tokens after 1,536 of held-out text, 3 rows (in full 512 tokens, 24 rows)"
+SCALE = "nano in fp32, groups of 32, residual of 128; 512 tokens after 1,536 of held-out text, 12 rows by 32 tokens (in full 24, by one)"
 PAPER = Paper("Liu et al.", 2024, "arXiv:2402.02750", "section 4.2")
 
 CLAIMS: tuple[Claim, ...] = (
