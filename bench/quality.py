@@ -383,7 +383,7 @@ class Bench:
     split: Any
     cache: Path
     hash: str
-    # rows of an earlier table by key; whether rows that are not kept are made
+    # rows of an earlier table by key
     earlier: Mapping[str, Row]
     # whose rows are made where they are not kept
     make: Sequence[str]

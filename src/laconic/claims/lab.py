@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from laconic.calibration import Walk, observed, release
 from laconic.core.claim import Lab, Measurement, Verdict
 from laconic.core.packed import Packed
 from laconic.core.site import Conv, Linear, Site
-from laconic.core.state import State
+from laconic.core.state import Ragged, State
 from laconic.core.statistic import Gram
 from laconic.core.transform import Lesson, Level, Transform
 from laconic.data import Samples, Texts, open_data
@@ -347,6 +347,24 @@ class Continued(NamedTuple):
     nll: Tensor
     bytes: int
     bits: float
+
+
+@dataclass(eq=False)
+class Misread(State):
+    """A stand-in: what `inner` keeps, its parts of a name that holds `which` read one token late."""
+
+    inner: State
+    which: str
+
+    def keep(self, kept: Mapping[str, Ragged] | None, new: tuple[Ragged, ...]) -> Mapping[str, Ragged]:
+        return self.inner.keep(kept, new)
+
+    def read(self, kept: Mapping[str, Ragged] | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
+        late = {name: replace(part, data=part.data.roll(1, 2)) if self.which in name else part for name, part in (kept or {}).items()}
+        return self.inner.read(late or None, staged)
+
+    def attend(self, query: Tensor, layer: int, mask: Tensor | None) -> Tensor:
+        raise NotImplementedError("the model attends")
 
 
 @lru_cache(maxsize=1)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from laconic.claims.lab import SEEDS, Continued, continued, judged, long_text, spread
+from laconic.claims.lab import SEEDS, Continued, Misread, continued, judged, long_text, spread
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
-from laconic.core.state import Ragged, State
+from laconic.core.state import State
 from laconic.measurement import peak_memory
 from laconic.methods.cache.store.full import Full
 from laconic.methods.cache.store.kivi import Kivi
@@ -23,21 +21,8 @@ from laconic.runtime import StateCache
 PROMPT = 1536
 
 
-@dataclass(eq=False)
-class Misplaced(State):
-    """The stand-in: each group is read with the zero of the group before it."""
-
-    inner: State = field(default_factory=Kivi)
-
-    def keep(self, kept: Mapping[str, Ragged] | None, new: tuple[Ragged, ...]) -> Mapping[str, Ragged]:
-        return self.inner.keep(kept, new)
-
-    def read(self, kept: Mapping[str, Ragged] | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
-        moved = {name: replace(part, data=part.data.roll(1, 2)) if "zeros" in name else part for name, part in (kept or {}).items()}
-        return self.inner.read(moved or None, staged)
-
-    def attend(self, query: Tensor, layer: int, mask: Tensor | None) -> Tensor:
-        raise NotImplementedError("the model attends")
+# the stand-in: each group is read with the zero of the group before it
+MISPLACED = partial(Misread, Kivi(), "zeros")
 
 
 # ---- perplexity
@@ -158,28 +143,28 @@ CLAIMS: tuple[Claim, ...] = (
         where=PAPER,
         scale=SCALE,
         check=partial(_near_full, make=Kivi, bits=2, bound=0.03),
-        broken=partial(_near_full, make=Misplaced, bits=2, bound=0.03),
+        broken=partial(_near_full, make=MISPLACED, bits=2, bound=0.03),
     ),
     Claim(
         says="At 4 bits the perplexity of the tokens that follow stays within 1 % of the full cache's.",
         where=PAPER,
         scale=SCALE,
         check=partial(_near_full, make=partial(Kivi, bits=4), bits=4, bound=0.01),
-        broken=partial(_near_full, make=partial(Misplaced, inner=Kivi(bits=4)), bits=4, bound=0.01),
+        broken=partial(_near_full, make=partial(Misread, Kivi(bits=4), "zeros"), bits=4, bound=0.01),
     ),
     Claim(
         says="At 2 bits keys per channel and values per token lose less than round to nearest per token in no fewer bytes.",
         where=Paper("Liu et al.", 2024, "arXiv:2402.02750", "section 3.1, table 2"),
         scale=SCALE,
         check=partial(_axes, make=Kivi, others=(NEAREST,)),
-        broken=partial(_axes, make=Misplaced, others=(NEAREST,)),
+        broken=partial(_axes, make=MISPLACED, others=(NEAREST,)),
     ),
     Claim(
         says="At 2 bits keys per channel and values per token lose less than each other choice of axes in the same groups and residual.",
         where=Paper("Liu et al.", 2024, "arXiv:2402.02750", "section 3.1, table 2"),
         scale=SCALE,
         check=partial(_axes, make=Kivi, others=tuple(AXES)),
-        broken=partial(_axes, make=Misplaced, others=tuple(AXES)),
+        broken=partial(_axes, make=MISPLACED, others=tuple(AXES)),
     ),
     Claim(
         says="At 2 bits a number takes 3 bits beyond the residual; where the cache is most of it, the peak with weights at least halves.",

@@ -14,6 +14,7 @@ from laconic.methods.quantize.round.gptq import GPTQ
 from laconic.methods.quantize.train.straight import Straight
 
 FIRST = GPTQ(clip=True)
+STEPS = f"{Straight().steps} steps of {Straight().batch} rows"
 STEPS_ALONE = replace(Straight(), rates=(("step", dict(Straight().rates)["step"]),))
 
 
@@ -55,15 +56,14 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         says="Tuning a GPTQ model whole lowers its KL and its perplexity in the same bytes.",
         where=QAT,
-        scale="nano, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 64 steps of 4 rows, 3 draws of the calibration rows "
-        "(quick: 1)",
+        scale=f"nano, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), {STEPS}, 3 draws of the calibration rows (quick: 1)",
         check=partial(_on, "nano", "GPTQ", SEEDS, False),
         broken=partial(_on, "nano", "GPTQ", ONE, True),
     ),
     Claim(
         says="Tuning a GPTQ model whole lowers its KL and its perplexity in the same bytes, on a model trained by others.",
         where=QAT,
-        scale="stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 64 steps of 4 rows, 3 draws of the "
+        scale=f"stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), {STEPS}, 3 draws of the "
         "calibration rows (quick: 1)",
         check=partial(_on, "stories260k", "GPTQ", SEEDS, False),
         broken=partial(_on, "stories260k", "GPTQ", ONE, True),
@@ -71,7 +71,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         says="In equal steps and bytes, learning codes and step sizes has the lower KL and perplexity than learning step sizes alone.",
         where=LSQ,
-        scale="stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), 64 steps of 4 rows, 3 draws of the "
+        scale=f"stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), {STEPS}, 3 draws of the "
         "calibration rows (quick: 1)",
         check=partial(_on, "stories260k", "step sizes alone", SEEDS, False),
         broken=partial(_on, "stories260k", "step sizes alone", ONE, True),
