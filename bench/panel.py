@@ -174,6 +174,12 @@ def page(result: Mapping[str, Any], why: str | None) -> str:
         "A cell: KL (perplexity, same top-1 choice) at the bits used. At each point a tool's best row at equal or fewer bytes counts "
         f"({TOLERANCE:g} bits of tolerance); bold is the best of the column.",
     ]
+    if again := result.get("confirmed"):
+        lines += [
+            "",
+            "Code around our methods has changed since our rows were made. The present code made these again, with the same figures to the "
+            f"last digit: {'; '.join(again)}.",
+        ]
     if result["quick"] or data["calibrate"]["rows"] < 128:
         lines += ["", "**A reduced run: fewer rows or settings than the table asks for. These figures decide nothing.**"]
     for panel in result["panels"]:

@@ -22,7 +22,7 @@ import tempfile
 import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ ROWS = 128
 HOURS = 4
 ABSENT = "is not installed here"
 PENDING = "not run yet"
+# rows that are made again to show that a change of code changed no figure: every method of ours, with and without the embedding
+WITNESSES = (("a", "auto at 2.25"), ("b", "gptq at 3.25"), ("b", "rtn at 4.25"))
+# what must come out the same to the last digit
+FIGURES = ("kl_mean", "kl_mean_low", "kl_mean_high", "perplexity", "top1_agreement", "bytes_linears", "bytes_file", "levels", "judged")
 # what a row is told by the table, not by its own run
 PLACE = ("panel", "tool", "setting", "command", "point")
 
@@ -439,18 +443,57 @@ def our_rows(bench: Bench) -> Iterator[tuple[Row, bool]]:
     """One row for each of our jobs, and whether it came from the cache."""
     code = code_hash()
     for job in our_jobs(bench.source, bench.panels, bench.quick):
-        key = key_of("ours", bench.identity(), code, job)
-        full = {**job, "model": str(bench.model), "data": bench.data, "rows": bench.rows, "threads": bench.threads}
-
-        def make(full: Job = full) -> Row:
-            # the folder is this process's, so that it goes even where the other one is killed
-            with tempfile.TemporaryDirectory(prefix="laconic-bench-") as scratch:
-                made = alone(make_ours, full | {"scratch": scratch})
-            # a row computed while the code was edited belongs to neither version
-            return made if code_hash() == code else made | {"final": False}
-
-        row, old = bench.cached(key, "ours", make)
+        row, old = our_row(bench, job, code)
         yield {key: value for key, value in job.items() if key not in ("recipe", "budget")} | row | bench.sizes(row, job["panel"]), old
+
+
+def our_row(bench: Bench, job: Job, code: str) -> tuple[Row, bool]:
+    """What a job comes to with the code of this hash, and whether it was kept."""
+    full = {**job, "model": str(bench.model), "data": bench.data, "rows": bench.rows, "threads": bench.threads}
+
+    def make() -> Row:
+        # the folder is this process's, so that it goes even where the other one is killed
+        with tempfile.TemporaryDirectory(prefix="laconic-bench-") as scratch:
+            made = alone(make_ours, full | {"scratch": scratch})
+        # a row computed while the code was edited belongs to neither version
+        return made if code_hash() == code else made | {"final": False}
+
+    return bench.cached(our_key(bench, job, code), "ours", make)
+
+
+def our_key(bench: Bench, job: Job, code: str) -> str:
+    """The name of our cached row."""
+    return key_of("ours", bench.identity(), code, job)
+
+
+def confirmed(bench: Bench, rows: Sequence[Row]) -> dict[str, Row]:
+    """Our rows of an earlier table by the keys of the code as it is, after that code made the witnesses again; empty where one differs.
+
+    A refactor changes the code's hash, not its figures; whether it did not is measured, on the rows that cover the most code."""
+    code = code_hash()
+    earlier = {(row["panel"], row["setting"], row["command"]): row for row in rows if is_ours(row["tool"]) and "kl_mean" in row}
+    jobs = {(job["panel"], job["setting"]): job for job in our_jobs(bench.source, bench.panels, bench.quick)}
+    if missing := [f"{setting}, panel {panel}" for panel, setting in WITNESSES if (panel, setting) not in jobs]:
+        say(f"a table without {'; '.join(missing)} cannot be confirmed")
+        return {}
+    found: dict[str, Row] = {}
+    for place, job in jobs.items():
+        kept = earlier.get((*place, job["command"]))
+        if kept is None:
+            say(f"panel {place[0]} {place[1]} is not in the kept table, so there is nothing to confirm it by")
+            continue
+        key = our_key(bench, job, code)
+        if place not in WITNESSES:
+            found[key] = kept | {"key": key, "confirmed": True}
+            continue
+        row, _ = our_row(bench, job, code)
+        if unlike := [name for name in FIGURES if row.get(name) != kept.get(name)]:
+            said = "; ".join(f"{name} {row.get(name)}, was {kept.get(name)}" for name in unlike)
+            say(f"panel {place[0]} {place[1]} comes out otherwise with this code: {said}")
+            return {}
+        say(f"panel {place[0]} {place[1]}: the same to the last digit")
+        found[key] = {name: value for name, value in kept.items() if name != "confirmed"} | row
+    return found
 
 
 def peer_rows(bench: Bench, peer: Peer, tokens: Path) -> Iterator[tuple[Row, bool]]:
@@ -565,6 +608,7 @@ def result_of(bench: Bench, peers: Sequence[str], rows: list[Row]) -> dict[str, 
         "versions": versions() | found,
         "hardware": hardware(),
         "command": "python -m bench.quality",
+        "confirmed": [f"{setting}, panel {panel}" for panel, setting in WITNESSES] if any("confirmed" in row for row in rows) else [],
         "rows": rows,
     }
 
@@ -620,12 +664,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", default=None, type=Path, help="keep the calibration tokens in this .npy file")
     parser.add_argument("--make", default=f"ours,{','.join(TABLE)}", help="whose rows to make where they are not kept; the rest waits")
     parser.add_argument("--kept", action="store_true", help="write the table of the rows that are kept, without making any")
+    parser.add_argument(
+        "--confirm", action="store_true", help="keep our rows of earlier code where this code makes the witnesses among them the same"
+    )
     parser.add_argument("--threads", default=os.cpu_count() or 1, type=int, help="threads that each row's tool may use")
     parser.add_argument("--check", action="store_true", help="exit code 1 where the kept table is stale")
     parser.add_argument("--data", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--cache", default=RESULTS / ".cache", type=Path, help=argparse.SUPPRESS)
     found = parser.parse_args(argv)
     found.make = [] if found.kept else found.make.split(",")
+    if unknown := [name for name in found.make if name not in ("ours", *TABLE)]:
+        parser.error(f"unknown tool {', '.join(unknown)} in --make; known are ours, {', '.join(TABLE)}")
     found.peers = [] if found.peers == "none" else [name for name in found.peers.split(",") if name]
     if unknown := [name for name in found.peers if name not in TABLE]:
         parser.error(f"unknown peer {', '.join(unknown)}; known are {', '.join(TABLE)} and none")
@@ -654,12 +703,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = args.model.resolve()
     source, split = open_all(str(model), args.data, args.rows)
     panels = tuple(PANELS) if args.panel == "both" else (args.panel,)
-    earlier = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.is_file() else []
-    by_key = {row["key"]: row for row in earlier if "key" in row}
+    before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {"rows": []}
+    by_key = {row["key"]: row for row in before["rows"] if "key" in row}
     bench = Bench(
         model, args.data, args.rows, args.quick, panels, source, split, args.cache, model_hash(model), by_key, args.make, args.threads
     )
     code = code_hash()
+    if args.confirm:
+        same = before.get("model", {}).get("hash") == bench.hash and before.get("evaluator") == evaluator_hash()
+        moved = confirmed(replace(bench, make=["ours"]), before["rows"]) if same else {}
+        if not moved:
+            say("nothing is kept: our rows must be made again" if same else "the model or the evaluator is another: make the rows again")
+            return 1
+        bench = replace(bench, earlier={**by_key, **moved})
     with tempfile.TemporaryDirectory(prefix="laconic-bench-") as scratch:
         tokens = (args.tokens or Path(scratch) / "tokens.npy").resolve()
         np.save(tokens, split.calibrate.inputs.numpy())

@@ -180,8 +180,42 @@ def test_a_small_run_is_kept_and_goes_stale(peers: Path, shared: Path, tmp_path:
     assert "code has changed" in capsys.readouterr().out
 
 
+def test_rows_of_earlier_code_are_kept_where_a_witness_comes_out_the_same(
+    peers: Path, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "quality.json"
+    run = ["--model", str(shared / MODEL), "--out", str(out), "--data", str(shared / TEXT), "--panel", "a", "--rows", "2", "--quick"]
+    run += ["--cache", str(tmp_path / "cache"), "--peers", "none"]
+    assert quality.main(run) == 0
+    first = {one["tool"]: one for one in json.loads(out.read_text())["rows"]}
+    monkeypatch.setattr(quality, "code_hash", lambda: "other")
+    # a reduced table lacks the witnesses, so it shows nothing
+    assert quality.main([*run, "--confirm"]) == 1
+    assert "cannot be confirmed" in capsys.readouterr().out
+    monkeypatch.setattr(quality, "WITNESSES", (("a", "gptq at 4.25"),))
+    assert quality.main([*run, "--kept", "--confirm"]) == 0
+    result = json.loads(out.read_text())
+    rows = {one["tool"]: one for one in result["rows"]}
+    assert result["code"] == "other" and result["confirmed"] == ["gptq at 4.25, panel a"]
+    assert rows["laconic rtn"] == first["laconic rtn"] | {"key": rows["laconic rtn"]["key"], "confirmed": True}
+    assert rows["laconic gptq"]["kl_mean"] == first["laconic gptq"]["kl_mean"] and "confirmed" not in rows["laconic gptq"]
+    assert "the same figures to the last digit: gptq at 4.25, panel a." in " ".join(out.with_suffix(".md").read_text().split())
+    # the next code makes the witness otherwise: nothing is kept, nothing is written
+    monkeypatch.setattr(quality, "code_hash", lambda: "another")
+    for one in result["rows"]:
+        one["kl_mean"] *= 1 + 1e-12
+    out.write_text(json.dumps(result))
+    assert quality.main([*run, "--kept", "--confirm"]) == 1
+    assert "comes out otherwise" in capsys.readouterr().out
+    assert json.loads(out.read_text())["code"] == "other"
+
+
 def test_a_wrong_peer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         quality.main(["--peers", "awq"])
     assert stopped.value.code == 2
     assert "unknown peer awq" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        quality.main(["--make", "ours,awq"])
+    assert stopped.value.code == 2
+    assert "unknown tool awq in --make" in capsys.readouterr().err
