@@ -110,8 +110,8 @@ def _split(source: Source, data: str | Path | None, certify: str | Path | None, 
         limits=limits,
         default=_default_texts,
     )
-    if source.path is None:
-        source.trace(split.calibrate.inputs[:1])
+    if source.traced:
+        source.trace(split.calibrate.inputs[:1], split.given)
     return split
 
 
@@ -356,6 +356,7 @@ def measure(
         "" if named is None else named,  # type: ignore[arg-type]
         split.certify,
         metric=split.metric,
+        given=split.given,
         with_speed=speed,
         default=default_model() if named is None else None,
         seed=seed,

@@ -18,9 +18,11 @@ from laconic.architectures import DECODERS, decoder_anatomy
 from laconic.core.errors import UserError
 from laconic.core.packed import Held, Packed, restore
 from laconic.core.site import Anatomy
+from laconic.encoders import feed
 from laconic.experts import split_experts
 from laconic.journal import sha256_of
 from laconic.models import (
+    NOTHING,
     Source,
     TensorInfo,
     _compute,
@@ -30,9 +32,12 @@ from laconic.models import (
     _quiet,
     _short,
     _transformers_config,
+    class_named,
+    has_row,
     is_artifact,
     open_model,
     stored_name,
+    traced_class,
 )
 
 FORMAT = 1
@@ -114,28 +119,32 @@ class Artifact(Source):
             with _quiet():
                 self.config = _transformers_config(path, raw)
             del self.config.quantization_config
-            self.task, self.context = "text", int(getattr(self.config, "max_position_embeddings", 0) or 0)
+            self._class = None if has_row(raw) else class_named(path, raw)
+            self.traced = self._class is not None
+            context = int(getattr(self.config, "max_position_embeddings", 0) or 0)
+            self.task, self.context = ("classify", 0) if self.traced else ("text", context)
             bare = self._build()
             self._computed = _compute(bare, path)
         else:
-            self._original = open_model(factory)
+            self._original, self.traced = open_model(factory), True
             self.config, self.task, self.context = None, self._original.task, self._original.context
             bare = self._original.skeleton()
             self._computed = self._original._computed
         self._match(bare)
         self._anatomy: Anatomy | None = None
-        if self.config is not None:
-            row = DECODERS.get(self.config.model_type)
-            if row is None:
-                raise UserError(f"{path} holds a {self.config.model_type}, which this version of laconic does not know: update laconic")
+        self._given: Mapping[str, Tensor] | None = None
+        if not self.traced:
             shapes = {name: info.shape for name, info in self.infos.items()}
-            self._anatomy = decoder_anatomy(row, self.config, shapes, self._names)
+            self._anatomy = decoder_anatomy(DECODERS[self.config.model_type], self.config, shapes, self._names)  # type: ignore[union-attr]
 
     def _build(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
         with _quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            if self._class is not None:
+                model = self._class._from_config(self.config, dtype=torch.float32, attn_implementation="eager")
+            else:
+                model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         split_experts(model)
         return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
@@ -180,11 +189,19 @@ class Artifact(Source):
 
     @property
     def anatomy(self) -> Anatomy:
+        if self._anatomy is None and self._original is None:
+            raise UserError(f"{self.spec} was not run yet: give the data that it was made with")
         return self._anatomy if self._anatomy is not None else self._original.anatomy  # type: ignore[union-attr]
 
-    def trace(self, example: Any) -> None:
+    def trace(self, example: Any, given: Mapping[str, Tensor] = NOTHING) -> None:
         if self._original is not None:
-            self._original.trace(example)
+            self._original.trace(example, given)
+        elif self._class is not None and self._anatomy is None:
+            # as the original was: dense, since a trace looks for torch's own layers
+            dense = self._computed_in(self._build())
+            super().fill(dense, "", torch.float32)
+            self._given = given
+            self._anatomy = traced_class(dense, example, given)
 
     def _tensor(self, name: str) -> Tensor:
         assert self.path is not None
@@ -206,12 +223,17 @@ class Artifact(Source):
         value = self._tensor(name)
         return value[start:stop].clone() if value.dim() else value
 
-    def skeleton(self) -> nn.Module:
-        assert self.path is not None
-        bare = self._build() if self._original is None else self._original.skeleton()
+    def _computed_in(self, bare: nn.Module) -> nn.Module:
         for name, value in self._computed.items():
             owner, _, leaf = name.rpartition(".")
             bare.get_submodule(owner)._buffers[leaf] = value.clone()
+        return bare
+
+    def skeleton(self) -> nn.Module:
+        assert self.path is not None
+        bare = self._computed_in(self._build() if self._original is None else self._original.skeleton())
+        if self._given is not None:
+            feed(bare, self._given)
         forms = blank(self.forms, self.stored, self.path)
         for path, layer in list(bare.named_modules(remove_duplicate=False)):
             form = forms.get(self._names.get(f"{path}.weight", ""))

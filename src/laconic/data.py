@@ -11,8 +11,9 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,13 +48,15 @@ class Samples(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The three parts, what a certificate states of them, and how a model is judged on them: by "kl" (text) or by "accuracy"."""
+    """The three parts, what a certificate states of them, and how a model is judged on them: by "kl" (text) or by "accuracy".
+    given: further inputs of a model that takes several, the same for every sample."""
 
     calibrate: Samples
     search: Samples
     certify: Samples
     record: dict[str, Any]
     metric: str
+    given: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Texts(NamedTuple):
@@ -523,6 +526,7 @@ class _Pairs(NamedTuple):
     targets: Tensor
     metric: str
     digests: dict[bytes, int]
+    given: Mapping[str, Tensor]
 
 
 def _gather(result: Any, spec: str) -> tuple[Tensor, Tensor]:
@@ -571,7 +575,10 @@ def _pairs(spec: str) -> _Pairs:
     digests: dict[bytes, int] = {}
     for i in range(inputs.shape[0]):
         digests.setdefault(_digest(_bytes(inputs[i]).tobytes()), i)
-    return _Pairs(inputs, targets.long() if metric == "accuracy" else targets, metric, digests)
+    given = getattr(function, "given", {})
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in given.items()):
+        raise UserError(f"the attribute `given` of {spec} is no dict of names and tensors: make it one, or remove it")
+    return _Pairs(inputs, targets.long() if metric == "accuracy" else targets, metric, digests, dict(given))
 
 
 def _open_pairs(spec: str, certify: str | None, *, seed: int, limits: tuple[int, int, int]) -> Split:
@@ -585,7 +592,7 @@ def _open_pairs(spec: str, certify: str | None, *, seed: int, limits: tuple[int,
         "length": 1,
         "metric": own.metric,
         "rule": _rule(apart is not None, "samples"),
-        "sha256": _tensor_hash(own.inputs, own.targets),
+        "sha256": _tensor_hash(own.inputs, own.targets, *(own.given[name] for name in sorted(own.given))),
         "duplicates": own.inputs.shape[0] - len(own.digests) + common,
         "parts": {},
     }
@@ -602,4 +609,4 @@ def _open_pairs(spec: str, certify: str | None, *, seed: int, limits: tuple[int,
         x, y = pairs.inputs[index], pairs.targets[index]
         samples.append(Samples(x, y, 1, len(index), _tensor_hash(x, y)))
         record["parts"][part] = {"documents": len(chosen), "documents_used": len(index), "rows": len(index), "sha256": samples[-1].sha256}
-    return Split(samples[0], samples[1], samples[2], record, own.metric)
+    return Split(samples[0], samples[1], samples[2], record, own.metric, own.given)

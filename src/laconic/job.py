@@ -173,7 +173,7 @@ def _run(
     plan["notes"] = list(dict.fromkeys([*plan["notes"], *applied.notes]))
     files = _files(source, plan, recipe, applied)
     hashes = work.assemble(files, applied.parts)
-    written = _written(work, source, inputs=split.calibrate.inputs[:1])
+    written = _written(work, source, split)
     difference = reload_difference(written, applied, probe_of(source, split.calibrate.inputs))
     if difference > RELOAD:
         raise BrokenPromise(
@@ -219,13 +219,13 @@ def _run(
     return certificate | {"measurements": measurements}
 
 
-def _written(work: Work, source: Source, inputs: Any) -> Any:
+def _written(work: Work, source: Source, split: Split) -> Any:
     """What was assembled, opened as a stream of segments."""
     from laconic.artifact import stream
 
     written = stream(work.assembled)
-    if source.path is None:
-        written.trace(inputs)
+    if source.traced:
+        written.trace(split.calibrate.inputs[:1], split.given)
     return written
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from laconic import artifact, models
 from laconic.calibration import answer_of
 from laconic.core.errors import BrokenPromise, UserError
+from laconic.encoders import feed
 from laconic.kernels import divergence
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ Outputs = Callable[[Tensor], Tensor]
 
 class Quality(NamedTuple):
     """Per prediction, each (sequences, tokens): kl in nats and both losses in nats, fp64; top1 whether the first choices agree, bool.
-    For a classifier one prediction a sample, and in place of the losses 1.0 where the class is right, else 0.0 (NaN without classes)."""
+    For a classifier one prediction a sample (or a token of it), and in place of the losses 1.0 where the class is right, else 0.0 (NaN
+    without classes)."""
 
     kl: Tensor
     nll_original: Tensor
@@ -97,8 +99,12 @@ def _text(tokens: Tensor, p: Tensor, q: Tensor) -> Quality:
 
 
 def _classes(targets: Tensor, p: Tensor, q: Tensor) -> Quality:
-    found = divergence.pointwise(p, q)
+    found = divergence.pointwise(p.flatten(0, -2), q.flatten(0, -2))
     _finite(found, p)
+    if p.ndim > 2:
+        # an answer for each token of a row, none of them known to be right
+        kl = found.kl.reshape(len(p), -1)
+        return Quality(kl, torch.full_like(kl, math.nan), torch.full_like(kl, math.nan), found.top1.reshape(len(p), -1))
     if targets.ndim == 1 and not targets.is_floating_point():
         hits_p, hits_q = (p.argmax(-1) == targets).double(), (q.argmax(-1) == targets).double()
     else:
@@ -162,7 +168,7 @@ def summarize(quality: Quality, *, metric: str, seed: int = 0) -> dict[str, Any]
     else:
         ends = divergence.wilson(int(quality.top1.sum()), s)
         details["top1_agreement"] = _entry("share", s, ends, _deviation(share), interval="95 % Wilson")
-    if metric == "kl" and t > 1:
+    if metric == "kl" and t > 1 and not bool(quality.nll.isnan().any()):
         _perplexities(quality, found, details, seed=seed, over=of_rows)
     elif metric == "accuracy":
         _accuracies(quality, found, details)
@@ -401,6 +407,7 @@ def measure(
     samples: Samples,
     *,
     metric: str = "kl",
+    given: Mapping[str, Tensor] = models.NOTHING,
     with_speed: bool = True,
     default: Path | None = None,
     batch: int = 1,
@@ -431,6 +438,9 @@ def measure(
             compressed = artifact.load(path, dtype=torch.float32, thaw=True)
         else:
             compressed = artifact.load_any(path, dtype=torch.float32, default=default)
+        if source.traced and source.path is not None:
+            for module in (original, compressed):
+                feed(module, given)
         rows = batch if source.task == "text" else max(batch, 64)
         quality = compare(outputs(original), outputs(compressed.eval()), samples, batch=rows, progress=progress)
         add(summarize(quality, metric=metric, seed=seed))

@@ -28,6 +28,7 @@ from laconic.anatomy import stored_names, traced_anatomy
 from laconic.architectures import DECODERS, decoder_anatomy
 from laconic.core.errors import UserError, nearest
 from laconic.core.site import Anatomy
+from laconic.encoders import class_of, feed
 from laconic.experts import single, split_experts
 
 # names of safetensors, and what torch calls them
@@ -71,6 +72,9 @@ COMPANIONS = (
 )
 
 
+NOTHING: Mapping[str, Tensor] = {}
+
+
 class TensorInfo(NamedTuple):
     """A stored tensor: where its bytes lie. `file` is a name in the model's folder, [start, stop) counts from the file's first byte;
     for a factory the file is empty and the range is [0, bytes)."""
@@ -93,6 +97,8 @@ class Source(ABC):
     parameters: int
     tied: Mapping[str, str]
     context: int
+    # in memory as a whole and taken apart by running it once, for want of a row of data
+    traced: bool = False
     _computed: Mapping[str, Tensor]
 
     @property
@@ -101,8 +107,9 @@ class Source(ABC):
         """What the model is made of; of a factory's module only once it was traced."""
 
     @abstractmethod
-    def trace(self, example: Any) -> None:
-        """Gives the example input of which a module without a known architecture is traced; others ignore it."""
+    def trace(self, example: Any, given: Mapping[str, Tensor] = NOTHING) -> None:
+        """Gives the example input of which a module without a known architecture is traced, and further inputs that are the same for
+        every sample; others ignore it."""
 
     @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -184,14 +191,30 @@ def _finite(value: Tensor, name: str, where: str) -> Tensor:
 # ---- folders
 
 
-class FolderSource(Source):
-    """A Hugging Face folder. Holds the headers of its files, no weights."""
+class _Folder(Source):
+    """What all Hugging Face folders have in common."""
 
-    def __init__(self, spec: str, path: Path) -> None:
+    # files of weights
+    _weight_files: Collection[str]
+    _hashes: dict[str, str] | None = None
+
+    def companions(self) -> list[Path]:
+        assert self.path is not None
+        return sorted({file for pattern in COMPANIONS for file in self.path.glob(pattern) if file.is_file()})
+
+    def hashes(self) -> dict[str, str]:
+        assert self.path is not None
+        if self._hashes is None:
+            # gigabytes are read for these: once for each opened model
+            self._hashes = {file: _sha256(self.path / file) for file in sorted({*self._weight_files, "config.json"})}
+        return dict(self._hashes)
+
+
+class FolderSource(_Folder):
+    """A folder whose architecture has a row of data. Holds the headers of its files, no weights."""
+
+    def __init__(self, spec: str, path: Path, raw: Mapping[str, Any]) -> None:
         self.spec, self.path = spec, path
-        self._hashes: dict[str, str] | None = None
-        raw = _config(path)
-        self._check_config(raw)
         self.infos = single(_headers(path))
         with _quiet():
             self.config = _transformers_config(path, raw)
@@ -209,6 +232,7 @@ class FolderSource(Source):
         self.notes = self._leave_out(set(stored.values()), model)
         self.tied = {name: found for name, found in stored.items() if name != found}
         self.parameters = sum(_count(self.infos[name].shape) for name in set(stored.values()))
+        self._weight_files = {info.file for info in self.infos.values()}
         self._anatomy = decoder_anatomy(self.row, self.config, {n: i.shape for n, i in self.infos.items()}, stored)
 
     def _leave_out(self, used: set[str], model: Any) -> tuple[str, ...]:
@@ -223,44 +247,8 @@ class FolderSource(Source):
     def anatomy(self) -> Anatomy:
         return self._anatomy
 
-    def trace(self, example: Any) -> None:
+    def trace(self, example: Any, given: Mapping[str, Tensor] = NOTHING) -> None:
         """Nothing to do: the architecture is known."""
-
-    def _check_config(self, raw: Mapping[str, Any]) -> None:
-        where = f"{self.path}/config.json"
-        if auto := raw.get("auto_map"):
-            code = (
-                ", ".join(sorted({str(v).split(".")[0].split("--")[-1] + ".py" for v in auto.values() if v}))
-                if isinstance(auto, dict)
-                else auto
-            )
-            raise UserError(
-                f"{where} asks for code of its own (auto_map: {code}), which laconic does not run: remove auto_map if transformers' own "
-                f"{raw.get('model_type', '')!r} is meant, or give the model as package.module:function"
-            )
-        if quantized := raw.get("quantization_config"):
-            method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
-            if method == "laconic":
-                raise UserError(f"{self.path} is already a result of laconic: give {_original_of(Path(str(self.path)))}")
-            raise UserError(
-                f"{self.path} was already quantized by another tool ({method}), which laconic does not read yet: give the original model"
-            )
-        kind = raw.get("model_type")
-        if not kind:
-            raise UserError(f"{where} names no model_type: give a folder that transformers' save_pretrained wrote")
-        if kind not in DECODERS:
-            raise UserError(
-                f"the architecture {kind!r} of {where} has no anatomy table yet (there are tables for {', '.join(sorted(DECODERS))})"
-                f"{_close(kind)}: give one of those, or the model as package.module:function, which is traced"
-            )
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
-        for name in raw.get("architectures") or []:
-            if name != known:
-                raise UserError(
-                    f"{where} describes a {name}, not a language model ({known}): give one, or the model as package.module:function"
-                )
 
     def _build(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -302,10 +290,7 @@ class FolderSource(Source):
                     "correct config.json, or take a matching copy of the weights"
                 )
             if info.dtype not in WEIGHTS:
-                held = str(info.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"tensor {stored[name]} in {info.file} is held as {held}, which is not read yet: give the model in bf16, fp16 or fp32"
-                )
+                raise _unread(stored[name], info)
         layers = re.compile(rf"^{re.escape(self.row.blocks)}\.(\d+)\.")
         used = set(stored.values())
         for name in infos:
@@ -373,18 +358,6 @@ class FolderSource(Source):
             )
         return tokenizer
 
-    def companions(self) -> list[Path]:
-        assert self.path is not None
-        return sorted({file for pattern in COMPANIONS for file in self.path.glob(pattern) if file.is_file()})
-
-    def hashes(self) -> dict[str, str]:
-        assert self.path is not None
-        if self._hashes is None:
-            # gigabytes are read for these: once for each opened model
-            files = sorted({info.file for info in self.infos.values()} | {"config.json"})
-            self._hashes = {file: _sha256(self.path / file) for file in files}
-        return dict(self._hashes)
-
 
 # names that transformers' classes give to the model below the head
 BASES = ("model", "transformer", "gpt_neox", "backbone")
@@ -407,6 +380,11 @@ def stored_name(parameter: str, stored: Collection[str]) -> str | None:
         if name in stored:
             return name
     return None
+
+
+def _unread(name: str, info: TensorInfo) -> UserError:
+    held = str(info.dtype).removeprefix("torch.")
+    return UserError(f"tensor {name} in {info.file} is held as {held}, which is not read yet: give the model in bf16, fp16 or fp32")
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -433,6 +411,52 @@ def _config(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} holds an adapter, not a model: merge it into its base model first")
         raise UserError(f"{path} has no config.json: give a folder that transformers' save_pretrained wrote")
     return _json(file)
+
+
+def _check_config(path: Path, raw: Mapping[str, Any]) -> None:
+    where = f"{path}/config.json"
+    if auto := raw.get("auto_map"):
+        files = sorted({str(v).split(".")[0].split("--")[-1] + ".py" for v in auto.values() if v}) if isinstance(auto, dict) else [auto]
+        code = ", ".join(files)
+        raise UserError(
+            f"{where} asks for code of its own (auto_map: {code}), which laconic does not run: remove auto_map if transformers' own "
+            f"{raw.get('model_type', '')!r} is meant, or give the model as package.module:function"
+        )
+    if quantized := raw.get("quantization_config"):
+        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
+        if method == "laconic":
+            raise UserError(f"{path} is already a result of laconic: give {_original_of(path)}")
+        raise UserError(
+            f"{path} was already quantized by another tool ({method}), which laconic does not read yet: give the original model"
+        )
+    if not raw.get("model_type"):
+        raise UserError(f"{where} names no model_type: give a folder that transformers' save_pretrained wrote")
+
+
+def has_row(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes a language model that a row of data takes apart; other classes of transformers are traced."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = raw.get("model_type", "")
+    return kind in DECODERS and set(raw.get("architectures") or []) <= {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")}
+
+
+def class_named(path: Path, raw: Mapping[str, Any]) -> Any:
+    """transformers' class that a config.json names; UserError where it names none."""
+    from transformers import CONFIG_MAPPING
+
+    names, kind = raw.get("architectures") or [], raw.get("model_type")
+    found = class_of(names[0]) if len(names) == 1 and kind in CONFIG_MAPPING else None
+    if found is None:
+        said = f"names {', '.join(names)}" if names else "names no architecture"
+        raise UserError(
+            f"{path}/config.json describes a {kind!r} and {said}, of which laconic has neither a row of data (there are rows for "
+            f"{', '.join(sorted(DECODERS))}){_close(str(kind))} nor transformers a class: correct it, or give the model as "
+            "package.module:function, which is traced"
+        )
+    if found.config_class.model_type != kind:
+        raise UserError(f"{path}/config.json describes a {kind!r}, but its class {names[0]} is none: correct architectures or model_type")
+    return found
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -614,8 +638,9 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as speech
 
     level, root = speech.get_verbosity(), logging.getLogger("transformers")
-    propagate = root.propagate
+    propagate, bars = root.propagate, speech.is_progress_bar_enabled()
     speech.set_verbosity(logging.CRITICAL)
+    speech.disable_progress_bar()
     root.propagate = False
     try:
         with warnings.catch_warnings():
@@ -623,6 +648,8 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         speech.set_verbosity(level)
+        if bars:
+            speech.enable_progress_bar()
         root.propagate = propagate
 
 
@@ -634,7 +661,7 @@ class ModuleSource(Source):
 
     def __init__(self, spec: str, module: nn.Module) -> None:
         self.spec, self.path, self.config = spec, None, None
-        self.task, self.context = "classify", 0
+        self.task, self.context, self.traced = "classify", 0, True
         self.module = module
         infos: dict[str, TensorInfo] = {}
         self._values: dict[str, Tensor] = {}
@@ -664,8 +691,10 @@ class ModuleSource(Source):
             )
         return self._anatomy
 
-    def trace(self, example: Any) -> None:
+    def trace(self, example: Any, given: Mapping[str, Tensor] = NOTHING) -> None:
         """Runs the module once; the first trace stays."""
+        if given:
+            raise UserError(f"{self.spec} takes one input, but the data has further ones ({', '.join(given)}): let the module hold them")
         if self._anatomy is None:
             self._anatomy = traced_anatomy(self.module, example)
 
@@ -700,6 +729,63 @@ class ModuleSource(Source):
             for start in range(0, flat.numel(), CHUNK):
                 digest.update(flat[start : start + CHUNK].numpy().tobytes())
         return {"state_dict": digest.hexdigest()}
+
+
+class ModuleFolder(_Folder, ModuleSource):
+    """A Hugging Face folder of a class without a row of data (encoders, vision, speech, encoder-decoders): in memory, and traced."""
+
+    def __init__(self, spec: str, path: Path, raw: Mapping[str, Any]) -> None:
+        known = class_named(path, raw)
+        infos = _headers(path)
+        for name, info in infos.items():
+            if info.dtype.is_floating_point and info.dtype not in WEIGHTS:
+                raise _unread(name, info)
+        module = _loaded(known, path, raw)
+        super().__init__(spec, module)
+        self.path, self.config = path, module.config
+        self._weight_files = {info.file for info in infos.values()}
+
+    def trace(self, example: Any, given: Mapping[str, Tensor] = NOTHING) -> None:
+        """Runs the class once, fed as its signature asks; the first trace stays."""
+        if self._anatomy is None:
+            self._anatomy = traced_class(self.module, example, given)
+
+
+def traced_class(module: Any, example: Any, given: Mapping[str, Tensor]) -> Anatomy:
+    """The anatomy of a class of transformers, which from then on takes one input (`encoders.feed`)."""
+    feed(module, given)
+    try:
+        with torch.no_grad():
+            module(example)
+    except UserError:
+        raise
+    except Exception as error:
+        name = type(module).__name__
+        raise UserError(
+            f"{name} cannot be run on inputs {tuple(example.shape)} of the data ({_short(error)}): let the data's function yield what "
+            f"{name} takes, and hold further inputs that it needs in an attribute `given` (name -> tensor)"
+        ) from error
+    return traced_anatomy(module, example)
+
+
+def _loaded(known: Any, path: Path, raw: Mapping[str, Any]) -> Any:
+    with _quiet():
+        config = _transformers_config(path, raw)
+        try:
+            module, found = known.from_pretrained(
+                str(path), config=config, local_files_only=True, use_safetensors=True, dtype="auto", output_loading_info=True,
+                attn_implementation="eager",
+            )  # fmt: skip
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{path} cannot be built as {known.__name__} ({_short(error)}): correct config.json, or take a matching copy of the weights"
+            ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{path} lacks {len(missing)} tensors that its config.json asks for, {missing[0]} among them: "
+            "take a complete copy of the model, or correct config.json"
+        )
+    return module.eval().requires_grad_(False)
 
 
 def call_factory(spec: str) -> Any:
@@ -752,13 +838,13 @@ def open_model(spec: str | Path | nn.Module | None, *, default: Path | None = No
     if spec is None or spec == "":
         if default is None:
             raise UserError("no model was given: name a Hugging Face folder, a hub id or package.module:function")
-        return FolderSource("", Path(default))
+        return open_folder("", Path(default))
     text = str(spec)
     path = Path(text).expanduser()
     if path.is_dir():
         if (path / "laconic.json").is_file():
             raise UserError(f"{path} is already a result of laconic: give {_original_of(path)}")
-        return FolderSource(text, path)
+        return open_folder(text, path)
     if path.is_file():
         raise UserError(f"{path} is a file: give the folder with config.json that it belongs to")
     if FACTORY.match(text):
@@ -767,8 +853,15 @@ def open_model(spec: str | Path | nn.Module | None, *, default: Path | None = No
             raise UserError(f"{text} returned {type(module).__name__}, not a torch.nn.Module: return the module")
         return ModuleSource(text, module.eval())
     if isinstance(spec, str) and HUB.match(text):
-        return FolderSource(text, _download(text))
+        return open_folder(text, _download(text))
     raise UserError(f"no such model folder: {text}; give a Hugging Face folder, a hub id (org/name) or package.module:function")
+
+
+def open_folder(spec: str, path: Path) -> Source:
+    """A Hugging Face folder, by its row of data or as transformers' class."""
+    raw = _config(path)
+    _check_config(path, raw)
+    return FolderSource(spec, path, raw) if has_row(raw) else ModuleFolder(spec, path, raw)
 
 
 def _download(name: str) -> Path:

@@ -195,7 +195,7 @@ def price(
     for offer in offered:
         by_site.setdefault(offer.site.name, []).append(offer)
     # a module that was given is in memory: one pass prices all of it
-    whole = source.path is None
+    whole = source.traced
     segments = (joined(source.anatomy.segments()),) if whole else source.anatomy.segments()
     if all(work.done(f"price/{s.name}") for s in segments):
         rows = [_from_words(r) for s in segments for r in work.done(f"price/{s.name}")["rows"]]

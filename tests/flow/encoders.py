@@ -54,9 +54,13 @@ class ZeroShot(nn.Module):
         vision = {**COMMON, "image_size": 16, "patch_size": 4}
         config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=24, attn_implementation="eager")
         self.clip = CLIPModel(config)
+        self.register_buffer("texts", self.prompts(), persistent=False)
+
+    @staticmethod
+    def prompts() -> Tensor:
         texts = torch.randint(3, 64, (5, 9), generator=torch.Generator().manual_seed(3))
         texts[:, -1] = 2
-        self.register_buffer("texts", texts, persistent=False)
+        return texts
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.clip(input_ids=self.texts, pixel_values=pictures).logits_per_image  # type: ignore[no-any-return]
@@ -151,6 +155,30 @@ def pictures(count: int = 40) -> Tensor:
 
 def speech(count: int = 40) -> Tensor:
     return torch.randn(count, 8, 40, generator=torch.Generator().manual_seed(1))
+
+
+def clip_given() -> tuple[Tensor, Tensor]:
+    """For CLIP's own class: images, and the texts as a further input."""
+    return _with_classes(pictures())
+
+
+clip_given.given = {"input_ids": ZeroShot.prompts()}  # type: ignore[attr-defined]
+
+
+def masked() -> nn.Module:
+    """BERT that answers at every token, its head tied to its table."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    return _random(lambda: BertForMaskedLM(BertConfig(**COMMON, vocab_size=64, max_position_embeddings=32)))
+
+
+def masked_data() -> tuple[Tensor, Tensor]:
+    rows = tokens()
+    rows[::2, :3] = 0
+    return rows, rows
+
+
+masked_data.metric = "kl"  # type: ignore[attr-defined]
 
 
 INPUTS = {"bert": tokens, "vit": pictures, "clip": pictures, "whisper": speech, "t5": tokens}
