@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,3 +27,35 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside this clone")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """Makes a random tied Llama with nano's tokenizer, and a text of so many blocks for it; further arguments go to its config."""
+
+    def make(layers: int, blocks: int, **more: Any) -> tuple[Path, Path]:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from laconic.zoo import corpus, nano
+
+        folder = tmp_path_factory.mktemp("tiny")
+        config = LlamaConfig(
+            vocab_size=4096, hidden_size=32, intermediate_size=72, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, **more,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / "model" / name).write_bytes((nano.path() / name).read_bytes())
+        texts = "\n\n".join(text for _, text in corpus.named("search")).split("\n\n")
+        (folder / "text.txt").write_text("\n\n".join(texts[:blocks]), encoding="utf-8")
+        return folder / "model", folder / "text.txt"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small(tiny: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
+    """The folder of a Llama of 3 layers, and text for it."""
+    return tiny(layers=3, blocks=200)

@@ -23,11 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from laconic.core.errors import UserError, nearest
 from laconic.core.menu import Search
 from laconic.core.score import Score
-from laconic.core.site import Conv, Embedding, Linear, Site
+from laconic.core.site import Conv, Embedding, Linear, Site, TensorId
 from laconic.core.transform import Lesson, Transform
 
 HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding}
+# a matrix that any method can be asked about before a model is opened
+PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
 ROLES = (Transform, Score, Search, Lesson)
 
 
@@ -114,7 +116,10 @@ def check(recipe: Recipe) -> None:
                 f"recipe {recipe.name}: {choice.method} is no transform; choices change weights, scores and searches go inside them"
             )
         for level in choice.levels:
-            level_of(transform, level)
+            try:
+                transform.stored(PROBE, level_of(transform, level))
+            except ValueError as error:
+                raise UserError(f"recipe {recipe.name}: {choice.method} at {dict(level)}: {error}") from None
         try:
             re.compile(choice.where)
         except re.error as error:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from laconic.core.site import Linear, Site, TensorId
 from laconic.data import open_data
@@ -25,22 +24,9 @@ from laconic.tuning import shuffled, tune
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[Path, Path]:
-    """A tied Llama of 2 layers with large weights, so that rounding them is felt, nano's tokenizer, and text."""
-    from laconic.zoo import corpus, nano
-
-    folder = tmp_path_factory.mktemp("tuned")
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "model" / name).write_bytes((nano.path() / name).read_bytes())
-    blocks = "\n\n".join(text for _, text in corpus.named("search")).split("\n\n")
-    (folder / "text.txt").write_text("\n\n".join(blocks[:400]), encoding="utf-8")
-    return folder / "model", folder / "text.txt"
+def small(tiny) -> tuple[Path, Path]:
+    """A Llama of 2 layers with large weights, so that rounding them is felt, and text for it."""
+    return tiny(layers=2, blocks=400, initializer_range=0.2)
 
 
 def recipe(tune: str | None) -> Recipe:

@@ -49,24 +49,29 @@ def mask_of(score: Tensor, level: Sparsity) -> Tensor:
 
 
 def hold_kept(site: Site, kept: Tensor, level: Sparsity, hold: Transform | None, fit: Mapping[str, Tensor]) -> Packed:
-    """kept, the weights that stay as a matrix, densely in 16 bits or by the quantizer `hold`; fit: `scale` and `zero` where they are on
-    a grid already. ValueError where the level has a grid and there is no quantizer that does without statistics."""
-    if level.grid is None:
+    """kept, the weights that stay as a matrix, densely in 16 bits or by the quantizer that a level with a grid asks for; fit: `scale` and
+    `zero` where they are on that grid already."""
+    if (quantizer := _quantizer(level, hold)) is None:
         return Dense(kept.to(torch.bfloat16) if kept.dtype == torch.float32 else kept)
+    inner = site._replace(shape=tuple(kept.shape))
+    return quantizer(inner, {"weight": kept, **fit}, {}, level.grid).hold[site.tensors["weight"]]
+
+
+def _quantizer(level: Sparsity, hold: Transform | None) -> Transform | None:
+    if level.grid is None:
+        return None
     if hold is None or hold.wants:
         raise ValueError("a level with a grid needs `hold`, a quantizer that wants no statistics, such as quantize.round.rtn")
-    inner = site._replace(shape=tuple(kept.shape))
-    return hold(inner, {"weight": kept, **fit}, {}, level.grid).hold[site.tensors["weight"]]
+    return hold
 
 
 def stored_bytes(site: Site, level: Sparsity, hold: Transform | None) -> int:
-    """Bytes of the mask and of the weights that stay, the same number in each row."""
+    """Bytes of the mask and of the weights that stay, the same number in each row. ValueError where the level has a grid and there is no
+    quantizer that does without statistics."""
     n, m = site.matrix
     kept = level.kept(m)
-    if level.grid is None or hold is None:
-        held = 2 * n * kept
-    else:
-        held = hold.stored(site._replace(shape=(n, kept)), level.grid)
+    quantizer = _quantizer(level, hold)
+    held = 2 * n * kept if quantizer is None else quantizer.stored(site._replace(shape=(n, kept)), level.grid)
     return n * packed_width(m, 1) + held
 
 

@@ -1,0 +1,171 @@
+"""Any two methods of one role and kind exchanged in a recipe: the run finishes and its output is lawful."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import laconic
+from laconic import artifact, catalogue
+from laconic.core.score import Score
+from laconic.core.transform import Transform
+from laconic.data import open_data
+from laconic.job import compress
+from laconic.models import open_model
+from laconic.recipe import Recipe, build, check, level_of, level_words, load_recipe, method_class, named
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "laws"))
+import found
+
+# levels of a choice that are enough to have a choice at all
+LEVELS = 3
+IN_RECIPES = ("Transform", "Score", "Search", "Lesson")
+
+
+def alike() -> dict[tuple[str, str], list[str]]:
+    """(role, family.kind) -> names, where there are two or more."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for entry in catalogue.entries():
+        groups.setdefault((entry.role, entry.name.rpartition(".")[0]), []).append(entry.name)
+    return {key: names for key, names in groups.items() if len(names) > 1}
+
+
+def pairs() -> list[tuple[str, str]]:
+    """(the one that a recipe names, the one put in its place), all ordered pairs."""
+    return [pair for (role, _), names in alike().items() if role in IN_RECIPES for pair in itertools.permutations(names, 2)]
+
+
+def written(name: str) -> str:
+    """A method as a recipe writes it, with its defaults; a knob that has none gets the plainest method, and so does a quantizer of what
+    stays, which levels with a grid need."""
+    fields = dataclasses.fields(method_class(name))
+    hints = {field.name: inspect.signature(method_class(name)).parameters[field.name].annotation for field in fields}
+    none = [f.name for f in fields if f.name == "hold" or (f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)]
+    plainest = {"Transform": found.PLAINEST[Transform], "Transform | None": found.PLAINEST[Transform], "Score": found.PLAINEST[Score]}
+    knobs = ", ".join(f"{knob}={plainest[str(hints[knob])]}" for knob in none)
+    return f"{name}({knobs})" if knobs else name
+
+
+def names_in(recipe: Recipe) -> set[str]:
+    """Every method that a recipe names, knobs included."""
+    return set(re.findall(r"[a-z]+(?:\.[a-z_0-9]+){2}", json.dumps(recipe.resolved())))
+
+
+def short(recipe: Recipe) -> Recipe:
+    """Fewer levels, first and last among them, and no tuning unless that is what is exchanged."""
+    choices = [
+        choice.model_copy(update={"levels": (choice.levels[0], *choice.levels[1:-1][: LEVELS - 2], choice.levels[-1])})
+        for choice in recipe.choices
+    ]
+    return recipe.model_copy(update={"choices": tuple(choices), "price_rows": 2})
+
+
+def holding(name: str) -> Recipe:
+    """A shipped recipe that names the method; one that names another of its kind, with this in the other's place; or one that offers it
+    beside round to nearest."""
+    alikes = next(names for names in alike().values() if name in names)
+    for other in (name, *alikes):
+        for known in named():
+            recipe = load_recipe(known)
+            if other in names_in(recipe):
+                return short(recipe if other == name else exchanged(recipe, other, name))
+    transform = build(written(name))
+    levels = [level_words(level) for level in found.levels(name, transform)[:LEVELS]]
+    finest = {"method": "quantize.round.rtn", "levels": [{"bits": 8, "group": 64}]}
+    return Recipe.model_validate({"name": "own", "choices": [{"method": written(name), "levels": levels, "kinds": ["linear"]}, finest]})
+
+
+class Exchange(ast.NodeTransformer):
+    """One method's name for another's, with the knobs that both have."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self.old, self.new = old, new
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        node = self.generic_visit(node)  # type: ignore[assignment]
+        if ast.unparse(node.func) != self.new:
+            return node
+        plain = ast.parse(written(self.new), mode="eval").body
+        knobs = {field.name for field in dataclasses.fields(method_class(self.new))}
+        kept = [keyword for keyword in node.keywords if keyword.arg in knobs]
+        have = {keyword.arg for keyword in kept}
+        more = [keyword for keyword in getattr(plain, "keywords", []) if keyword.arg not in have]
+        return ast.Call(node.func, [], [*kept, *more])
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST:
+        # what stays of a row has no statistics of its columns: this place takes quantizers that want none
+        if node.arg == "hold" and getattr(build(written(self.new)), "wants", ()):
+            return node
+        return self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        return ast.parse(self.new if ast.unparse(node) == self.old else ast.unparse(node), mode="eval").body
+
+    def __call__(self, text: str) -> str:
+        found = self.visit(ast.parse(text, mode="eval").body)
+        plain = isinstance(found, ast.Attribute) and ast.unparse(found) == self.new
+        return written(self.new) if plain else ast.unparse(found)
+
+
+def exchanged(recipe: Recipe, old: str, new: str) -> Recipe:
+    """The recipe with one method in the other's place, at the levels that it has where the types differ."""
+    exchange = Exchange(old, new)
+    choices = []
+    for choice in recipe.choices:
+        method = exchange(choice.method)
+        levels: Any = choice.levels
+        transform = build(method)
+        if build(choice.method).level is not transform.level:
+            levels = tuple(level_words(level) for level in found.levels(method.split("(")[0], transform)[:LEVELS])
+        for level in levels:
+            level_of(transform, level)
+        choices.append(choice.model_copy(update={"method": method, "levels": levels}))
+    return recipe.model_copy(
+        update={
+            "choices": tuple(choices),
+            "search": exchange(recipe.search),
+            "tune": exchange(recipe.tune) if recipe.tune else None,
+        }
+    )
+
+
+@pytest.mark.parametrize(("old", "new"), pairs())
+def test_exchanged_methods_give_lawful_output(small: tuple[Path, Path], tmp_path: Path, old: str, new: str) -> None:
+    recipe = holding(old)
+    if catalogue.find(old).role != "Lesson":
+        recipe = recipe.model_copy(update={"tune": None})
+    recipe = exchanged(recipe, old, new)
+    assert new in names_in(recipe)
+    check(recipe)
+    source = open_model(small[0])
+    split = open_data(str(small[1]), source, seed=0, length=32, limits=(8, 4, 4))
+    certificate = compress(source, split, budget=["bits=8.5"], recipe=recipe, out=tmp_path / "out", log=lambda _: None)
+    assert certificate["bytes"] == artifact.bytes_of(tmp_path / "out") <= 8.5 * source.parameters / 8
+    assert certificate["reload"]["difference"] <= 1e-4
+    artifact.verify_hashes(tmp_path / "out")
+    logits = laconic.load(tmp_path / "out")(torch.arange(12)[None]).logits
+    assert bool(torch.isfinite(logits).all())
+
+
+def test_every_group_is_exchanged() -> None:
+    assert {"quantize.round.rtn", "prune.score.wanda", "search.allocate.uniform"} <= {name for pair in pairs() for name in pair}
+    # caches are no part of a recipe: their exchange is in test_runtime
+    assert {role for role, _ in alike()} - set(IN_RECIPES) <= {"State"}
+
+
+@pytest.mark.parametrize("name", [name for (role, _), names in alike().items() if role == "State" for name in names])
+def test_exchanged_caches_generate(small: tuple[Path, Path], name: str) -> None:
+    model = laconic.load(small[0])
+    ids = torch.arange(40).reshape(2, 20)
+    out = model.generate(ids, past_key_values=laconic.cache(model, name), max_new_tokens=6, do_sample=False)
+    assert out.shape == (2, 26)
