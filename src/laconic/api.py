@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from laconic import artifact, catalogue, job, measurement
 from laconic.core.claim import Claim, Lab, Measurement, Verdict
 from laconic.core.errors import BrokenPromise, UserError, nearest
+from laconic.core.menu import Search
+from laconic.core.score import Score
 from laconic.core.state import State
 from laconic.data import Split, Texts, open_data
 from laconic.models import Source, is_artifact, open_model
 from laconic.pipeline import Log, Progress, batch_of, quiet
-from laconic.recipe import Recipe, load_recipe
+from laconic.recipe import Recipe, build, load_recipe
 from laconic.zoo import corpus, nano
 
 if TYPE_CHECKING:
@@ -328,6 +330,34 @@ def _recorded_split(source: Source, record: Mapping[str, Any], log: Log) -> Spli
     """The data of a certificate, opened again."""
     certify = _spec((record.get("certify") or {}).get("spec"))
     return _split(source, _spec(record.get("spec")), certify, seed=int(record.get("seed", 0)), length=record.get("length"), log=log)
+
+
+def select(
+    pool: str | Path,
+    like: str | Path,
+    *,
+    budget: Sequence[str] | str,
+    out: str | Path = "selected.jsonl",
+    score: str = "select.score.dsir",
+    search: str = "search.sample.gumbel",
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress = quiet,
+    log: Log = say,
+) -> dict[str, Any]:
+    """Writes the documents of a pool of text that read most like a sample of it: data to calibrate on. budget: examples=1000, size=2MB or
+    size=10% of the pool; -> counts, bytes and KL of the features to the sample before and after."""
+    from laconic.selection import select as chosen
+
+    scores, buys = build(score), build(search)
+    if not isinstance(scores, Score):
+        raise UserError(f"{score} is no score; try select.score.dsir")
+    if not isinstance(buys, Search):
+        raise UserError(f"{search} is no search; try search.sample.gumbel")
+    return chosen(
+        str(pool), str(like), budget=_words(budget), score=scores, search=buys, seed=seed, out=Path(out), overwrite=overwrite,
+        progress=progress, log=log,
+    )  # fmt: skip
 
 
 def measure(

@@ -46,11 +46,16 @@ def bytes_of(word: str, parameters: int) -> int:
         if value > 16:
             raise UserError(f"budget {word!r}: over 16 bits a weight nothing needs compressing; ask for 16 or less")
         return int(value * parameters / 8)
+    return _sized(word, text, 2 * parameters)
+
+
+def _sized(word: str, text: str, whole: int) -> int:
+    """A size in bytes: a share of the whole, or a number with a unit."""
     if text.endswith("%"):
         percent = _number(word, text[:-1])
         if percent > 100:
-            raise UserError(f"budget {word!r}: over 100 % nothing needs compressing; ask for 100 % or less")
-        return int(percent / 100 * 2 * parameters)
+            raise UserError(f"budget {word!r}: over 100 % there is nothing to do; ask for 100 % or less")
+        return int(percent / 100 * whole)
     unit = re.fullmatch(r"([-+0-9.eE]+)([A-Za-z]+)", text)
     if unit is None or unit.group(2).upper() not in UNITS:
         raise UserError(f"budget {word!r}: give a percentage or a unit, as in size=25%, size=120MB (10^6) or size=120MiB (2^20)")
@@ -68,3 +73,23 @@ def parse_budget(words: Sequence[str], source: Counted) -> Budget:
             raise UserError(f"budgets {seen[name]!r} and {word!r} contradict each other; keep one")
         seen[name] = word
     return Budget(bytes=min(bytes_of(word, source.parameters) for word in words))
+
+
+def pool_budget(words: Sequence[str], whole: int) -> Budget:
+    """The words for a pool of documents of `whole` bytes: examples=1000, size=2MB, size=10%; several all hold."""
+    if not words:
+        raise UserError("no budget given; add --budget examples=1000 (or size=2MB, or size=10%)")
+    found: dict[str, int] = {}
+    for word in words:
+        match = re.fullmatch(r"\s*(\w+)\s*(?:<=|=)\s*(\S+)\s*", word)
+        name = match.group(1) if match else word
+        if match is None or name not in ("examples", "size"):
+            raise UserError(
+                f"budget {word!r} is not understood{nearest(name, ('examples', 'size'))}; write examples=1000, size=2MB or size=10%"
+            )
+        if name == "examples" and not re.fullmatch(r"[1-9]\d*", match.group(2)):
+            raise UserError(f"budget {word!r}: {match.group(2)!r} is no count of documents; write a whole number above zero")
+        value = int(match.group(2)) if name == "examples" else _sized(word, match.group(2), whole)
+        if found.setdefault(name, value) != value:
+            raise UserError(f"budget {word!r} contradicts another {name}=; keep one")
+    return Budget(bytes=found.get("size"), examples=found.get("examples"))

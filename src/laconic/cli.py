@@ -291,6 +291,48 @@ def compress(
     _next(f"laconic report {out}", run, f"laconic measure {out} --json")
 
 
+@app.command(
+    epilog=_examples(
+        "laconic select pool.jsonl --like mine.jsonl --budget examples=1000 -o chosen.jsonl",
+        "laconic select texts/ --like mine.txt --budget size=2MB -o chosen.jsonl",
+        "laconic compress ./my-model --data chosen.jsonl --budget size=25% -o out",
+    )
+)
+@guarded
+def select(
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="Text to choose from (.txt, .jsonl, .gz of them, a folder).")],
+    like: Annotated[str, typer.Option("--like", help="A sample of what is wanted, in the same forms.")],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", "-b", help="examples=1000, size=2MB or size=10% of the pool; several all hold.", show_default=False),
+    ] = None,
+    out: Annotated[str, typer.Option("--out", "-o", help="File to write.")] = "selected.jsonl",
+    score: Annotated[str, typer.Option("--score", help="What a document is worth.")] = "select.score.dsir",
+    search: Annotated[str, typer.Option("--search", help="How documents are bought.")] = "search.sample.gumbel",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Choose documents of a pool that read like a sample of what is wanted."""
+    from laconic import api
+
+    with Voice() as voice:
+        found = api.select(
+            pool, like, budget=budget or (), out=out, score=score, search=search, seed=seed or 0, overwrite=overwrite,
+            progress=voice.progress, log=voice.log,
+        )  # fmt: skip
+    if as_json:
+        _print_json({"out": out} | found)
+        return
+    table = _table(f"{out}: {pool} like {like}", "", "pool", "chosen")
+    table.add_row("documents", f"{found['documents']:,}", f"{found['chosen']:,}")
+    table.add_row("text", _bytes(found["bytes_pool"]), _bytes(found["bytes"]))
+    table.add_row("KL of the sample to it, nats/feature", f"{found['kl_pool']:.3f}", f"{found['kl_chosen']:.3f}")
+    _show(table)
+    _next(f"laconic compress MODEL --data {out} --budget size=25% -o out")
+
+
 def result_table(out: str, certificate: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
     """What came out, before and after."""
     quality, parameters = certificate["quality"], certificate["model"]["parameters"]

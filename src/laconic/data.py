@@ -229,6 +229,15 @@ def _documents(files: Sequence[tuple[str, Path]], render: Callable[[Any, str], s
                     yield text
 
 
+def documents(spec: str) -> Iterator[str]:
+    """All plain documents of a text file or a folder of them that are not blank, one after another; chats need a model's template."""
+
+    def render(_: Any, where: str) -> str:
+        raise UserError(f'{where} is a chat, which only a model\'s template makes text of: give plain texts, {{"text": ...}} a line')
+
+    return _documents(_files(spec), render)
+
+
 def _identity(text: str) -> bytes:
     return _digest(text.strip().encode())
 

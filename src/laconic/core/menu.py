@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,14 @@ from laconic.core.errors import UserError
 
 
 class Cost(NamedTuple):
-    """Counted from the Change, never from the nominal level. bytes: once for each stored tensor."""
+    """Counted from the Change, never from the nominal level. bytes: once for each stored tensor, or of a document's text. examples:
+    how many of a pool are taken."""
 
     bytes: int
     flops: float = 0.0
     kv_bytes_per_token: float = 0.0
     seconds: float = 0.0
+    examples: int = 0
 
 
 class Damage(NamedTuple):
@@ -58,6 +60,17 @@ class Budget(NamedTuple):
     """Upper bounds; None is no bound. bytes: of the whole stored model, `Menu.fixed` included."""
 
     bytes: int | None = None
+    examples: int | None = None
+
+    def allows(self, cost: Cost) -> bool:
+        """Whether a sum of costs lies within all bounds."""
+        return (self.bytes is None or cost.bytes <= self.bytes) and (self.examples is None or cost.examples <= self.examples)
+
+
+def spent(menu: Menu, rows: Iterable[Row]) -> Cost:
+    """What rows of a menu cost together, in what a budget bounds; `Menu.fixed` included."""
+    chosen = list(rows)
+    return Cost(menu.fixed + sum(row.cost.bytes for row in chosen), examples=sum(row.cost.examples for row in chosen))
 
 
 class Plan(NamedTuple):

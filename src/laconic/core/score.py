@@ -16,7 +16,8 @@ from laconic.core.statistic import Statistic
 
 
 class Unit(NamedTuple):
-    """The things that may go at one site: `weight` in matrix view (n, m) where the things are weights."""
+    """The things that may go at one site: `weight` in matrix view (n, m) where the things are weights; where they are examples, one row of
+    features for each."""
 
     site: Site
     weight: Tensor

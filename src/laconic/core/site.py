@@ -70,6 +70,11 @@ class Cache(Kind):
 
 
 @dataclass(frozen=True)
+class Examples(Kind):
+    """Documents of a pool by their features: a matrix (documents, features) that no model stores."""
+
+
+@dataclass(frozen=True)
 class Whole(Kind):
     """The model itself."""
 

@@ -184,3 +184,25 @@ class LookupFisher(Statistic):
 
     def finish(self, state: dict[str, Tensor]) -> Tensor:
         return Fisher().finish(state)
+
+
+@dataclass(frozen=True)
+class Total(Statistic):
+    """Sum of the rows, (m,) fp64: of counts of features, say. of: which sample is meant, where a score compares two."""
+
+    of: str
+    needs = frozenset({"x"})
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        return {"sum": torch.zeros(site.matrix[1], dtype=torch.float64)}
+
+    def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
+        assert seen.x is not None
+        state["sum"] += _rows(seen.x, seen.mask).double().sum(0)
+        return state
+
+    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _add(a, b)
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        return state["sum"]

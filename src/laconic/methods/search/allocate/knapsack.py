@@ -13,25 +13,26 @@ from dataclasses import dataclass
 import torch
 
 from laconic.core.claim import Card, Paper
-from laconic.core.menu import Budget, Judge, Menu, Plan, Row, Search, plan_of, refuse, total
+from laconic.core.menu import Budget, Judge, Menu, Plan, Row, Search, plan_of, refuse, spent, total
 
 CARD = Card(Paper("Yao et al.", 2021, "arXiv:2011.10680", "section 3.4"), catalogue="", sibling="search.allocate.uniform")
 
 
 def undominated(menu: Menu) -> list[int]:
-    """Indices of rows that no other row over the same tensors beats in both bytes and damage; rows bound to others always stay."""
+    """Indices of rows that no other row over the same tensors beats in bytes, examples and damage; rows bound to others always stay."""
     bound = {i for row in menu.rows for i in (*row.requires, *row.excludes)}
     groups: dict[frozenset[str], list[int]] = {}
     for i, row in enumerate(menu.rows):
         groups.setdefault(row.covers, []).append(i)
     kept: list[int] = []
     for members in groups.values():
-        best = float("inf")
+        best: dict[int, float] = {}
         for i in sorted(members, key=lambda i: (menu.rows[i].cost.bytes, menu.rows[i].damage.value)):
             row = menu.rows[i]
-            if row.damage.value < best or i in bound or row.requires or row.excludes:
+            beaten = min((value for examples, value in best.items() if examples <= row.cost.examples), default=float("inf"))
+            if row.damage.value < beaten or i in bound or row.requires or row.excludes:
                 kept.append(i)
-                best = min(best, row.damage.value)
+                best[row.cost.examples] = min(best.get(row.cost.examples, float("inf")), row.damage.value)
     return sorted(kept)
 
 
@@ -67,6 +68,8 @@ class Knapsack(Search):
         if budget.bytes is not None:
             # in KiB, so that coefficients stay near the others'
             solver.addConstr(sum(buy[i] * (row.cost.bytes / 1024) for i, row in enumerate(rows)) <= (budget.bytes - menu.fixed) / 1024)
+        if budget.examples is not None:
+            solver.addConstr(sum(buy[i] for i, row in enumerate(rows) for _ in range(row.cost.examples)) <= budget.examples)
         for i, row in enumerate(rows):
             for other in row.requires:
                 solver.addConstr(buy[i] - buy[place[other]] <= 0)
@@ -80,6 +83,6 @@ class Knapsack(Search):
         elif status != highspy.HighsModelStatus.kOptimal:
             raise refuse(menu, budget)
         plan = plan_of(menu, [row for row, value in zip(rows, solution, strict=True) if value > 0.5])
-        if budget.bytes is not None and plan.bytes > budget.bytes:
-            raise ValueError(f"the solver's plan has {plan.bytes} bytes, the budget is {budget.bytes}")
+        if not budget.allows(spent(menu, plan.rows)):
+            raise ValueError(f"the solver's plan has {plan.bytes} bytes, the budget is {budget}")
         return plan

@@ -1,0 +1,1 @@
+"""Choosing examples: which documents of a pool are worth calibrating or training on."""
