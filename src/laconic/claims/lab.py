@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,12 +24,13 @@ from laconic.core.packed import Packed
 from laconic.core.site import Conv, Linear, Site
 from laconic.core.state import Ragged, State
 from laconic.core.statistic import Gram
-from laconic.core.transform import Lesson, Level, Transform
+from laconic.core.transform import Lesson, Level, Model, Transform
 from laconic.data import Samples, Texts, open_data
 from laconic.kernels.obs import output_error
 from laconic.measurement import compare, outputs
 from laconic.models import Source, open_model
-from laconic.pipeline import learn
+from laconic.pipeline import Parts, learn, quiet
+from laconic.reconstruction import Reconstruction
 from laconic.runtime import StateCache
 from laconic.zoo import corpus, nano
 
@@ -274,7 +276,10 @@ def seen(bench: Bench, transform: Transform, level: Level, seed: int = 0) -> Fou
 
 
 def tuned(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, *, astray: bool = False) -> dict[str, Packed]:
-    """The forms tuned together on the rows of a seed. astray: every batch must meet the original's predictions for another one."""
+    """The forms learned as the lesson says, on the rows of a seed. astray: every batch must meet the original's predictions for another one
+    (of the whole model)."""
+    if not isinstance(lesson.scope, Model):
+        return _by_parts(bench, forms, lesson, seed)
     batches = bench.drawn(seed).split(lesson.batch)
     # the original's own weights give the targets; learning puts others in their place
     model = bench.source.load(torch.float32)
@@ -284,6 +289,36 @@ def tuned(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, 
     # outside of inference mode, so that losses may be taken of them
     targets = [logits.clone() for logits in (made[1:] + made[:1] if astray else made)]
     return learn(bench.source, model, forms, batches, targets, lesson, seed=seed)[0]
+
+
+class _Desk:
+    """A work folder in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.values: dict[str, Any] = {}
+        self.kept: dict[str, dict[str, Tensor]] = {}
+
+    def done(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        return self.kept[key]
+
+    def finish(self, key: str, value: Any, tensors: dict[str, Tensor]) -> None:
+        self.values[key], self.kept[key] = value, tensors
+
+
+def _by_parts(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int) -> dict[str, Packed]:
+    """The forms learned block by block, or layer by layer."""
+    with tempfile.TemporaryDirectory() as folder:
+        desk = _Desk(Path(folder))
+        tensors = {f"{name}.{leaf}": tensor for name, form in forms.items() for leaf, tensor in form.tensors().items()}
+        desk.finish("held", {"forms": {name: form.describe() for name, form in forms.items()}, "kept": []}, tensors)
+        view = Parts(bench.source, desk)
+        view.add("held", desk.done("held"))
+        Reconstruction(bench.source, view, bench.drawn(seed), lesson, seed, desk, quiet)()
+        return {name: form for name in forms if (form := view.packed(name)) is not None}
 
 
 def layer_error(bench: Bench, forms: Mapping[str, Packed]) -> float:
