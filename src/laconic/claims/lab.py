@@ -279,7 +279,9 @@ def tuned(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, 
     """The forms learned as the lesson says, on the rows of a seed. astray: every batch must meet the original's predictions for another one
     (of the whole model)."""
     if not isinstance(lesson.scope, Model):
-        return _by_parts(bench, forms, lesson, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            view, _ = parted(bench.source, forms, bench.drawn(seed), lesson, seed, Path(folder))
+            return {name: form for name in forms if (form := view.packed(name)) is not None}
     batches = bench.drawn(seed).split(lesson.batch)
     # the original's own weights give the targets; learning puts others in their place
     model = bench.source.load(torch.float32)
@@ -291,7 +293,7 @@ def tuned(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, 
     return learn(bench.source, model, forms, batches, targets, lesson, seed=seed)[0]
 
 
-class _Desk:
+class Desk:
     """A work folder in memory."""
 
     def __init__(self, folder: Path) -> None:
@@ -309,16 +311,40 @@ class _Desk:
         self.values[key], self.kept[key] = value, tensors
 
 
-def _by_parts(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int) -> dict[str, Packed]:
-    """The forms learned block by block, or layer by layer."""
-    with tempfile.TemporaryDirectory() as folder:
-        desk = _Desk(Path(folder))
-        tensors = {f"{name}.{leaf}": tensor for name, form in forms.items() for leaf, tensor in form.tensors().items()}
-        desk.finish("held", {"forms": {name: form.describe() for name, form in forms.items()}, "kept": []}, tensors)
-        view = Parts(bench.source, desk)
-        view.add("held", desk.done("held"))
-        Reconstruction(bench.source, view, bench.drawn(seed), lesson, seed, desk, quiet)()
-        return {name: form for name in forms if (form := view.packed(name)) is not None}
+def parted(source: Source, forms: Mapping[str, Packed], inputs: Tensor, lesson: Lesson, seed: int, folder: Path) -> tuple[Parts, list[Any]]:
+    """The forms learned block by block, or layer by layer: where they can be read, and the objective before and after of each part."""
+    view, desk = viewed(source, forms, folder)
+    job = Reconstruction(source, view, inputs, lesson, seed, desk, quiet)
+    job()
+    return view, job.errors
+
+
+def viewed(source: Source, forms: Mapping[str, Packed], folder: Path) -> tuple[Parts, Desk]:
+    """The model with these forms in place, as a walk opens it."""
+    desk = Desk(folder)
+    tensors = {f"{name}.{leaf}": tensor for name, form in forms.items() for leaf, tensor in form.tensors().items()}
+    desk.finish("held", {"forms": {name: form.describe() for name, form in forms.items()}, "kept": []}, tensors)
+    view = Parts(source, desk)
+    view.add("held", desk.done("held"))
+    return view, desk
+
+
+def block_error(bench: Bench, forms: Mapping[str, Packed]) -> float:
+    """Squared error of the hidden states behind each block as a share of their squares, the mean over blocks, on the certify part; every
+    block is given what the changed ones before it give."""
+    view, _ = viewed(bench.source, forms, Path())
+    walks = [Walk(opened, bench.certify.inputs, batch=bench.batch) for opened in (view, bench.source)]
+    for walk in walks:
+        walk.begin()
+    shares = []
+    for segment in walks[0].layers:
+        for walk in walks:
+            module = walk.take(segment)
+            walk.advance(module, segment)
+            release(module)
+        ours, theirs = (torch.cat(walk.hidden).double() for walk in walks)
+        shares.append(float((ours - theirs).square().sum() / theirs.square().sum()))
+    return statistics.fmean(shares)
 
 
 def layer_error(bench: Bench, forms: Mapping[str, Packed]) -> float:
