@@ -19,7 +19,7 @@ from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
 from laconic.core.packed import Packed, Soft, Transposed, below, restore
 from laconic.core.site import Anatomy, Embedding, Segment, Site
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
-from laconic.core.transform import Change, Lesson, Model, Transform
+from laconic.core.transform import Change, Lesson, Model, Transform, Window
 from laconic.kernels.obs import predicted_loss
 from laconic.kernels.threads import suited
 from laconic.models import Source
@@ -373,7 +373,7 @@ def plan_words(
             "bytes": plan.bytes,
             "bits_per_weight": plan.bytes * 8 / source.parameters,
             "damage": None if math.isnan(plan.damage.value) else plan.damage.value,
-            "peak_memory_bytes": predicted_memory(source, split),
+            "peak_memory_bytes": predicted_memory(source, split, build(recipe.tune) if recipe.tune else None),
         },
         "menu": [_words(row) for row in menu.rows],
         "pareto": pareto(menu, source.parameters) if frontier is None else frontier,
@@ -381,10 +381,11 @@ def plan_words(
     }
 
 
-def predicted_memory(source: Any, split: Any = None) -> int:
+def predicted_memory(source: Any, split: Any = None, lesson: Lesson | None = None) -> int:
     """Peak resident bytes of an apply walk: interpreter and libraries; the widest segment in fp32 twice (weights, and a dense copy of a
     form while codes are made), or the widest single tensor outside the layers twice; hidden states of all calibration rows, in and out,
-    and the inputs of one segment that are kept over its passes."""
+    and the inputs of one segment that are kept over its passes. A lesson on parts: for each weight that learns at once a parameter, its
+    gradient, two moments, and two numbers more; and the original's hidden states."""
     segments = [segment for segment in source.anatomy.segments() if segment.name]
     shapes = [[source.infos[t].shape for t in s.tensors if t in source.infos] for s in segments]
     widest = max((sum(math.prod(shape) for shape in some) for some in shapes), default=0)
@@ -395,6 +396,9 @@ def predicted_memory(source: Any, split: Any = None) -> int:
         tokens = rows.numel() if source.task == "text" else rows.shape[0] * getattr(source.anatomy, "positions", 1)
         widths = [site.matrix[1] for site in segments[0].sites]
         states = 4 * tokens * 2 * min(widths) + min(2 * KEPT, 4 * tokens * (min(widths) + max(widths)))
+    if lesson is not None and not isinstance(lesson.scope, Model):
+        learning = 6 * 4 * widest * (lesson.scope.blocks if isinstance(lesson.scope, Window) else 1)
+        return 500_000_000 + max(widest * 4 * 2 + learning, single * 2) + 2 * states
     return 500_000_000 + max(widest * 4 * 2, single * 2) + states
 
 

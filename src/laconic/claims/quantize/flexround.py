@@ -193,7 +193,7 @@ IMAGES = "400 steps of 32 images, 3 draws of 512 images (quick: 3 bits, 50 steps
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        says="On a model trained by others too, FlexRound's KL and block output error are at most AdaRound's in equal steps on the same grid.",
+        says="On a model trained by others, FlexRound's KL and block output error are at most AdaRound's, steps and grid being equal.",
         where=PAPER,
         scale=f"stories260k on TinyStories, all matrices of the blocks, 4 and 3 bits, one scale a row, block by block, {DRAWS}",
         check=partial(against, "stories260k", FLEX, ADA, 1.0, ROWS, SEEDS),
