@@ -36,10 +36,10 @@ from laconic.methods.quantize.round.rtn import RTN
 
 # all begin on the same grid: ranges shrunk to the least squared error of the weights, as both papers do
 NEAREST = RTN(clip=True)
-# each at the best of a few rates on the search part of stories260k at 3 bits in 100 steps: FlexRound 0.003 to 0.03, constant or falling;
-# AdaRound 0.01 to 0.2, constant or falling, lambda 0.001 to 0.1
-FLEX = FlexRound(rates=tuple((name, 1e-2) for name in ("s1", "s2", "s3", "s4")), decay="cosine")
-ADA = AdaRound(rates=(("v", 1e-1),), weigh=0.1)
+# each at the best of some ten settings on the search part of stories260k at 3 bits in 100 steps: FlexRound's rates 0.003 to 0.03, constant
+# or falling; AdaRound's 0.01 to 0.4, constant or falling, lambda 0.001 to 0.1
+FLEX = FlexRound(rates=(("s1", 3e-3), ("s2", 2e-2), ("s3", 3e-3), ("s4", 3e-3)), decay="cosine")
+ADA = AdaRound(rates=(("v", 2e-1),), weigh=0.03)
 
 
 @dataclass(frozen=True)
