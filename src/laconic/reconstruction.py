@@ -22,6 +22,8 @@ from laconic.tuning import Run, Targets, tune
 
 # batches on which a part's error is measured before and after
 MEASURED = 4
+# images that a step sees at least
+IMAGES = 32
 
 
 class View(Opened, Protocol):
@@ -49,7 +51,9 @@ class Reconstruction:
 
     def __call__(self) -> str:
         """Learns everything; says in a sentence what came of it."""
-        walk, original = (Walk(opened, self.inputs, batch=self.lesson.batch) for opened in (self.view, self.source))
+        # images are small: a step sees as many as in the papers
+        batch = self.lesson.batch if self.source.task == "text" else max(self.lesson.batch, IMAGES)
+        walk, original = (Walk(opened, self.inputs, batch=batch) for opened in (self.view, self.source))
         walk.begin()
         original.begin()
         if walk.whole:

@@ -39,7 +39,7 @@ def test_resnet20_agrees_with_itself(shared: Path, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "tune", ["flexround(rates=(('s1', 1e-2), ('s2', 1e-2), ('s3', 1e-2), ('s4', 1e-2)),", "adaround(rates=(('v', 1e-1),),"]
+    "tune", ["flexround(rates=(('s2', 2e-2), ('s1', 3e-3)), decay='cosine',", "adaround(rates=(('v', 2e-1),), weigh=0.03,"]
 )
 def test_resnet20_learns_its_rounding_layer_by_layer(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str) -> None:
     monkeypatch.setenv("LACONIC_DATA", str(shared))
