@@ -68,6 +68,17 @@ class _Promise:
         self.layer, self.entry = layer, entry
 
 
+def _kept(handed: Any, gave: Mapping[int, Any]) -> Any:
+    """What a layer is handed, by place or by name, with the promises of those layers kept whose output is given."""
+
+    def kept(value: Any) -> Any:
+        return gave[value.layer][value.entry] if isinstance(value, _Promise) and value.layer in gave else value
+
+    if isinstance(handed, dict):
+        return {name: kept(value) for name, value in handed.items()}
+    return tuple(kept(value) for value in handed)
+
+
 def _uncached(value: Any) -> Any:
     """None for a cache of keys and values: a layer is run many times over the same tokens, which a cache would count as new ones."""
     return None if any(kind.__name__ == "Cache" for kind in type(value).__mro__) else value
@@ -425,12 +436,16 @@ class Walk:
         if not segment.name:
             self.source.fill(self.model, "", torch.float32)
             return self.model
-        number = self._number(segment)
-        if (stack := next(s for s, numbers in enumerate(self.stacks) if number in numbers)) >= self.entered:
-            self.enter(stack)
+        self.reach(segment)
         module = self._modules[segment.name]
         self.source.fill(module, segment.name, torch.float32)
         return module
+
+    def reach(self, segment: Segment) -> None:
+        """Enters the stack that a segment is of, where that was not done: its hidden states are there."""
+        number = self._number(segment)
+        if (stack := next(s for s, numbers in enumerate(self.stacks) if number in numbers)) >= self.entered:
+            self.enter(stack)
 
     def outputs(self, module: nn.Module, segment: Segment) -> Iterator[Tensor]:
         """The segment's output for each batch, in order, without storing it."""
@@ -453,18 +468,45 @@ class Walk:
             self._keep_promises(i, number, out)
         return out[0]  # type: ignore[no-any-return]
 
+    def chained(self, modules: Sequence[tuple[Callable[..., Any], Segment]], i: int) -> Tensor:
+        """Batch i through neighbouring segments, each run by what stands for its module. Gradients may flow, and the walk keeps nothing."""
+        if self.whole:
+            return answer_of(modules[0][0](self.hidden[i], **self._plain))
+        hidden = self.hidden[i]
+        gave: dict[int, Any] = {}
+        for module, segment in modules:
+            number = self._number(segment)
+            out = module(hidden, *_kept(self.handed[i][number][0], gave), **_kept(self.handed[i][number][1], gave))
+            gave[number] = out
+            hidden = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def passing(self, module: nn.Module, segment: Segment, site: Site) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """What one site's module is given and gives for each batch, None for a batch that does not reach it; passes end there."""
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            found.append((args[0].detach(), output.detach()))
+            raise Stop
+
+        for i in range(len(self.hidden)):
+            handle = self.site_module(module, segment, site).register_forward_hook(hook)
+            try:
+                with torch.no_grad(), contextlib.suppress(Stop):
+                    self._through(module, segment, i)
+            finally:
+                handle.remove()
+            yield found.pop() if found else None
+
     def _number(self, segment: Segment) -> int:
         return next(n for n, layer in enumerate(self.layers) if layer.name == segment.name)
 
     def _keep_promises(self, i: int, number: int, out: tuple[Any, ...]) -> None:
         """What a layer gave besides the hidden state goes to the layers that were handed the promise of it."""
 
-        def kept(value: Any) -> Any:
-            return out[value.entry] if isinstance(value, _Promise) and value.layer == number else value
-
         for later in range(number + 1, len(self.layers)):
             args, kwargs = self.handed[i][later]
-            self.handed[i][later] = (tuple(kept(value) for value in args), {name: kept(value) for name, value in kwargs.items()})
+            self.handed[i][later] = (_kept(args, {number: out}), _kept(kwargs, {number: out}))
 
     def observe(
         self, module: nn.Module, segment: Segment, sites: Sequence[Site], wants: Sequence[Statistic]

@@ -16,6 +16,7 @@ import yaml
 from laconic import __version__
 from laconic.budget import parse_budget
 from laconic.core.errors import BrokenPromise, UserError
+from laconic.core.transform import Lesson, Model
 from laconic.data import Samples, Split
 from laconic.journal import Work
 from laconic.measurement import compare, hardware, peak_memory, sizes, summarize, watch
@@ -278,16 +279,17 @@ def _tuned(
     progress: Progress,
     log: Log,
 ) -> Applied:
-    """What the recipe learns over the whole model, taken where the search data say that it is better."""
+    """What the recipe learns, over the whole model or part by part, taken where the search data say that it is better."""
     if recipe.tune is None:
         return applied
-    if source.parameters > TUNABLE:
+    lesson: Lesson = build(recipe.tune)
+    if isinstance(lesson.scope, Model) and source.parameters > TUNABLE:
         return _noted(plan, log, applied, f"{recipe.tune} was left out: it holds the whole model and is for {TUNABLE:,} weights at most")
     name = applied.parts[0].partition("/")[0]
     before = _kl(source, applied, split, name, work, progress)
     if not plan["judged"]:
         plan["judged"].append({"plan": name, "bytes": applied.bytes, "kl": before})
-    tuned = tune_plan(source, calibration_rows(source, split), applied, build(recipe.tune), seed=seed, work=work, progress=progress)
+    tuned = tune_plan(source, calibration_rows(source, split, lesson), applied, lesson, seed=seed, work=work, progress=progress)
     after = _kl(source, tuned, split, "tuned", work, progress)
     plan["judged"].append({"plan": "tuned", "bytes": tuned.bytes, "kl": after})
     if after < before:

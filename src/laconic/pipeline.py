@@ -19,11 +19,12 @@ from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
 from laconic.core.packed import Packed, Soft, Transposed, below, restore
 from laconic.core.site import Anatomy, Embedding, Segment, Site
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
-from laconic.core.transform import Change, Lesson, Transform
+from laconic.core.transform import Change, Lesson, Model, Transform, Window
 from laconic.kernels.obs import predicted_loss
 from laconic.kernels.threads import suited
 from laconic.models import Source
 from laconic.recipe import Recipe, build, level_of, level_words
+from laconic.reconstruction import Reconstruction
 from laconic.tuning import Targets, tune
 
 Progress = Callable[[str, int, int, str], None]
@@ -123,9 +124,11 @@ def offers(source: Any, recipe: Recipe) -> list[Offer]:
     return found
 
 
-def calibration_rows(source: Any, split: Any) -> Tensor:
-    """The inputs that statistics are taken from. Of images 256 are enough: every position of a convolution is a row of its Gram."""
-    return split.calibrate.inputs if source.task == "text" else split.calibrate.inputs[:256]  # type: ignore[no-any-return]
+def calibration_rows(source: Any, split: Any, lesson: Lesson | None = None) -> Tensor:
+    """The inputs that statistics are taken from. Of images 256 are enough: every position of a convolution is a row of its Gram. A lesson
+    on parts of a model, which sees each image many times, has 1,024."""
+    count = 256 if lesson is None or isinstance(lesson.scope, Model) else 1024
+    return split.calibrate.inputs if source.task == "text" else split.calibrate.inputs[:count]  # type: ignore[no-any-return]
 
 
 def chosen_by(source: Any, plan: Mapping[str, Any]) -> dict[str, Offer]:
@@ -370,7 +373,7 @@ def plan_words(
             "bytes": plan.bytes,
             "bits_per_weight": plan.bytes * 8 / source.parameters,
             "damage": None if math.isnan(plan.damage.value) else plan.damage.value,
-            "peak_memory_bytes": predicted_memory(source, split),
+            "peak_memory_bytes": predicted_memory(source, split, build(recipe.tune) if recipe.tune else None),
         },
         "menu": [_words(row) for row in menu.rows],
         "pareto": pareto(menu, source.parameters) if frontier is None else frontier,
@@ -378,10 +381,11 @@ def plan_words(
     }
 
 
-def predicted_memory(source: Any, split: Any = None) -> int:
+def predicted_memory(source: Any, split: Any = None, lesson: Lesson | None = None) -> int:
     """Peak resident bytes of an apply walk: interpreter and libraries; the widest segment in fp32 twice (weights, and a dense copy of a
     form while codes are made), or the widest single tensor outside the layers twice; hidden states of all calibration rows, in and out,
-    and the inputs of one segment that are kept over its passes."""
+    and the inputs of one segment that are kept over its passes. A lesson on parts: for each weight that learns at once a parameter, its
+    gradient, two moments, and two numbers more; and the original's hidden states."""
     segments = [segment for segment in source.anatomy.segments() if segment.name]
     shapes = [[source.infos[t].shape for t in s.tensors if t in source.infos] for s in segments]
     widest = max((sum(math.prod(shape) for shape in some) for some in shapes), default=0)
@@ -392,6 +396,9 @@ def predicted_memory(source: Any, split: Any = None) -> int:
         tokens = rows.numel() if source.task == "text" else rows.shape[0] * getattr(source.anatomy, "positions", 1)
         widths = [site.matrix[1] for site in segments[0].sites]
         states = 4 * tokens * 2 * min(widths) + min(2 * KEPT, 4 * tokens * (min(widths) + max(widths)))
+    if lesson is not None and not isinstance(lesson.scope, Model):
+        learning = 6 * 4 * widest * (lesson.scope.blocks if isinstance(lesson.scope, Window) else 1)
+        return 500_000_000 + max(widest * 4 * 2 + learning, single * 2) + 2 * states
     return 500_000_000 + max(widest * 4 * 2, single * 2) + states
 
 
@@ -738,28 +745,18 @@ class _Filed:
 def tune_plan(
     source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, *, seed: int, work: Any, progress: Progress = quiet
 ) -> Applied:
-    """The applied model with all that can be learned in it tuned together against the original's outputs on calibration rows (count, ...).
-    Bytes and forms stay; each finished part is written anew under its own key. A cut run tunes again from the start."""
+    """The applied model with what can be learned in it tuned against the original on calibration rows (count, ...): the whole together, or
+    part by part, as the lesson's scope says. Bytes and forms stay; each finished part is written anew under its own key. A cut run goes on
+    with the part that it was at."""
     keys = [f"tuned/{part}" for part in applied.parts]
     if not all(work.done(key) for key in keys):
-        # images are small: a step sees as many as a batch of the walk
-        batches = inputs.split(lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source)))
-        progress("tuning", 0, lesson.steps, "the original's predictions")
-        shelf = Shelf(work.folder / "tuning", 256 * 1024**2)
-        targets = _Filed(shelf, finished_logits(source, inputs, batches[0].shape[0]))
-        model = applied.view.skeleton()
-        applied.view.fill(model, "", torch.float32)
-        held = {name: packed for name in applied.forms if (packed := applied.view.packed(name)) is not None}
-        forms, losses = learn(source, model, held, batches, targets, lesson, seed=seed, progress=progress)
-        shelf.clear()
-        del model, held
-        said = f"tuned over {lesson.steps} steps: {_first_and_last(losses)}"
+        learned, said = (_whole if isinstance(lesson.scope, Model) else _by_parts)(source, inputs, applied, lesson, seed, work, progress)
         for key, part in zip(keys, applied.parts, strict=True):
             value = dict(work.done(part))
             tensors = dict(work.tensors(part))
             for name in value["forms"]:
-                if name in forms:
-                    tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in forms[name].tensors().items()})
+                if (form := learned(name)) is not None:
+                    tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in form.tensors().items()})
             if work.done(key) is None:
                 work.finish(key, value | {"notes": [*value["notes"], said]}, tensors)
     view = Parts(source, work)
@@ -769,6 +766,34 @@ def tune_plan(
     probe = next(finished_logits(view, probe_of(source, inputs), 1))
     view.cached = ("", {})
     return Applied(tuple(keys), dict(view.forms), applied.bytes, notes, probe, view)
+
+
+# gives a form by its stored name after learning, None where nothing was learned of it
+Forms = Callable[[str], Packed | None]
+
+
+def _whole(source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, seed: int, work: Any, progress: Progress) -> tuple[Forms, str]:
+    """All that can be learned, together, and a sentence on it."""
+    # images are small: a step sees as many as a batch of the walk
+    batches = inputs.split(lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source)))
+    progress("tuning", 0, lesson.steps, "the original's predictions")
+    shelf = Shelf(work.folder / "tuning", 256 * 1024**2)
+    targets = _Filed(shelf, finished_logits(source, inputs, batches[0].shape[0]))
+    model = applied.view.skeleton()
+    applied.view.fill(model, "", torch.float32)
+    held = {name: packed for name in applied.forms if (packed := applied.view.packed(name)) is not None}
+    forms, losses = learn(source, model, held, batches, targets, lesson, seed=seed, progress=progress)
+    shelf.clear()
+    return forms.get, f"tuned over {lesson.steps} steps: {lesson.objective.name} {_first_and_last(losses)}"
+
+
+def _by_parts(source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, seed: int, work: Any, progress: Progress) -> tuple[Forms, str]:
+    """All that can be learned, part by part, and a sentence on it."""
+    view = Parts(source, work)
+    for part in applied.parts:
+        view.add(part, work.done(part))
+    said = Reconstruction(source, view, inputs, lesson, seed, work, progress)()
+    return view.packed, said
 
 
 def learn(
@@ -789,7 +814,7 @@ def learn(
         path.setdefault(source.tied.get(name, name), name)
     softs: dict[str, Soft] = {}
     for name, packed in held.items():
-        soft = packed.soften(source.read(name).float().reshape(packed.shape))
+        soft = lesson.soften(packed, source.read(name).float().reshape(packed.shape))
         if soft is not None:
             softs[name] = soft
 
@@ -807,7 +832,7 @@ def learn(
 def _first_and_last(losses: Sequence[float]) -> str:
     """The objective at both ends, each the mean of a tenth of the steps."""
     tenth = max(1, len(losses) // 10)
-    return f"KL on calibration rows {sum(losses[:tenth]) / tenth:.4g} -> {sum(losses[-tenth:]) / tenth:.4g}"
+    return f"on calibration rows {sum(losses[:tenth]) / tenth:.4g} -> {sum(losses[-tenth:]) / tenth:.4g}"
 
 
 def finished_logits(opened: Any, inputs: Tensor, batch: int) -> Iterator[Tensor]:

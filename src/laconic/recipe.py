@@ -24,13 +24,15 @@ from laconic.core.errors import UserError, nearest
 from laconic.core.menu import Search
 from laconic.core.score import Score
 from laconic.core.site import Conv, Embedding, Linear, Site, TensorId
-from laconic.core.transform import Lesson, Transform
+from laconic.core.transform import Layer, Lesson, Model, Scope, Transform, Window
 
 HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding}
 # a matrix that any method can be asked about before a model is opened
 PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
 ROLES = (Transform, Score, Search, Lesson)
+# what a lesson's scope may be called
+SCOPES: dict[str, type[Scope]] = {"layer": Layer, "block": Window, "window": Window, "model": Model}
 
 
 class Choice(BaseModel):
@@ -49,8 +51,8 @@ class Choice(BaseModel):
 
 class Recipe(BaseModel):
     """search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing.
-    judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned afterwards over the
-    whole model, kept where it is better at the output."""
+    judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned afterwards, over
+    the whole model or part by part, kept where it is better at the output."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -164,9 +166,13 @@ def _path(node: ast.expr) -> str | None:
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
 
 
+def _class(path: str) -> type:
+    return SCOPES[path] if path in SCOPES else method_class(path)
+
+
 def _build(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Call) and (path := _path(node.func)) and not node.args:
-        cls = method_class(path)
+        cls = _class(path)
         fields = [f.name for f in dataclasses.fields(cls)]
         knobs = {}
         for keyword in node.keywords:
@@ -178,7 +184,7 @@ def _build(node: ast.expr, text: str) -> Any:
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: {error}") from None
     if path := _path(node):
-        cls = method_class(path)
+        cls = _class(path)
         try:
             return cls()
         except TypeError as error:

@@ -53,13 +53,14 @@ def tune(
     generator: torch.Generator,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
-    """Learns the forms in place, all together; returns the objective of each step. run(i, weights): output for batch i with these dense
-    weights, by the forms' names; targets[i]: what it must meet."""
+    """Learns the forms in place, all together; returns the objective of each step, without the forms' own penalties. run(i, weights):
+    output for batch i with these dense weights, by the forms' names; targets[i]: what it must meet."""
     named = [(name.rpartition(".")[2], p) for soft in forms.values() for name, p in soft.named_parameters()]
     groups = [{"params": [p for name, p in named if name == learned], "lr": rate} for learned, rate in lesson.rates]
     groups = [group for group in groups if group["params"]]
     optimiser: torch.optim.Optimizer = Signed(groups) if lesson.optimiser == "signed" else torch.optim.Adam(groups, betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimiser.param_groups]
+    parts = [part for soft in forms.values() for part in soft.modules() if isinstance(part, Soft)]
     order = shuffled(len(targets), generator)
     found = []
     for step in range(lesson.steps):
@@ -69,7 +70,11 @@ def tune(
         weights = {name: soft.dense() for name, soft in forms.items()}
         i = next(order)
         loss = lesson.objective(run(i, weights), targets[i], None)
-        loss.backward()
+        total = loss
+        for part in parts:
+            if (penalty := part.penalty(step / lesson.steps)) is not None:
+                total = total + penalty
+        total.backward()
         optimiser.step()
         found.append(float(loss.detach()))
         progress(step + 1, lesson.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from laconic.data import open_data
 from laconic.job import compress
 from laconic.models import open_model
-from laconic.recipe import Recipe, load_recipe
+from laconic.recipe import Choice, Recipe, load_recipe
 
 
 def one_scale_a_channel(bits: int) -> Recipe:
@@ -35,6 +36,26 @@ def test_resnet20_agrees_with_itself(shared: Path, tmp_path: Path, monkeypatch: 
     assert certificate["quality"]["top1_agreement"] >= least
     assert certificate["details"]["top1_agreement"]["n"] == 1000
     assert certificate["reload"]["difference"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "tune", ["flexround(rates=(('s2', 2e-2), ('s1', 3e-3)), decay='cosine',", "adaround(rates=(('v', 2e-1),), weigh=0.03,"]
+)
+def test_resnet20_learns_its_rounding_layer_by_layer(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str) -> None:
+    monkeypatch.setenv("LACONIC_DATA", str(shared))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    sys.modules.pop("cifar", None)
+    source = open_model("cifar:resnet20")
+    split = open_data("cifar:train", source, seed=0, certify="cifar:test", limits=(64, 64, 64))
+    source.trace(split.calibrate.inputs[:1])
+    learned = one_scale_a_channel(3).model_copy(update={
+        "choices": (Choice(method="quantize.round.rtn(clip=True)", levels=({"bits": 3, "group": None},)),),
+        "tune": f"quantize.round.{tune} steps=40, batch=16)",
+    })  # fmt: skip
+    compress(source, split, budget=["size=100%"], recipe=learned, out=tmp_path / "out", log=lambda _: None)
+    judged = json.loads((tmp_path / "out" / "plan.json").read_text())["judged"]
+    assert judged[1]["bytes"] == judged[0]["bytes"]
+    assert judged[1]["kl"] < 0.8 * judged[0]["kl"]
 
 
 def test_stories260k_gptq_beats_round_to_nearest(shared: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from laconic.core.score import Score
 from laconic.core.site import Conv, Linear, Site, TensorId
 from laconic.core.state import State
 from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookups, Seen, Total
-from laconic.core.transform import Transform
+from laconic.core.transform import Lesson, Transform
 from laconic.recipe import ROLES, build, level_of, load_recipe, named, paths
 
 PLAINEST = {Transform: "quantize.round.rtn", Score: "prune.score.magnitude"}
@@ -59,6 +59,11 @@ def levels(path: str, transform: Transform) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
+def lessons() -> list[tuple[str, Lesson]]:
+    """(name, lesson) of every lesson with its defaults."""
+    return [(path, instance(cls)) for path, cls in classes(Lesson)]
+
+
 def states() -> list[tuple[str, Any]]:
     """(name, how to make one) of every state: with its defaults, and with each other word that one of its knobs may be."""
     found = []
@@ -99,4 +104,4 @@ def stats_of(x: torch.Tensor, where: Site) -> dict[Any, torch.Tensor]:
     return {kind: kind.finish(kind.update(kind.init(where), Seen(x=rows))) for kind, rows in seen.items()}
 
 
-__all__ = ["ROLES", "Packed", "classes", "conv_site", "instance", "levels", "site", "states", "stats_of", "transforms"]
+__all__ = ["ROLES", "Packed", "classes", "conv_site", "instance", "lessons", "levels", "site", "states", "stats_of", "transforms"]

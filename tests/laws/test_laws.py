@@ -19,7 +19,9 @@ from laconic.core.score import Across, Everywhere, NofM, PerRow, Score, Unit, ke
 from laconic.core.site import Linear
 from laconic.core.state import State
 from laconic.core.statistic import Seen
+from laconic.kernels.grids import Grid
 from laconic.methods.quantize.grid.grouped import Grouped
+from laconic.methods.quantize.round.rtn import RTN
 from laconic.recipe import paths
 
 _spec = importlib.util.spec_from_file_location("laws_found", Path(__file__).with_name("found.py"))
@@ -217,6 +219,50 @@ def test_a_softened_form_begins_as_it_is_and_stores_what_it_computes(path, trans
     assert torch.equal(turned.dense(), begun.dense().T) and torch.equal(turned.harden().dense(), begun.dense().T)
     with pytest.raises(TypeError, match="harden"):
         soft.describe()
+
+
+# ---- lessons
+
+LESSONS = found.lessons()
+GRIDS = [Grid(8, None), Grid(4, 16), Grid(3, None), Grid(3, 16, symmetric=True), Grid(2, 7), Grid(1, None)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("path", "lesson"), LESSONS, ids=[p for p, _ in LESSONS])
+def test_a_lesson_begins_with_round_to_nearest_and_stores_as_many_bytes(path, lesson, grid):
+    exact = "a soft form computes what it stores" not in importlib.import_module(f"laconic.methods.{path}").CARD.exceptions
+    # every other weight lies half-way between two codes, where rounding goes to the even one
+    tied = (torch.arange(12 * 36).reshape(12, 36) % 9).float() / 2
+    cases = [(found.site(12, 36), weight(12, 36)), (found.conv_site(6, 4, 3), weight(6, 36)), (found.site(12, 36), tied)]
+    cases += [(found.site(5, 37), torch.zeros(5, 37)), (found.site(5, 37), weight(5, 37) * 1e-20)]
+    for site, w in cases:
+        (held,) = RTN()(site, {"weight": w}, {}, grid).hold.values()
+        soft = lesson.soften(held, w.reshape(site.shape))
+        begun = soft.harden()
+        assert type(begun) is type(held) and begun.describe() == held.describe()
+        assert all(torch.equal(begun.tensors()[name], tensor) for name, tensor in held.tensors().items())
+        turned = lesson.soften(Transposed(held), w.T).harden()
+        assert torch.equal(turned.dense(), held.dense().reshape(site.matrix).T)
+        summed = lesson.soften(Sum(held, Dense(w * 0.1)), (w * 1.1).reshape(site.shape))
+        assert torch.equal(summed.harden().tensors()["terms.0.codes"], held.tensors()["codes"]) or w is not tied
+        # every parameter that a rate names is there, and each gets a gradient
+        (soft.dense() * torch.randn(site.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+        parameters = dict(soft.named_parameters())
+        assert set(parameters) <= {name for name, _ in lesson.rates}
+        for name, p in parameters.items():
+            assert p.grad is not None and torch.isfinite(p.grad).all(), name
+            assert w.abs().max() < 1e-10 or p.grad.abs().sum() > 0, name
+            with torch.no_grad():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.5)
+        packed = soft.harden()
+        assert torch.isfinite(packed.dense()).all() and torch.isfinite(soft.dense()).all()
+        assert packed.nbytes == held.nbytes
+        if exact:
+            torch.testing.assert_close(soft.dense(), packed.dense(), rtol=1e-6, atol=1e-6)
+        # a penalty is a number at every stage, zero or more
+        for done in (0.0, 0.3, 1.0):
+            penalty = soft.penalty(done)
+            assert penalty is None or (penalty.shape == () and float(penalty.detach()) >= 0)
 
 
 def test_algebra_of_forms():

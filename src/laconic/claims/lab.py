@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,12 +24,13 @@ from laconic.core.packed import Packed
 from laconic.core.site import Conv, Linear, Site
 from laconic.core.state import Ragged, State
 from laconic.core.statistic import Gram
-from laconic.core.transform import Lesson, Level, Transform
+from laconic.core.transform import Lesson, Level, Model, Transform
 from laconic.data import Samples, Texts, open_data
 from laconic.kernels.obs import output_error
 from laconic.measurement import compare, outputs
 from laconic.models import Source, open_model
-from laconic.pipeline import learn
+from laconic.pipeline import Parts, learn, quiet
+from laconic.reconstruction import Reconstruction
 from laconic.runtime import StateCache
 from laconic.zoo import corpus, nano
 
@@ -274,7 +276,12 @@ def seen(bench: Bench, transform: Transform, level: Level, seed: int = 0) -> Fou
 
 
 def tuned(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, *, astray: bool = False) -> dict[str, Packed]:
-    """The forms tuned together on the rows of a seed. astray: every batch must meet the original's predictions for another one."""
+    """The forms learned as the lesson says, on the rows of a seed. astray: every batch must meet the original's predictions for another one
+    (of the whole model)."""
+    if not isinstance(lesson.scope, Model):
+        with tempfile.TemporaryDirectory() as folder:
+            view, _ = parted(bench.source, forms, bench.drawn(seed), lesson, seed, Path(folder))
+            return {name: form for name in forms if (form := view.packed(name)) is not None}
     batches = bench.drawn(seed).split(lesson.batch)
     # the original's own weights give the targets; learning puts others in their place
     model = bench.source.load(torch.float32)
@@ -284,6 +291,60 @@ def tuned(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, 
     # outside of inference mode, so that losses may be taken of them
     targets = [logits.clone() for logits in (made[1:] + made[:1] if astray else made)]
     return learn(bench.source, model, forms, batches, targets, lesson, seed=seed)[0]
+
+
+class Desk:
+    """A work folder in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.values: dict[str, Any] = {}
+        self.kept: dict[str, dict[str, Tensor]] = {}
+
+    def done(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        return self.kept[key]
+
+    def finish(self, key: str, value: Any, tensors: dict[str, Tensor]) -> None:
+        self.values[key], self.kept[key] = value, tensors
+
+
+def parted(source: Source, forms: Mapping[str, Packed], inputs: Tensor, lesson: Lesson, seed: int, folder: Path) -> tuple[Parts, list[Any]]:
+    """The forms learned block by block, or layer by layer: where they can be read, and the objective before and after of each part."""
+    view, desk = viewed(source, forms, folder)
+    job = Reconstruction(source, view, inputs, lesson, seed, desk, quiet)
+    job()
+    return view, job.errors
+
+
+def viewed(source: Source, forms: Mapping[str, Packed], folder: Path) -> tuple[Parts, Desk]:
+    """The model with these forms in place, as a walk opens it."""
+    desk = Desk(folder)
+    tensors = {f"{name}.{leaf}": tensor for name, form in forms.items() for leaf, tensor in form.tensors().items()}
+    desk.finish("held", {"forms": {name: form.describe() for name, form in forms.items()}, "kept": []}, tensors)
+    view = Parts(source, desk)
+    view.add("held", desk.done("held"))
+    return view, desk
+
+
+def block_error(bench: Bench, forms: Mapping[str, Packed]) -> float:
+    """Squared error of the hidden states behind each block as a share of their squares, the mean over blocks, on the certify part; every
+    block is given what the changed ones before it give."""
+    view, _ = viewed(bench.source, forms, Path())
+    walks = [Walk(opened, bench.certify.inputs, batch=bench.batch) for opened in (view, bench.source)]
+    for walk in walks:
+        walk.begin()
+    shares = []
+    for segment in walks[0].layers:
+        for walk in walks:
+            module = walk.take(segment)
+            walk.advance(module, segment)
+            release(module)
+        ours, theirs = (torch.cat(walk.hidden).double() for walk in walks)
+        shares.append(float((ours - theirs).square().sum() / theirs.square().sum()))
+    return statistics.fmean(shares)
 
 
 def layer_error(bench: Bench, forms: Mapping[str, Packed]) -> float:

@@ -6,7 +6,7 @@ The algebra makes new forms from old: Sum (base plus correction), Product (low r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -75,15 +75,17 @@ class Packed(nn.Module, ABC):
         """The dense tensor; a Packed is a module, and this is what it computes."""
         return self.dense()
 
-    def soften(self, target: Tensor) -> Soft | None:
+    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         """This form as something to learn, beginning with what it holds. target, of `shape`, is the tensor that it stands for: it says how
-        near each weight is to its other codes. None where nothing of a form can be learned."""
+        near each weight is to its other codes. way: a lesson's own for the form at the bottom; what is built on that form stays. None where
+        nothing of a form can be learned."""
         return None
 
 
 class Soft(Packed):
     """A form that is being learned: parameters stand where a stored form has buffers, and `dense()` is differentiable in them. It is never
-    stored; what is stored is `harden()`, and as it stands at any step, `dense()` equals `harden().dense()`."""
+    stored; what is stored is `harden()`, and as it stands at any step, `dense()` equals `harden().dense()`. One that is relaxed comes to
+    that only at the end, and its method's card says so."""
 
     form = ""
 
@@ -91,12 +93,20 @@ class Soft(Packed):
     def harden(self) -> Packed:
         """The stored form of what has been learned so far."""
 
+    def penalty(self, done: float) -> Tensor | None:
+        """What the form adds to the objective once the share `done` of the steps is behind it: a scalar, None for nothing."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         raise TypeError("a form that is being learned is not stored: harden it first")
 
     @classmethod
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         raise TypeError("a form that is being learned is not stored: harden it first")
+
+
+# makes a form at the bottom (codes on a grid) something to learn, given the tensor that it stands for
+Way = Callable[[Packed, Tensor], Soft | None]
 
 
 class Dense(Packed):
@@ -187,11 +197,11 @@ class Sum(Packed):
             total = total + term.matmul(x)
         return total
 
-    def soften(self, target: Tensor) -> Soft | None:
+    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         base, *rest = self._terms()
         for term in rest:
             target = target - term.dense().reshape(target.shape)
-        soft = base.soften(target)
+        soft = base.soften(target, way)
         return None if soft is None else SoftSum(soft, rest)
 
     def describe(self) -> dict[str, Any]:
@@ -234,8 +244,8 @@ class Transposed(Packed):
     def dense(self) -> Tensor:
         return self.inner.dense().reshape(self.inner.matrix).T.contiguous()
 
-    def soften(self, target: Tensor) -> Soft | None:
-        soft = self.inner.soften(target.T.reshape(self.inner.shape))
+    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
+        soft = self.inner.soften(target.T.reshape(self.inner.shape), way)
         return None if soft is None else SoftTransposed(soft)
 
     def describe(self) -> dict[str, Any]:

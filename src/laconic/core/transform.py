@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from laconic.core.packed import Packed
+from laconic.core.packed import Packed, Soft
 from laconic.core.site import Group, Kind, Site, TensorId
 from laconic.core.statistic import Statistic
 
@@ -19,7 +19,9 @@ Stats = Mapping[Statistic, Tensor]
 
 
 class Objective(ABC):
-    """What a Lesson makes small."""
+    """What a Lesson makes small; `name` in notes."""
+
+    name: ClassVar[str]
 
     @abstractmethod
     def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
@@ -27,9 +29,43 @@ class Objective(ABC):
 
 
 @dataclass(frozen=True)
+class Scope:
+    """What learns together, and whose output it must meet. Subclasses are final."""
+
+
+@dataclass(frozen=True)
+class Layer(Scope):
+    """One matrix after another, each to meet its own layer's output."""
+
+
+@dataclass(frozen=True)
+class Window(Scope):
+    """So many neighbouring blocks together, to meet the last one's output; a single one is block reconstruction. `overlap` of them are in
+    the next window too, where they go on learning."""
+
+    blocks: int = 1
+    overlap: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < self.blocks:
+            raise ValueError(f"blocks={self.blocks}, overlap={self.overlap}: a window has one block or more, and the next one begins later")
+
+
+@dataclass(frozen=True)
+class Model(Scope):
+    """All at once, to meet the model's output."""
+
+
+BLOCK, MODEL = Window(), Model()
+
+
+@dataclass(frozen=True)
 class Lesson(ABC):
     """What is to be learned, run only by pipeline.tune: the objective is brought down over calibration inputs. `rates`: (name, learning
-    rate) of parameters of the Soft forms; one that is not named stays as it is. A step sees `batch` calibration sequences."""
+    rate) of parameters of the Soft forms; one that is not named stays as it is. A step sees `batch` calibration sequences.
+
+    Below the whole model, inputs are those that the compressed model before it gives, and `targets` says what the original was given when
+    it made what is to be met: its own hidden states (float), the compressed model's (prefix), or one and the other with equal weight."""
 
     objective: Objective
     rates: tuple[tuple[str, float], ...]
@@ -37,6 +73,12 @@ class Lesson(ABC):
     batch: int = 8
     optimiser: Literal["adam", "signed"] = "adam"
     decay: Literal["constant", "linear", "cosine"] = "linear"
+    scope: Scope = MODEL
+    targets: Literal["float", "prefix", "both"] = "float"
+
+    def soften(self, held: Packed, target: Tensor) -> Soft | None:
+        """A form as this lesson learns it: in the form's own way, unless the lesson has one."""
+        return held.soften(target)
 
 
 @dataclass(frozen=True)

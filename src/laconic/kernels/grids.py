@@ -47,6 +47,11 @@ def grouped(x: Tensor, grid: Grid, fill: float = 0.0) -> Tensor:
     return x.reshape(n, count, width)
 
 
+def ungrouped(runs: Tensor, m: int) -> Tensor:
+    """(n, groups, width) -> (n, m), without what filled the ragged end."""
+    return runs.reshape(runs.shape[0], -1)[:, :m]
+
+
 def _ends(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Least and greatest weight of each group, zero always inside."""
     runs = grouped(weight, grid)
@@ -96,6 +101,11 @@ def fit_clipped(
 def through(x: Tensor, rounded: Tensor) -> Tensor:
     """rounded, with the gradient of x. Bengio et al. 2013, arXiv:1308.3432, the straight-through estimator."""
     return x + (rounded - x).detach()
+
+
+def as_stored(scale: Tensor) -> Tensor:
+    """A learned scale with the value that it is stored with, in bf16; its gradient passes that rounding."""
+    return through(scale, scale.to(torch.bfloat16).float())
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:

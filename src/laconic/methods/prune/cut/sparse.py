@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from laconic.core.packed import Packed, Soft, below, restore
+from laconic.core.packed import Packed, Soft, Way, below, restore
 from laconic.kernels.bits import pack, unpack
 
 
@@ -45,9 +45,9 @@ class Sparse(Packed):
         out[unpack(self.mask, 1, m).bool()] = self.values.dense().reshape(-1)
         return out.reshape(self.shape)
 
-    def soften(self, target: Tensor) -> Soft | None:
+    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         mask = unpack(self.mask, 1, self.matrix[1]).bool()
-        soft = self.values.soften(self.gather(target.reshape(self.matrix), mask))
+        soft = self.values.soften(self.gather(target.reshape(self.matrix), mask), way)
         return None if soft is None else SoftSparse(self.shape, mask, soft)
 
     def describe(self) -> dict[str, Any]:

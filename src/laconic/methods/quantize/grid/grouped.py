@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from laconic.core.packed import Packed, Soft
+from laconic.core.packed import Packed, Soft, Way
 from laconic.kernels.bits import pack, packed_width, unpack
-from laconic.kernels.grids import Grid, decode, grouped, through
+from laconic.kernels.grids import Grid, as_stored, decode, grouped, through, ungrouped
 
 
 class Grouped(Packed):
@@ -59,8 +59,8 @@ class Grouped(Packed):
     def dense(self) -> Tensor:
         return self.rows(slice(None)).reshape(self.shape)
 
-    def soften(self, target: Tensor) -> Soft:
-        return Stepped(self, target)
+    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
+        return Stepped(self, target) if way is None else way(self, target)
 
     def describe(self) -> dict[str, Any]:
         grid = self.grid
@@ -96,20 +96,15 @@ class Stepped(Soft):
         self.step = nn.Parameter(torch.zeros_like(scale))
 
     def _scale(self) -> Tensor:
-        """(n, g) as it is stored, in bf16; its gradient passes that rounding."""
-        learned = self.scale * self.step.exp()
-        return through(learned, learned.to(torch.bfloat16).float())
+        return as_stored(self.scale * self.step.exp())
 
     def _codes(self) -> Tensor:
         return through(self.position, self.position.round()).clamp(0, 2**self.grid.bits - 1)
 
-    def _flat(self, runs: Tensor) -> Tensor:
-        n, m = self.matrix
-        return runs.reshape(n, -1)[:, :m]
-
     def dense(self) -> Tensor:
-        return self._flat((self._codes() - self.zero[..., None]) * self._scale()[..., None]).reshape(self.shape)
+        return ungrouped((self._codes() - self.zero[..., None]) * self._scale()[..., None], self.matrix[1]).reshape(self.shape)
 
     def harden(self) -> Grouped:
         with torch.no_grad():
-            return Grouped.of(self.shape, self.grid, self._flat(self._codes()).to(torch.uint8), self._scale(), self.zero)
+            codes = ungrouped(self._codes(), self.matrix[1]).to(torch.uint8)
+            return Grouped.of(self.shape, self.grid, codes, self._scale(), self.zero)

@@ -16,7 +16,7 @@ from torch import Tensor
 from laconic.core.claim import Card, Paper
 from laconic.core.site import Conv, Embedding, Linear, Site
 from laconic.core.transform import Change, Stats, Transform
-from laconic.kernels.grids import Grid, encode, fit_range
+from laconic.kernels.grids import Grid, encode, fit_clipped, fit_range
 from laconic.methods.quantize.grid.grouped import Grouped
 
 CARD = Card(Paper("Jacob et al.", 2018, "arXiv:1712.05877", "section 2.1, eq. 1"), catalogue="", sibling="quantize.round.gptq")
@@ -25,15 +25,17 @@ CARD = Card(Paper("Jacob et al.", 2018, "arXiv:1712.05877", "section 2.1, eq. 1"
 ROWS = 4 * 1024 * 1024
 
 
-def round_to_nearest(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def round_to_nearest(weight: Tensor, grid: Grid, clip: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """weight (n, m) -> codes (n, m) uint8, scale (n, g), zero (n, g)."""
-    scale, zero = fit_range(weight, grid)
+    scale, zero = fit_clipped(weight, grid) if clip else fit_range(weight, grid)
     return encode(weight, scale, zero, grid), scale, zero
 
 
 @dataclass(frozen=True)
 class RTN(Transform):
-    """Round to nearest; level: a Grid."""
+    """Round to nearest; level: a Grid. clip: shrink each group's range where that lowers the squared error of its weights."""
+
+    clip: bool = False
 
     acts_on = (Linear, Conv, Embedding)
     level = Grid
@@ -47,7 +49,8 @@ class RTN(Transform):
             return Change(hold={site.tensors["weight"]: Grouped.of(site.shape, level, codes, scale, zero)})
         step = max(1, ROWS // m)
         pieces = [
-            Grouped.of((min(step, n - i), m), level, *round_to_nearest(weight[i : i + step].float(), level)) for i in range(0, n, step)
+            Grouped.of((min(step, n - i), m), level, *round_to_nearest(weight[i : i + step].float(), level, self.clip))
+            for i in range(0, n, step)
         ]
         if len(pieces) == 1:
             held = Grouped(site.shape, level, pieces[0].codes, pieces[0].scales, None if level.symmetric else pieces[0].zeros)
