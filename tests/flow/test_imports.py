@@ -18,7 +18,7 @@ HOME = ROOT / "src" / "laconic"
 LAYERS = [
     ("core",),
     ("kernels",),
-    ("anatomy", "architectures", "experts", "models", "data", "calibration", "journal", "artifact", "plugin", "runtime", "methods"),
+    ("anatomy", "architectures", "experts", "models", "data", "calibration", "journal", "artifact", "plugin", "runtime", "decoding", "methods"),
     ("zoo",),
     ("budget", "recipe", "tuning", "pipeline", "measurement"),
     ("job",),
