@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +115,9 @@ class Layers(Stack):
 
     def __init__(self, model: nn.Module, state: State, parts: Mapping[str, nn.Module] | None = None) -> None:
         kinds = {type(layer) for layer in own_layers(model)}
-        self.model: Any = model
-        decoder: Any = self.model.get_decoder()
-        depth = body_of(self.model.config).depth
+        self.model = whole = cast(Any, model)
+        decoder: Any = whole.get_decoder()
+        depth = body_of(whole.config).depth
         found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
         if kinds != {DynamicLayer} or not found:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))

@@ -172,7 +172,7 @@ def _run(
     if recipe.decode is not None:
         rows = calibration_rows(source, split)
         placed = place_parts(source, rows, applied, build(recipe.decode), seed=seed, work=work, progress=progress)
-        plan["notes"] += work.done("placed")["notes"]
+        plan["notes"] += (work.done("placed") or {})["notes"]
     beside = sum(t.numel() * t.element_size() for t in placed.values())
     clock("tune", at)
     at = time.monotonic()
@@ -325,9 +325,7 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _files(
-    source: Source, plan: Mapping[str, Any], recipe: Recipe, applied: Applied, placed: Mapping[str, Any]
-) -> dict[str, bytes | Path]:
+def _files(source: Source, plan: Mapping[str, Any], recipe: Recipe, applied: Applied, placed: Mapping[str, Any]) -> dict[str, bytes | Path]:
     """Everything beside the weights that the result's hashes depend on."""
     files: dict[str, bytes | Path] = {path.name: path for path in source.companions() if path.name not in ("config.json", "README.md")}
     held: dict[str, Any] = {"quant_method": "laconic", "format": 1, "forms": applied.forms}

@@ -18,9 +18,9 @@ HOME = ROOT / "src" / "laconic"
 LAYERS = [
     ("core",),
     ("kernels",),
-    ("anatomy", "architectures", "experts", "models", "data", "calibration", "journal", "artifact", "plugin", "runtime", "decoding", "methods"),
+    ("anatomy", "architectures", "experts", "models", "data", "calibration", "journal", "artifact", "plugin", "runtime", "methods"),
     ("zoo",),
-    ("budget", "recipe", "tuning", "pipeline", "measurement"),
+    ("budget", "decoding", "recipe", "tuning", "pipeline", "measurement"),
     ("job",),
     ("page", "serve"),
     ("catalogue",),

@@ -1,4 +1,4 @@
-"""How tokens are drawn: a Decoder over a Stack, which is what a model looks like to it. Greedy, sampled, drafted and beam decoding answer it."""
+"""How tokens are drawn: a Decoder over a Stack, which is what a model looks like to it."""
 
 from __future__ import annotations
 
@@ -124,7 +124,5 @@ class Decoder(ABC):
         raise NotImplementedError(f"{type(self).__name__} places nothing")
 
     @abstractmethod
-    def __call__(
-        self, stack: Stack, prompt: Tensor, *, limit: int, draw: Draw, ends: frozenset[int] = frozenset()
-    ) -> Iterator[Round]:
+    def __call__(self, stack: Stack, prompt: Tensor, *, limit: int, draw: Draw, ends: frozenset[int] = frozenset()) -> Iterator[Round]:
         """prompt (b, t) -> at most `limit` new tokens a row, nothing after an end. UserError for a batch that it cannot decode."""

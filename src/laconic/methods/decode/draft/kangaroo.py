@@ -97,9 +97,7 @@ class Kangaroo(Decoder):
     def taught(self, parts: Mapping[str, nn.Module], hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         return head(parts[PART](hidden, 0, CAUSAL))
 
-    def __call__(
-        self, stack: Stack, prompt: Tensor, *, limit: int, draw: Draw, ends: frozenset[int] = frozenset()
-    ) -> Iterator[Round]:
+    def __call__(self, stack: Stack, prompt: Tensor, *, limit: int, draw: Draw, ends: frozenset[int] = frozenset()) -> Iterator[Round]:
         if prompt.shape[0] != 1:
             raise UserError(f"Kangaroo drafts for one text at a time, here are {prompt.shape[0]}; give them one by one")
         adapter, mix = stack.parts[PART], partial(stack.mix, 0)
@@ -115,7 +113,8 @@ class Kangaroo(Decoder):
         yield Round(row(token))
         left, owed = limit - 1, early[:, :0]
         while left > 0 and token not in ends:
-            path, guesses, sure, states = [token], [], 1.0, early[:, :0]
+            path, sure, states = [token], 1.0, early[:, :0]
+            guesses: list[Tensor] = []
             while True:
                 fresh = stack.rise(row(path[-1]), self.tap)
                 states, owed = torch.cat([states, fresh], 1), torch.cat([owed, fresh], 1)

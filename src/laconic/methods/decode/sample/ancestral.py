@@ -25,9 +25,7 @@ class Ancestral(Decoder):
 
     lossless: ClassVar[bool] = True
 
-    def __call__(
-        self, stack: Stack, prompt: Tensor, *, limit: int, draw: Draw, ends: frozenset[int] = frozenset()
-    ) -> Iterator[Round]:
+    def __call__(self, stack: Stack, prompt: Tensor, *, limit: int, draw: Draw, ends: frozenset[int] = frozenset()) -> Iterator[Round]:
         step = prompt
         for _ in range(limit):
             odds = draw.odds(stack.answer(step).logits[:, -1])
