@@ -377,7 +377,10 @@ def _add_drafting(path: str | Path, split: Split, found: dict[str, Any], progres
     talk = open_talk(path)
     assert talk.decoder is not None
     prompts = split.certify.inputs[:DRAFTED, :64]
-    more = measurement.drafting(talk.model, talk.decoder, talk.parts, talk.state, prompts)
+    new = min(64, talk.context - prompts.shape[1]) if talk.context else 64
+    if new < 2:
+        return
+    more = measurement.drafting(talk.model, talk.decoder, talk.parts, talk.state, prompts, new=new)
     found["details"] |= more.pop("details")
     found |= more
     progress("timing", 1, 1, "the decoder and decoding one by one take turns")
@@ -632,12 +635,17 @@ def cache(model: nn.Module, method: str = "cache.store.kivi") -> StateCache:
 
 def _state(text: str) -> State:
     """A State from its written form: a path with knobs in brackets, or in short its last word, with bits behind a colon."""
-    names = [entry.name for entry in catalogue.select(role="state")]
-    word, _, bits = text.partition(":")
-    path = next((name for name in names if name.rpartition(".")[2] == word), catalogue.ALIASES.get(text, text))
-    found = build(f"{path}(bits={bits})" if bits and path in names else path)
+    names = {entry.name.rpartition(".")[2]: entry.name for entry in catalogue.select(role="state")}
+    word, colon, bits = text.partition(":")
+    if word.isidentifier():
+        if word not in names:
+            raise UserError(f"unknown cache {word!r}{nearest(word, names)}")
+        if colon and not bits.isdigit():
+            raise UserError(f"cache {text!r} is not understood; behind the colon stand bits, such as {word}:2")
+        text = f"{names[word]}(bits={bits})" if colon else names[word]
+    found = build(catalogue.ALIASES.get(text, text))
     if not isinstance(found, State):
-        raise UserError(f"unknown cache {text!r}{nearest(text, names)}")
+        raise UserError(f"unknown cache {text!r}{nearest(text, names.values())}")
     return found
 
 

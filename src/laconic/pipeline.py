@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -829,45 +830,53 @@ def beside(source: Any, recipe: Recipe) -> dict[str, int]:
 def place_parts(
     source: Any, inputs: Tensor, applied: Applied, decoder: Decoder, *, seed: int, work: Any, progress: Progress = quiet
 ) -> dict[str, Tensor]:
-    """What a decoder needs beside the applied model, learned from that model's own hidden states and predictions on calibration rows:
-    tensors by dotted name, as they are stored. Never more than one segment of the model in memory; a cut run learns again."""
+    """What a decoder needs beside the applied model, learned on calibration rows: tensors by dotted name, as they are stored. A cut run
+    learns again from the start."""
     key = "placed"
-    if not work.done(key):
-        generator = torch.Generator().manual_seed(seed)
-        parts = dict(decoder.place(body_of(source.config), generator).place)
-        said = []
-        if (lesson := decoder.lesson) is not None:
-            progress("tuning", 0, lesson.steps, "what the model says of the calibration rows")
-            hidden, targets = Shelf(work.folder / "hidden", KEPT), Shelf(work.folder / "targets", KEPT)
-            walk = Walk(applied.view, inputs, batch=lesson.batch)
-            walk.begin()
-            for number, segment in enumerate(walk.layers):
-                module = walk.take(segment)
-                if number == decoder.tap:
-                    _file(hidden, walk.hidden)
-                walk.advance(module, segment)
-                release(module)
-            logits = _Filed(targets, walk.logits())
-            head = applied.view.read(source.tied.get(f"{walk.head_name()}.weight", f"{walk.head_name()}.weight")).float()
-            for part in parts.values():
-                part.train().requires_grad_(True)
-            losses = tune(
-                lambda i, _: decoder.taught(parts, hidden.get(str(i)), lambda x: nn.functional.linear(x, head)),
-                logits, parts, lesson, generator=generator,
-                progress=lambda done, total: progress("tuning", done, total, "parts beside the model"),
-            )  # fmt: skip
-            hidden.clear()
-            targets.clear()
-            applied.view.cached = ("", {})
-            said = [f"parts for decoding learned over {lesson.steps} steps: {_first_and_last(losses)}"]
+    if work.done(key) is None:
+        parts, losses = learn_parts(source, applied.view, inputs, decoder, seed=seed, folder=work.folder / "placing", progress=progress)
+        applied.view.cached = ("", {})
+        said = [f"parts for decoding learned over {len(losses)} steps: {_first_and_last(losses)}"] if losses else []
         tensors = {f"{path}.{name}": kept_tensor(t.detach()) for path, part in parts.items() for name, t in part.state_dict().items()}
         work.finish(key, {"notes": said}, tensors)
     return dict(sorted(work.tensors(key).items()))
 
 
-def _file(shelf: Shelf, batches: Sequence[Tensor]) -> None:
-    for i, batch in enumerate(batches):
-        shelf.put(str(i), batch)
+def learn_parts(
+    source: Any, opened: Any, inputs: Tensor, decoder: Decoder, *, seed: int, folder: Path, progress: Progress = quiet
+) -> tuple[dict[str, nn.Module], list[float]]:
+    """A decoder's parts, and the objective of each step of their lesson, from hidden states and predictions of the opened model itself
+    (`source`, or a view of it that is compressed) over rows of tokens. Never more than one segment of the model in memory."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = dict(decoder.place(body_of(source.config), generator).place)
+    if (lesson := decoder.lesson) is None:
+        return parts, []
+    progress("tuning", 0, lesson.steps, "what the model says of the calibration rows")
+    hidden = Shelf(folder / "hidden", KEPT)
+    walk = Walk(opened, inputs, batch=lesson.batch)
+    walk.begin()
+    for number, segment in enumerate(walk.layers):
+        module = walk.take(segment)
+        if number == decoder.tap:
+            for i, batch in enumerate(walk.hidden):
+                hidden.put(str(i), batch)
+        walk.advance(module, segment)
+        release(module)
+    targets = _Filed(Shelf(folder / "targets", KEPT), walk.logits())
+    stored = f"{walk.head_name()}.weight"
+    head = opened.read(source.tied.get(stored, stored)).float()
+    for part in parts.values():
+        part.train().requires_grad_(True)
+    losses = tune(
+        lambda i, _: decoder.taught(parts, hidden.get(str(i)), lambda x: nn.functional.linear(x, head)),
+        targets, parts, lesson, generator=generator,
+        progress=lambda done, total: progress("tuning", done, total, "parts beside the model"),
+    )  # fmt: skip
+    hidden.clear()
+    targets.shelf.clear()
+    for part in parts.values():
+        part.eval().requires_grad_(False)
+    return parts, losses
 
 
 def _first_and_last(losses: Sequence[float]) -> str:
