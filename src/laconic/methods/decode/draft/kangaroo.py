@@ -30,6 +30,7 @@ from laconic.kernels.speculation import verdict
 CARD = Card(Paper("Liu et al.", 2024, "arXiv:2404.18911", "sections 3.1 and 3.2"), catalogue="kangaroo", sibling="decode.sample.ancestral")
 
 PART = "kangaroo"
+EPS = 1e-6
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 CAUSAL: Mix = partial(F.scaled_dot_product_attention, is_causal=True)
 
@@ -40,30 +41,32 @@ class Adapter(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.before, self.after = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.before, self.after = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
         self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
 
     def begin(self, generator: torch.Generator) -> None:
         """Values in place of none."""
-        for norm in (self.before, self.after):
-            nn.init.ones_(norm.weight)
+        for scale in (self.before, self.after):
+            nn.init.ones_(scale)
         for linear in (self.q, self.k, self.v):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5, generator=generator)
         nn.init.zeros_(self.o.weight)
 
     def forward(self, hidden: Tensor, first: int, mix: Mix) -> Tensor:
         """hidden (b, t, d) of tokens from place `first` on; mix: attention over all that came before."""
-        x = self.before(hidden)
+        x = F.rms_norm(hidden, self.before.shape, self.before, EPS)
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
         places = torch.arange(first, first + hidden.shape[1], device=hidden.device)[None]
         mixed = mix(rotated(q, places), rotated(k, places), v)
-        return self.after(hidden + self.o(mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+        out = hidden + self.o(mixed.transpose(1, 2).flatten(2))
+        return F.rms_norm(out, self.after.shape, self.after, EPS)
 
 
 @dataclass(frozen=True)
 class Kangaroo(Decoder):
     """tap: layers that draft; eta: the draft ends behind a token that is less sure; most: tokens drafted at most for one pass; steps,
-    rate: of learning, Adam, 4 texts a step, the rate falling to zero along a cosine."""
+    rate: of learning, Adam, 4 texts a step, the rate falling to zero along a cosine, that of the norms ten times as high, since a model's
+    last norm may have scales well above one and nothing behind it can make up for them."""
 
     lossless: ClassVar[bool] = True
     tap: int = 2
@@ -80,7 +83,13 @@ class Kangaroo(Decoder):
 
     @property
     def lesson(self) -> Lesson:
-        return Lesson(Divergence(), rates=(("weight", self.rate),), steps=self.steps, batch=4, decay="cosine")
+        return Lesson(
+            Divergence(),
+            rates=(("weight", self.rate), ("before", 10 * self.rate), ("after", 10 * self.rate)),
+            steps=self.steps,
+            batch=4,
+            decay="cosine",
+        )
 
     def place(self, body: Body, generator: torch.Generator | None) -> Change:
         if self.tap >= body.depth:
