@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import importlib
 import json
 import math
@@ -21,11 +19,14 @@ from torch import Tensor, nn
 
 from laconic import artifact, catalogue, job, measurement
 from laconic.core.claim import Claim, Lab, Measurement, Verdict
+from laconic.core.decoder import Decoder, Draw
 from laconic.core.errors import BrokenPromise, UserError, nearest
 from laconic.core.menu import Search
+from laconic.core.packed import below
 from laconic.core.score import Score
 from laconic.core.state import State
 from laconic.data import Split, Texts, open_data
+from laconic.decoding import Layers, body_of
 from laconic.models import Source, is_artifact, open_model
 from laconic.pipeline import Log, Progress, batch_of, quiet
 from laconic.recipe import Recipe, build, load_recipe
@@ -40,6 +41,8 @@ Model = str | Path | nn.Module | None
 SAME = 1e-3
 # a result of up to so many parameters runs from dense copies: at most 2 GB in fp32, and many times faster than unpacking at each token
 DENSE = 500_000_000
+# held-out prompts that a decoder is measured on
+DRAFTED = 16
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ def _open_job(
     chosen = _recipe("auto" if recipe is None else recipe)
     source = _source(model)
     # a wrong budget is found before any data is read
-    job.parse_budget(words, source)
+    job.parse_budget(words, source, needed=bool(chosen.choices))
     seed = 0 if seed is None else seed
     return _Job(source, _split(source, data, data_certify, seed=seed, length=length, log=log), chosen, words, seed)
 
@@ -381,7 +384,7 @@ def measure(
         split = _split(source, data, data_certify, seed=seed, log=log)
     if speed:
         _refuse_red(path)
-    return measurement.measure(
+    found = measurement.measure(
         path,
         "" if named is None else named,  # type: ignore[arg-type]
         split.certify,
@@ -392,6 +395,26 @@ def measure(
         seed=seed,
         progress=lambda done, total: progress("measuring", done, total, "rows"),
     )
+    if speed:
+        _add_drafting(path, split, found, progress)
+    return found
+
+
+def _add_drafting(path: str | Path, split: Split, found: dict[str, Any], progress: Progress) -> None:
+    """How a result's own decoder does on the certify part, as `generate` runs it; nothing where it has none."""
+    if not (isinstance(path, (str, Path)) and is_artifact(path) and artifact.decoder_of(path)):
+        return
+    progress("timing", 0, 1, "the decoder and decoding one by one take turns")
+    talk = open_talk(path)
+    assert talk.decoder is not None
+    prompts = split.certify.inputs[:DRAFTED, :64]
+    new = min(64, talk.context - prompts.shape[1]) if talk.context else 64
+    if new < 2:
+        return
+    more = measurement.drafting(talk.model, talk.decoder, talk.parts, talk.state, prompts, new=new)
+    found["details"] |= more.pop("details")
+    found |= more
+    progress("timing", 1, 1, "the decoder and decoding one by one take turns")
 
 
 def _refuse_red(path: str | Path) -> None:
@@ -429,6 +452,8 @@ def bench(
     found["peak_memory_bytes"] = peak.bytes
     found["details"]["peak_memory_bytes"] = {"unit": "bytes", "n": 1, "what": "process tree of this bench, which holds both models"}
     found["hardware"] = measurement.hardware()
+    if (Path(path) / "certificate.json").is_file() and artifact.decoder_of(path):
+        _add_drafting(path, _recorded_split(source, _certificate(path).get("data", {}), log), found, progress)
     if record and is_artifact(path):
         _record_speed(Path(path), found)
     return found
@@ -447,28 +472,74 @@ def _record_speed(folder: Path, found: Mapping[str, Any]) -> None:
 
 
 class Talk(NamedTuple):
-    """A model with its tokenizer, ready to generate. context: most positions, 0 where there is no bound. ends: ids that end a text."""
+    """A model with its tokenizer, ready to generate. context: most positions, 0 where there is no bound. ends: ids that end a text.
+    decoder, parts: what draws several tokens a pass, None where it is one by one; cache: how the past is held, None: as transformers do."""
 
     model: nn.Module
     tokenizer: Any
     context: int
     ends: frozenset[int]
+    decoder: Decoder | None = None
+    parts: Mapping[str, nn.Module] = {}
+    cache: str | None = None
+
+    def state(self) -> State:
+        """An empty State for one text."""
+        return _state(self.cache or "cache.store.full")
 
 
-def open_talk(model: Model = None, *, dtype: torch.dtype = torch.float32) -> Talk:
-    """Loads a result or an original with its tokenizer. UserError for a model that writes no text."""
+def open_talk(model: Model = None, *, dtype: torch.dtype = torch.float32, decoder: str | None = None, cache: str | None = None) -> Talk:
+    """Loads a result or an original with its tokenizer. decoder: in written form; None: the result's own, where it has one. UserError for
+    a model that writes no text, and for a decoder whose parts the model does not have."""
+    if cache is not None:
+        _state(cache)
+    chosen = None if decoder is None else _decoder(decoder)
     is_result = isinstance(model, (str, Path)) and bool(model) and is_artifact(model)
     source: Any = artifact.stream(model) if is_result else _source(model)  # type: ignore[arg-type]
     if source.task != "text":
         raise UserError(f"{source.spec} is no language model; generate needs one that writes text")
     tokenizer = source.tokenizer()
+    drawn, parts = _parts(model, source, chosen, dtype) if is_result or chosen is not None else (None, {})
     loaded = load(model, dtype=dtype, thaw=source.parameters <= DENSE)
     ends: set[int] = set()
     holder: Any
     for holder in (getattr(loaded, "generation_config", None), getattr(loaded, "config", None), tokenizer):
         found = getattr(holder, "eos_token_id", None)
         ends |= set(found) if isinstance(found, (list, tuple)) else {found} if isinstance(found, int) else set()
-    return Talk(loaded, tokenizer, int(source.context or 0), frozenset(ends))
+    return Talk(loaded, tokenizer, int(source.context or 0), frozenset(ends), drawn, parts, cache)
+
+
+def _decoder(text: str) -> Decoder:
+    """A Decoder from its written form."""
+    found = build(text)
+    if not isinstance(found, Decoder):
+        names = sorted(entry.name for entry in catalogue.select(role="decoder"))
+        raise UserError(f"{text} is no decoder{nearest(text, names)}")
+    return found
+
+
+def _parts(model: Model, source: Any, chosen: Decoder | None, dtype: torch.dtype) -> tuple[Decoder | None, dict[str, nn.Module]]:
+    """The decoder that runs a model, the chosen one or the result's own, and its parts, filled."""
+    own = artifact.decoder_of(model) if isinstance(model, (str, Path)) and is_artifact(model) else None
+    decoder = chosen if chosen is not None else _decoder(own[0]) if own is not None else None
+    if decoder is None:
+        return None, {}
+    parts = dict(decoder.place(body_of(source.config), None).place) if source.config is not None else {}
+    stored = own[1] if own is not None else {}
+    if parts and (own is None or _decoder(own[0]).tap != decoder.tap):
+        name = type(decoder).__name__.lower()
+        raise UserError(
+            f"{model or 'the embedded model'} holds no parts for {name}(tap={decoder.tap}); make them with "
+            f"`laconic compress MODEL --recipe {name} -o out`"
+        )
+    for path, part in parts.items():
+        values = {name: value.to(dtype) for name, value in below(stored, path).items()}
+        try:
+            part.load_state_dict(values, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"{artifact.PLACED} of {model} does not hold {path} whole ({error}); write the folder again") from None
+        part.eval().requires_grad_(False)
+    return decoder, parts
 
 
 def prompt_ids(talk: Talk, prompt: str, *, raw: bool = False) -> Tensor:
@@ -492,9 +563,17 @@ def prompt_ids(talk: Talk, prompt: str, *, raw: bool = False) -> Tensor:
 
 
 def tokens(talk: Talk, ids: Tensor, *, limit: int, temperature: float, generator: torch.Generator) -> Iterator[int]:
-    """New token ids one by one, with a KV cache or states: the likeliest at temperature 0, else drawn; until an end, limit or context."""
+    """New token ids one by one, with a KV cache or states: the likeliest at temperature 0, else drawn; until an end, limit or context. By
+    the model's decoder, where it has one, which draws otherwise from the same distribution."""
     room = min(limit, talk.context - ids.shape[1]) if talk.context else limit
+    if talk.decoder is not None:
+        yield from _drafted(talk, ids, room, Draw(temperature, generator))
+        return
     cache: dict[str, Any] = {}
+    if talk.cache is not None:
+        from laconic.runtime import StateCache
+
+        cache = {"past_key_values": StateCache(talk.model, talk.state())}
     step = ids
     for _ in range(room):
         with torch.inference_mode():
@@ -508,6 +587,22 @@ def tokens(talk: Talk, ids: Tensor, *, limit: int, temperature: float, generator
             return
         yield chosen
         step = torch.tensor([[chosen]])
+
+
+def _drafted(talk: Talk, ids: Tensor, room: int, draw: Draw) -> Iterator[int]:
+    """Tokens as a decoder settles them, an end left out."""
+    assert talk.decoder is not None
+    rounds = talk.decoder(Layers(talk.model, talk.state(), talk.parts), ids, limit=room, draw=draw, ends=talk.ends)
+    while True:
+        # never across a yield: a generator left half-way would keep the mode for everyone
+        with torch.inference_mode():
+            found = next(rounds, None)
+        if found is None:
+            return
+        for one in found.tokens[0].tolist():
+            if one in talk.ends:
+                return
+            yield one
 
 
 def pieces(talk: Talk, ids: Tensor, new: Iterator[int]) -> Iterator[str]:
@@ -528,14 +623,23 @@ def pieces(talk: Talk, ids: Tensor, new: Iterator[int]) -> Iterator[str]:
 
 
 def generate(
-    model: Model = None, prompt: str = "", *, max_tokens: int = 128, temperature: float = 0.0, seed: int = 0, raw: bool = False
+    model: Model = None,
+    prompt: str = "",
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    raw: bool = False,
+    cache: str | None = None,
+    decoder: str | None = None,
 ) -> Iterator[str]:
-    """Pieces of text, token by token, of a result or an original; join them for the whole."""
+    """Pieces of text, token by token, of a result or an original; join them for the whole. cache: how the past is held, `kivi:2` or
+    `cache.store.kivi(bits=2)`. decoder: how tokens are drawn, `decode.sample.ancestral` one by one; None: as the result was made for."""
     if max_tokens < 1:
         raise UserError(f"--max-tokens {max_tokens} writes nothing; ask for at least 1")
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature {temperature:g} is not usable; give 0 (always the likeliest token) or more")
-    talk = open_talk(model)
+    talk = open_talk(model, decoder=decoder, cache=cache)
     ids = prompt_ids(talk, prompt, raw=raw)
     generator = torch.Generator().manual_seed(seed)
     return pieces(talk, ids, tokens(talk, ids, limit=max_tokens, temperature=temperature, generator=generator))
@@ -552,36 +656,28 @@ def cache(model: nn.Module, method: str = "cache.store.kivi") -> StateCache:
         model.generate(**tokenizer("def main(", return_tensors="pt"), past_key_values=held, max_new_tokens=64)
         print(held.nbytes, held.state.bits_per_number)
 
-    Knobs stand in brackets; `laconic show cache.store.kivi` says what they mean. Batches with padding on the left, beam search, assisted
-    generation and plain forward passes work as with transformers' own caches. Layers with a sliding window keep their own cache. Raises
-    UserError for an unknown method or knob, and for a model without a layer that attends to all past tokens."""
+    Knobs stand in brackets, `kivi:2` is short for this; `laconic show cache.store.kivi` says what they mean. Batches with padding on the
+    left, beam search, assisted generation and plain forward passes work as with transformers' own caches. Layers with a sliding window keep
+    their own cache. Raises UserError for an unknown method or knob, and for a model without a layer that attends to all past tokens."""
     from laconic.runtime import StateCache
 
     return StateCache(model, _state(method))
 
 
 def _state(text: str) -> State:
-    """A State from its written form: a path, knobs in brackets."""
-    try:
-        node = ast.parse(text, mode="eval").body
-        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        path, knobs = ast.unparse(call.func), {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError):
-        raise UserError(f"cache {text!r} is not understood; write a path and plain knobs, such as cache.store.kivi(bits=2)") from None
-    known = {entry.name for entry in catalogue.select(role="state")}
-    path = catalogue.ALIASES.get(path, path)
-    if path not in known:
-        raise UserError(f"unknown cache {path!r}{nearest(path, sorted(known))}")
-    module = importlib.import_module(f"laconic.methods.{path}")
-    cls = next(c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__ and issubclass(c, State))
-    fields = [one.name for one in dataclasses.fields(cls) if one.init]
-    for name in knobs:
-        if name not in fields:
-            raise UserError(f"{path} has no knob {name!r}{nearest(name, fields)}")
-    try:
-        return cls(**knobs)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+    """A State from its written form: a path with knobs in brackets, or in short its last word, with bits behind a colon."""
+    names = {entry.name.rpartition(".")[2]: entry.name for entry in catalogue.select(role="state")}
+    word, colon, bits = text.partition(":")
+    if word.isidentifier():
+        if word not in names:
+            raise UserError(f"unknown cache {word!r}{nearest(word, names)}")
+        if colon and not bits.isdigit():
+            raise UserError(f"cache {text!r} is not understood; behind the colon stand bits, such as {word}:2")
+        text = f"{names[word]}(bits={bits})" if colon else names[word]
+    found = build(catalogue.ALIASES.get(text, text))
+    if not isinstance(found, State):
+        raise UserError(f"unknown cache {text!r}{nearest(text, names.values())}")
+    return found
 
 
 # ---- report

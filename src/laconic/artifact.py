@@ -34,6 +34,7 @@ from laconic.models import (
     _transformers_config,
     class_named,
     has_row,
+    header,
     is_artifact,
     open_model,
     stored_name,
@@ -41,6 +42,8 @@ from laconic.models import (
 )
 
 FORMAT = 1
+# parts that stand beside the model, in a file of their own, so that readers who do not know them have a whole model
+PLACED = "placed.safetensors"
 # layers whose arithmetic Held knows; a form of any other module's weight is read as a dense tensor
 HOLDABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # classes of transformers that Held knows: a linear whose weight is stored as (m, n), tables that scale their rows
@@ -358,13 +361,34 @@ def verify_hashes(path: str | Path) -> dict[str, str]:
 
 def bytes_of(path: str | Path) -> int:
     """Stored bytes of all tensors of a folder, headers not counted."""
-    return sum(info.stop - info.start for info in _headers(Path(path)).values())
+    return sum(info.stop - info.start for info in (*_headers(Path(path)).values(), *_beside(Path(path)).values()))
 
 
 def file_bytes_of(path: str | Path) -> int:
     """Bytes of the weight files of a folder, headers included."""
     folder = Path(path)
-    return sum((folder / file).stat().st_size for file in {info.file for info in _headers(folder).values()})
+    return sum((folder / file).stat().st_size for file in {info.file for info in (*_headers(folder).values(), *_beside(folder).values())})
+
+
+def _beside(folder: Path) -> dict[str, TensorInfo]:
+    return header(folder / PLACED) if (folder / PLACED).is_file() else {}
+
+
+def decoder_of(path: str | Path) -> tuple[str, dict[str, Tensor]] | None:
+    """How a result is decoded: the decoder in written form, and the tensors of its parts by dotted name; None where nothing is said."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        return None
+    method = (_json(folder / "config.json").get("quantization_config") or {}).get("decoder")
+    if method is None:
+        return None
+    if not (folder / PLACED).is_file():
+        raise UserError(f"{folder} lacks {PLACED}, which its decoder {method} needs: take a complete copy of the folder")
+    found = {}
+    for name, info in _beside(folder).items():
+        found[name] = torch.empty(info.shape, dtype=info.dtype)
+        _pread(folder / info.file, found[name], info.start)
+    return str(method), found
 
 
 def config_with(config: Path, forms: Mapping[str, Any]) -> bytes:

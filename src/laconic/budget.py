@@ -62,8 +62,11 @@ def _sized(word: str, text: str, whole: int) -> int:
     return int(_number(word, unit.group(1)) * UNITS[unit.group(2).upper()])
 
 
-def parse_budget(words: Sequence[str], source: Counted) -> Budget:
-    """All words together: the least of their bytes. The same word twice with different values is refused."""
+def parse_budget(words: Sequence[str], source: Counted, *, needed: bool = True) -> Budget:
+    """All words together: the least of their bytes. The same word twice with different values is refused, and no word where one is
+    needed."""
+    if not words and not needed:
+        return Budget()
     if not words:
         raise UserError("no budget given; add --budget size=25% (or size=120MB, or bits=4.25)")
     seen: dict[str, str] = {}

@@ -193,7 +193,7 @@ BudgetOption = Annotated[
         "--budget", "-b", help="size=25%, size=120MB (10^6), size=120MiB (2^20) or bits=4.25; several all hold.", show_default=False
     ),
 ]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="auto (default), gptq, rtn, or a YAML file.", show_default=False)]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="auto (default), gptq, rtn, kangaroo or YAML.", show_default=False)]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the data split and of all chance (0).", show_default=False)]
 AgainstOption = Annotated[
     str | None, typer.Option("--against", help="The original; default: what the certificate names.", show_default=False)
@@ -263,7 +263,7 @@ def compress(
 ) -> None:
     """Make a model smaller within a budget, with proof."""
     _later("--max-memory", max_memory)
-    if not budget and plan is None:
+    if not budget and plan is None and recipe is None:
         raise UserError("no budget given; add --budget size=25% (or size=120MB, or bits=4.25), or --plan plan.json")
     if device != "cpu":
         _device(device)
@@ -380,7 +380,7 @@ def plan(
 
     What would be done where, at which price; `compress --plan` takes the file."""
     _later("--max-memory", max_memory)
-    if not budget:
+    if not budget and recipe is None:
         raise UserError("no budget given; add --budget size=25% (or size=120MB, or bits=4.25)")
     if device != "cpu":
         _device(device)
@@ -496,6 +496,8 @@ def bench(
     table = _table(
         f"{folder}: speed on {found['hardware']['processor']}, {found['hardware']['threads']} threads", "", "original", "result", "ratio"
     )
+    if "drafts_accepted" in found:
+        print(drafting_line(found))
     for phase in ("prefill", "decode"):
         key = f"{phase}_tokens_per_s"
         both = []
@@ -510,6 +512,17 @@ def bench(
     print(f"peak memory with both models: {_bytes(found['peak_memory_bytes'])}")
 
 
+def drafting_line(found: Mapping[str, Any]) -> str:
+    """What a result's decoder does, in one sentence."""
+    drafted, plain = found["details"]["drafted_tokens_per_s"], found["details"]["drafted_tokens_per_s_plain"]
+    return (
+        f"drafting, {plain['n']} held-out prompts: {found['drafts_accepted']:.1%} of drafted tokens stand, "
+        f"{found['tokens_per_pass']:.2f} tokens a pass, {found['layer_passes_per_token']:.2f} layer passes a token, "
+        f"{drafted['ratio']:.2f}x the speed of one by one ({found['drafted_tokens_per_s']:,.1f} tokens/s), "
+        f"the same tokens in {found['drafted_same_as_plain']:.1%} of prompts"
+    )
+
+
 @app.command(
     epilog=_examples('laconic generate --prompt "def quicksort("', 'laconic generate out --prompt "..." --max-tokens 200 --temperature 0.8')
 )
@@ -521,15 +534,20 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the drawing.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Leave the tokenizer's chat template out.")] = False,
-    cache: Annotated[str | None, typer.Option("--cache", help="Not yet.", hidden=True)] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="How the past is held: kivi:2 or cache.store.kivi(bits=2).", show_default=False)
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option("--decoder", help="How tokens are drawn; decode.sample.ancestral: one by one.", show_default=False),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Run a result or an original: text token by token."""
-    _later("--cache", cache)
     from laconic import api
 
-    stream = api.generate(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, raw=raw)
+    stream = api.generate(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, raw=raw, cache=cache, decoder=decoder)
     if as_json:
         _print_json({"prompt": prompt, "text": "".join(stream)})
         return

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save
 
 from laconic import __version__
+from laconic.artifact import PLACED
 from laconic.budget import parse_budget
 from laconic.core.errors import BrokenPromise, UserError
 from laconic.core.transform import Lesson, Model
@@ -33,6 +35,7 @@ from laconic.pipeline import (
     finished_logits,
     make_plan,
     menu_of,
+    place_parts,
     plan_words,
     priced_again,
     probe_of,
@@ -112,7 +115,7 @@ def compress(
     """Runs everything and returns the certificate. Raises UserError (nothing is left half-written) or BrokenPromise (the work stays)."""
     refuse_target(source, out)
     # a number that is not one of the budget is found before anything is hashed or written
-    parse_budget(budget, source)
+    parse_budget(budget, source, needed=bool(recipe.choices))
     started = time.monotonic()
     with Work(out, identity_of(source, split, recipe, budget, seed, plan), overwrite=overwrite, log=log) as work, watch() as peak:
         try:
@@ -166,13 +169,19 @@ def _run(
     clock("apply", at)
     at = time.monotonic()
     applied = _tuned(source, split, recipe, seed, plan, applied, work, progress, log)
+    placed: dict[str, Any] = {}
+    if recipe.decode is not None:
+        rows = calibration_rows(source, split)
+        placed = place_parts(source, rows, applied, build(recipe.decode), seed=seed, work=work, progress=progress)
+        plan["notes"] += (work.done("placed") or {})["notes"]
+    beside = sum(t.numel() * t.element_size() for t in placed.values())
     clock("tune", at)
     at = time.monotonic()
     progress("writing", 0, 1, str(work.out))
     for note in applied.notes:
         log(note)
     plan["notes"] = list(dict.fromkeys([*plan["notes"], *applied.notes]))
-    files = _files(source, plan, recipe, applied)
+    files = _files(source, plan, recipe, applied, placed)
     hashes = work.assemble(files, applied.parts)
     written = _written(work, source, split)
     difference = reload_difference(written, applied, probe_of(source, split.calibrate.inputs))
@@ -185,7 +194,7 @@ def _run(
     progress("measuring", 0, 1, "held-out data")
     found = quality_of(source, written, split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
     clock("measure", at)
-    size = sizes(applied.bytes, plan["model"]["bytes"], source.parameters)
+    size = sizes(applied.bytes + beside, plan["model"]["bytes"], source.parameters)
     details = found.pop("details") | size.pop("details")
     hashes = dict(sorted(hashes.items()))
     certificate = {
@@ -245,10 +254,10 @@ def _judged(
     """The solved plan applied; where the recipe judges, also the best uniform plan of its menu; the better at the output is taken."""
     inputs = calibration_rows(source, split)
     applied = apply_plan(source, inputs, plan, work=work, progress=progress, prefix="solved")
-    if not (judge and recipe.judge and recipe.search != UNIFORM):
+    if not (judge and recipe.judge and recipe.search != UNIFORM and recipe.choices):
         return plan, applied
     menu = menu_of(plan)
-    bound = parse_budget(budget, source)
+    bound = parse_budget(budget, source, needed=bool(recipe.choices))
     other = uniform_plan(menu, bound)
     solved_kl = _kl(source, applied, split, "solved", work, progress)
     plan["judged"] = [{"plan": "solved", "bytes": applied.bytes, "kl": solved_kl}]
@@ -318,10 +327,13 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _files(source: Source, plan: Mapping[str, Any], recipe: Recipe, applied: Applied) -> dict[str, bytes | Path]:
+def _files(source: Source, plan: Mapping[str, Any], recipe: Recipe, applied: Applied, placed: Mapping[str, Any]) -> dict[str, bytes | Path]:
     """Everything beside the weights that the result's hashes depend on."""
     files: dict[str, bytes | Path] = {path.name: path for path in source.companions() if path.name not in ("config.json", "README.md")}
-    held = {"quant_method": "laconic", "format": 1, "forms": applied.forms}
+    held: dict[str, Any] = {"quant_method": "laconic", "format": 1, "forms": applied.forms}
+    if recipe.decode is not None:
+        held["decoder"] = recipe.decode
+        files[PLACED] = save(dict(placed))
     if source.path is not None:
         config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = held

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 from laconic import artifact, models
 from laconic.calibration import answer_of
+from laconic.core.decoder import Decoder, Draw
 from laconic.core.errors import BrokenPromise, UserError
+from laconic.core.state import State
+from laconic.decoding import Layers
 from laconic.encoders import feed
 from laconic.kernels import divergence
 
@@ -281,6 +284,83 @@ def speed(original: nn.Module, compressed: nn.Module, *, prompt: int = 128, new:
         ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
         details[key] = _rates(second) | settings | {"dtype": _dtype(compressed), "ratio": ratio}
         details[f"{key}_original"] = _rates(first) | settings | {"dtype": _dtype(original)}
+    return found | {"details": details}
+
+
+class Decoded(NamedTuple):
+    """What decoding one prompt came to: new tokens, how many of them were drafted and accepted, passes through the whole model, passes of
+    single layers and of parts beside the model (those of the prompt not counted), seconds after the prompt."""
+
+    tokens: tuple[int, ...]
+    drafted: int
+    accepted: int
+    passes: int
+    layer_passes: int
+    part_passes: int
+    seconds: float
+
+
+def decoded(decoder: Decoder, stack: Layers, prompt: Tensor, *, new: int, draw: Draw, ends: frozenset[int] = frozenset()) -> Decoded:
+    """prompt (1, t) -> at most `new` tokens by a decoder on a fresh stack."""
+    drafted = accepted = passes = 0
+    with torch.inference_mode():
+        rounds = decoder(stack, prompt, limit=new, draw=draw, ends=ends)
+        tokens = next(rounds).tokens[0].tolist()
+        layers, parts, start = stack.layer_passes, stack.part_passes, time.perf_counter()
+        for found in rounds:
+            tokens += found.tokens[0].tolist()
+            drafted, accepted, passes = drafted + found.drafted, accepted + found.accepted, passes + 1
+    seconds = time.perf_counter() - start
+    return Decoded(tuple(tokens), drafted, accepted, passes, stack.layer_passes - layers, stack.part_passes - parts, seconds)
+
+
+def plainly(model: nn.Module, prompt: Tensor, *, new: int) -> tuple[tuple[int, ...], float]:
+    """prompt (1, t) -> `new` greedy tokens one by one, as transformers caches, and the seconds after the first."""
+    with torch.inference_mode():
+        found = model(input_ids=prompt, use_cache=True)
+        tokens = [int(found.logits[0, -1].argmax())]
+        start = time.perf_counter()
+        while len(tokens) < new:
+            found = model(input_ids=torch.tensor(tokens[-1:])[None], use_cache=True, **carried(found))
+            tokens.append(int(found.logits[0, -1].argmax()))
+    return tuple(tokens), time.perf_counter() - start
+
+
+def drafting(
+    model: nn.Module, decoder: Decoder, parts: Mapping[str, nn.Module], make: Callable[[], State], prompts: Tensor, *, new: int = 64
+) -> dict[str, Any]:
+    """A decoder against decoding one by one with the same model, prompts (n, t), `new` greedy tokens each: tokens a second of both, prompt
+    by prompt in turns; how many drafted tokens stand; passes of layers a token; prompts whose tokens are all the same."""
+    ours: list[Decoded] = []
+    rates: dict[str, list[float]] = {"drafted": [], "plain": []}
+    same = 0
+    for i, prompt in enumerate(prompts.split(1)):
+        turns: dict[str, Any] = {}
+        for name in ("drafted", "plain")[:: 1 if i % 2 else -1]:
+            if name == "plain":
+                turns[name] = plainly(model, prompt, new=new)
+            else:
+                turns[name] = decoded(decoder, Layers(model, make(), parts), prompt, new=new, draw=Draw())
+        ours.append(turns["drafted"])
+        same += turns["drafted"].tokens == turns["plain"][0]
+        rates["drafted"].append((new - 1) / ours[-1].seconds)
+        rates["plain"].append((new - 1) / turns["plain"][1])
+    drafted, tokens = sum(one.drafted for one in ours), (new - 1) * len(ours)
+    found: dict[str, Any] = {
+        "drafts_accepted": sum(one.accepted for one in ours) / max(drafted, 1),
+        "tokens_per_pass": tokens / sum(one.passes for one in ours),
+        "layer_passes_per_token": sum(one.layer_passes for one in ours) / tokens,
+        "part_passes_per_token": sum(one.part_passes for one in ours) / tokens,
+        "drafted_same_as_plain": same / len(ours),
+        "drafted_tokens_per_s": statistics.median(rates["drafted"]),
+    }
+    units = {"drafts_accepted": ("share", drafted), "drafted_same_as_plain": ("share of prompts", len(ours))}
+    details = {key: {"unit": units.get(key, ("", 0))[0] or "per token", "n": units.get(key, ("", tokens))[1]} for key in found}
+    details["tokens_per_pass"]["unit"] = "tokens"
+    ratio = statistics.median(a / b for a, b in zip(rates["drafted"], rates["plain"], strict=True))
+    settings = {"prompt": prompts.shape[1], "new": new, "batch": 1, "threads": torch.get_num_threads(), "dtype": _dtype(model)}
+    details["drafted_tokens_per_s"] = _rates(rates["drafted"]) | settings | {"ratio": ratio}
+    details["drafted_tokens_per_s_plain"] = _rates(rates["plain"]) | settings
     return found | {"details": details}
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from laconic import __version__
 from laconic.budget import parse_budget
 from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_if_once, joined, observed, release
+from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError
-from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
+from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest, plan_of
 from laconic.core.packed import Packed, Soft, Transposed, below, restore
 from laconic.core.site import Anatomy, Embedding, Segment, Site
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
 from laconic.core.transform import Change, Lesson, Model, Transform, Window
+from laconic.decoding import body_of
 from laconic.kernels.obs import predicted_loss
 from laconic.kernels.threads import suited
 from laconic.models import Source
@@ -308,17 +311,18 @@ def make_plan(
     source: Any, split: Any, recipe: Recipe, budget: Sequence[str], *, seed: int, work: Any, progress: Progress = quiet, log: Log = print
 ) -> dict[str, Any]:
     """What, where, at which level, at what price: plan.json's content. Deterministic: no times in it."""
-    bound = parse_budget(budget, source)
+    bound = parse_budget(budget, source, needed=bool(recipe.choices))
     offered = offers(source, recipe)
     covered = {offer.site.tensors["weight"].name for offer in offered}
-    if not covered:
+    if recipe.choices and not covered:
         raise UserError(f"recipe {recipe.name} offers nothing for this model; look at `where`, `kinds` and `keep` in it")
     kept = kept_bytes(source, covered)
-    needs = recipe.search != UNIFORM
+    fixed = sum(kept.values()) + sum(beside(source, recipe).values())
+    needs = recipe.search != UNIFORM and bool(recipe.choices)
     rows_wanted = recipe.price_rows if source.task == "text" else None
     inputs = calibration_rows(source, split)[:rows_wanted] if needs else None
     # what is impossible is said before the long work, from bytes alone
-    bare = Menu(tuple(_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offered), sum(kept.values()))
+    bare = Menu(tuple(_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offered), fixed)
     if bound.bytes is not None and cheapest(bare) > bound.bytes:
         least = cheapest(bare)
         raise UserError(
@@ -326,9 +330,9 @@ def make_plan(
             f"ask for size={least / 1e6:.2f}MB (bits={math.ceil(least * 8e3 / source.parameters) / 1e3:g}) or more"
         )
     rows, _ = price(source, inputs, recipe, seed=seed, work=work, progress=progress, batch=batch_of(source))
-    menu = Menu(tuple(rows), sum(kept.values()))
+    menu = Menu(tuple(rows), fixed)
     rng = torch.Generator().manual_seed(seed)
-    plan = build(recipe.search)(menu, bound, judge=None, rng=rng, log=log)
+    plan = build(recipe.search)(menu, bound, judge=None, rng=rng, log=log) if recipe.choices else plan_of(menu, ())
     return plan_words(source, split, recipe, budget, bound, menu, plan, kept, seed)
 
 
@@ -368,6 +372,7 @@ def plan_words(
         "data": split.record if split is not None else {},
         "choices": [_words(row) for row in plan.rows],
         "kept": [{"tensor": name, "bytes": size, "why": why(name)} for name, size in sorted(kept.items())],
+        "placed": [{"part": path, "bytes": size, "by": recipe.decode} for path, size in beside(source, recipe).items()],
         "notes": list(getattr(source, "notes", ())),
         "predicted": {
             "bytes": plan.bytes,
@@ -404,7 +409,7 @@ def predicted_memory(source: Any, split: Any = None, lesson: Lesson | None = Non
 
 def priced_again(source: Any, plan: Mapping[str, Any]) -> dict[str, Any]:
     """What an edited plan holds in all: bytes and bits a weight. UserError where it exceeds its own budget."""
-    held = sum(entry["bytes"] for entry in plan["kept"])
+    held = _fixed(plan)
     chosen = chosen_by(source, plan)
     for choice in plan["choices"]:
         offer = chosen[choice["site"]]
@@ -420,7 +425,7 @@ def priced_again(source: Any, plan: Mapping[str, Any]) -> dict[str, Any]:
 
 def pareto(menu: Menu, parameters: int, points: int = 14) -> list[dict[str, float]]:
     """The predicted frontier: least damage at budgets spread between the cheapest and the dearest cover."""
-    if any(math.isnan(row.damage.value) for row in menu.rows):
+    if not menu.rows or any(math.isnan(row.damage.value) for row in menu.rows):
         return []
     search = build("search.allocate.knapsack(nodes=500)")
     least = cheapest(menu)
@@ -439,7 +444,12 @@ def pareto(menu: Menu, parameters: int, points: int = 14) -> list[dict[str, floa
 
 def menu_of(plan: Mapping[str, Any]) -> Menu:
     """The menu that a plan was bought from."""
-    return Menu(tuple(_from_words(row) for row in plan["menu"]), sum(entry["bytes"] for entry in plan["kept"]))
+    return Menu(tuple(_from_words(row) for row in plan["menu"]), _fixed(plan))
+
+
+def _fixed(plan: Mapping[str, Any]) -> int:
+    """Bytes of what no row of a plan covers: tensors that stay, and parts beside the model."""
+    return sum(entry["bytes"] for entry in [*plan["kept"], *plan.get("placed", ())])
 
 
 def uniform_plan(menu: Menu, bound: Budget) -> Plan | None:
@@ -557,7 +567,7 @@ def apply_plan(
     take_in(key, value)
     probe = next(finished_logits(view, probe_rows, 1))
     view.cached = ("", {})
-    expected = int(plan["predicted"]["bytes"])
+    expected = int(plan["predicted"]["bytes"]) - sum(entry["bytes"] for entry in plan.get("placed", ()))
     held = sum(entry["bytes"] for entry in (work.done(k) for k in parts))
     if held != expected:
         raise ValueError(f"the result holds {held} bytes where the plan says {expected}")
@@ -827,6 +837,71 @@ def learn(
         progress=lambda done, total: progress("tuning", done, total, "all layers together"),
     )  # fmt: skip
     return {name: soft.harden() for name, soft in softs.items()}, losses
+
+
+# ---- place
+
+
+def beside(source: Any, recipe: Recipe) -> dict[str, int]:
+    """Bytes of each part that a recipe's decoder places beside the model, by path."""
+    if recipe.decode is None:
+        return {}
+    if getattr(source, "config", None) is None:
+        raise UserError(f"recipe {recipe.name} places a decoder's parts, which needs a language model that was opened from a folder")
+    placed = build(recipe.decode).place(body_of(source.config), None).place
+    return {path: sum(2 * p.numel() for p in part.parameters()) for path, part in placed.items()}
+
+
+def place_parts(
+    source: Any, inputs: Tensor, applied: Applied, decoder: Decoder, *, seed: int, work: Any, progress: Progress = quiet
+) -> dict[str, Tensor]:
+    """What a decoder needs beside the applied model, learned on calibration rows: tensors by dotted name, as they are stored. A cut run
+    learns again from the start."""
+    key = "placed"
+    if work.done(key) is None:
+        parts, losses = learn_parts(source, applied.view, inputs, decoder, seed=seed, folder=work.folder / "placing", progress=progress)
+        applied.view.cached = ("", {})
+        said = [f"parts for decoding learned over {len(losses)} steps: {_first_and_last(losses)}"] if losses else []
+        tensors = {f"{path}.{name}": kept_tensor(t.detach()) for path, part in parts.items() for name, t in part.state_dict().items()}
+        work.finish(key, {"notes": said}, tensors)
+    return dict(sorted(work.tensors(key).items()))
+
+
+def learn_parts(
+    source: Any, opened: Any, inputs: Tensor, decoder: Decoder, *, seed: int, folder: Path, progress: Progress = quiet
+) -> tuple[dict[str, nn.Module], list[float]]:
+    """A decoder's parts, and the objective of each step of their lesson, from hidden states and predictions of the opened model itself
+    (`source`, or a view of it that is compressed) over rows of tokens. Never more than one segment of the model in memory."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = dict(decoder.place(body_of(source.config), generator).place)
+    if (lesson := decoder.lesson) is None:
+        return parts, []
+    progress("tuning", 0, lesson.steps, "what the model says of the calibration rows")
+    hidden = Shelf(folder / "hidden", KEPT)
+    walk = Walk(opened, inputs, batch=lesson.batch)
+    walk.begin()
+    for number, segment in enumerate(walk.layers):
+        module = walk.take(segment)
+        if number == decoder.tap:
+            for i, batch in enumerate(walk.hidden):
+                hidden.put(str(i), batch)
+        walk.advance(module, segment)
+        release(module)
+    targets = _Filed(Shelf(folder / "targets", KEPT), walk.logits())
+    stored = f"{walk.head_name()}.weight"
+    head = opened.read(source.tied.get(stored, stored)).float()
+    for part in parts.values():
+        part.train().requires_grad_(True)
+    losses = tune(
+        lambda i, _: decoder.taught(parts, hidden.get(str(i)), lambda x: nn.functional.linear(x, head)),
+        targets, parts, lesson, generator=generator,
+        progress=lambda done, total: progress("tuning", done, total, "parts beside the model"),
+    )  # fmt: skip
+    hidden.clear()
+    targets.shelf.clear()
+    for part in parts.values():
+        part.eval().requires_grad_(False)
+    return parts, losses
 
 
 def _first_and_last(losses: Sequence[float]) -> str:

@@ -67,9 +67,11 @@ def register() -> None:
     class LaconicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """The `quantization_config` of a folder: its format and the form of every held tensor."""
 
-        def __init__(self, forms: dict[str, Any] | None = None, format: int = 1, quant_method: str = "laconic") -> None:
+        def __init__(
+            self, forms: dict[str, Any] | None = None, format: int = 1, quant_method: str = "laconic", decoder: str | None = None
+        ) -> None:
             self.quant_method: Any = quant_method
-            self.format, self.forms = format, forms or {}
+            self.format, self.forms, self.decoder = format, forms or {}, decoder
 
     class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
         """Puts Held layers on meta into the model; transformers then loads their stored tensors by name, like any others."""

@@ -20,17 +20,19 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError, nearest
 from laconic.core.menu import Search
 from laconic.core.score import Score
 from laconic.core.site import Conv, Embedding, Linear, Site, TensorId
+from laconic.core.state import State
 from laconic.core.transform import Layer, Lesson, Model, Scope, Transform, Window
 
 HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding}
 # a matrix that any method can be asked about before a model is opened
 PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
-ROLES = (Transform, Score, Search, Lesson)
+ROLES = (Transform, Score, Search, Lesson, State, Decoder)
 # what a lesson's scope may be called
 SCOPES: dict[str, type[Scope]] = {"layer": Layer, "block": Window, "window": Window, "model": Model}
 
@@ -52,17 +54,19 @@ class Choice(BaseModel):
 class Recipe(BaseModel):
     """search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing.
     judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned afterwards, over
-    the whole model or part by part, kept where it is better at the output."""
+    the whole model or part by part, kept where it is better at the output. decode: how the result is decoded; what that needs beside the
+    model is learned last and counted in the budget. Without choices all weights stay as they are, and no budget is needed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     says: str = ""
     search: str = "search.allocate.knapsack"
-    choices: tuple[Choice, ...] = Field(min_length=1)
+    choices: tuple[Choice, ...] = ()
     keep: str = "(?!)"
     price_rows: int = Field(default=32, ge=1)
     judge: bool = True
     tune: str | None = None
+    decode: str | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in: what is stored in the output."""
@@ -111,6 +115,8 @@ def _first(error: ValidationError) -> str:
 
 def check(recipe: Recipe) -> None:
     """Builds every method and level once, so that a mistake is found before work starts."""
+    if not recipe.choices and recipe.decode is None:
+        raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, `decode` or both")
     for choice in recipe.choices:
         transform = build(choice.method)
         if not isinstance(transform, Transform):
@@ -128,6 +134,8 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"recipe {recipe.name}: where={choice.where!r} is no regular expression ({error})") from None
     if recipe.tune is not None and not isinstance(build(recipe.tune), Lesson):
         raise UserError(f"recipe {recipe.name}: {recipe.tune} is no lesson; try quantize.train.straight")
+    if recipe.decode is not None and not isinstance(build(recipe.decode), Decoder):
+        raise UserError(f"recipe {recipe.name}: {recipe.decode} is no decoder; try decode.draft.kangaroo")
     if not isinstance(build(recipe.search), Search):
         raise UserError(f"recipe {recipe.name}: {recipe.search} is no search; try search.allocate.knapsack")
 
@@ -173,7 +181,7 @@ def _class(path: str) -> type:
 def _build(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Call) and (path := _path(node.func)) and not node.args:
         cls = _class(path)
-        fields = [f.name for f in dataclasses.fields(cls)]
+        fields = [f.name for f in dataclasses.fields(cls) if f.init]
         knobs = {}
         for keyword in node.keywords:
             if keyword.arg not in fields:

@@ -19,6 +19,16 @@ from laconic.core.errors import UserError
 from laconic.core.state import Ragged, State
 
 
+def own_layers(model: nn.Module) -> list[Any]:
+    """The layers of the cache that transformers would make for a decoder; UserError for any other module."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise UserError(f"{type(model).__name__} is no model of transformers; give what AutoModelForCausalLM.from_pretrained returns")
+    if config.is_encoder_decoder:
+        raise UserError(f"{type(model).__name__} has an encoder and a decoder; caches of decoders only are supported")
+    return DynamicCache(config=config.get_text_config(decoder=True)).layers
+
+
 class StateLayer(CacheLayerMixin):
     """One full-attention layer: nothing but its place in the cache's State and how many columns it has."""
 
@@ -68,12 +78,7 @@ class StateCache(Cache):
     state: what is held now; nbytes: bytes of all layers. real: which columns (b, t) hold tokens, None while all do."""
 
     def __init__(self, model: nn.Module, state: State) -> None:
-        config = getattr(model, "config", None)
-        if config is None or not hasattr(model, "get_decoder"):
-            raise UserError(f"{type(model).__name__} is no model of transformers; give what AutoModelForCausalLM.from_pretrained returns")
-        if config.is_encoder_decoder:
-            raise UserError(f"{type(model).__name__} has an encoder and a decoder; caches of decoders only are supported")
-        layers: list[Any] = DynamicCache(config=config.get_text_config(decoder=True)).layers
+        layers = own_layers(model)
         self.mine = {i: StateLayer(self, i) for i, layer in enumerate(layers) if type(layer) is DynamicLayer}
         self.others = [layer for i, layer in enumerate(layers) if i not in self.mine]
         if not self.mine:

@@ -1,6 +1,6 @@
-"""The one training loop: learns Soft forms so that a compressed model gives what the original gives.
+"""The one training loop: learns Soft forms, or modules placed beside a model, so that what is computed with them meets its targets.
 
-It knows no method and no model: what is learned are Softs, how is a Lesson, and a model is a function of a batch's number and weights."""
+It knows no method and no model: what is learned are modules, how is a Lesson, and a model is a function of a batch's number and weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laconic.core.packed import Soft
 from laconic.core.transform import Lesson
@@ -47,15 +47,16 @@ def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
 def tune(
     run: Run,
     targets: Targets,
-    forms: Mapping[str, Soft],
+    forms: Mapping[str, nn.Module],
     lesson: Lesson,
     *,
     generator: torch.Generator,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
     """Learns the forms in place, all together; returns the objective of each step, without the forms' own penalties. run(i, weights):
-    output for batch i with these dense weights, by the forms' names; targets[i]: what it must meet."""
-    named = [(name.rpartition(".")[2], p) for soft in forms.values() for name, p in soft.named_parameters()]
+    output for batch i with these dense weights, by the names of the forms that are Soft (any other module is learned as it is, and `run`
+    calls it itself); targets[i]: what it must meet."""
+    named = [(name.rpartition(".")[2], p) for form in forms.values() for name, p in form.named_parameters()]
     groups = [{"params": [p for name, p in named if name == learned], "lr": rate} for learned, rate in lesson.rates]
     groups = [group for group in groups if group["params"]]
     optimiser: torch.optim.Optimizer = Signed(groups) if lesson.optimiser == "signed" else torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -67,7 +68,7 @@ def tune(
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * _decayed(lesson, step)
         optimiser.zero_grad(set_to_none=True)
-        weights = {name: soft.dense() for name, soft in forms.items()}
+        weights = {name: form.dense() for name, form in forms.items() if isinstance(form, Soft)}
         i = next(order)
         loss = lesson.objective(run(i, weights), targets[i], None)
         total = loss

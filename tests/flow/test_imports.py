@@ -33,7 +33,7 @@ LAYERS = [
         "methods",
     ),
     ("zoo",),
-    ("budget", "recipe", "tuning", "pipeline", "measurement", "selection"),
+    ("budget", "decoding", "recipe", "tuning", "pipeline", "measurement", "selection"),
     ("job",),
     ("page", "serve"),
     ("catalogue",),

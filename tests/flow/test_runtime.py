@@ -183,7 +183,7 @@ def test_rows_repeat(llama: PreTrainedModel) -> None:
         ("cache.store.kivi(bits=9)", "1 to 8"),
         ("cache.store.kivi(layers={})", "no knob 'layers'"),
         ("cache.store.kivi(", "not understood"),
-        ("cache.store.kivi(bits=open)", "not understood"),
+        ("cache.store.kivi(bits=open)", "unknown method 'open'"),
     ],
 )
 def test_what_is_no_cache_is_refused(llama: PreTrainedModel, method: str, says: str) -> None:

@@ -39,7 +39,7 @@ def instance(cls: type) -> Any:
     hints = typing.get_type_hints(cls)
     knobs = {}
     for field in dataclasses.fields(cls):
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        if field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             knobs[field.name] = build(PLAINEST[hints[field.name]])
     return cls(**knobs)
 

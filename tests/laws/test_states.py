@@ -103,6 +103,17 @@ def test_how_tokens_came_leaves_no_trace(make):
 
 
 @each
+def test_what_is_read_of_a_token_stays_where_a_state_says_so(make):
+    new = tokens(LONG + 30)
+    together, alone = filled(make, part(new, 0, LONG)), filled(make, part(new, 0, LONG))
+    seen, changed = together.append(0, part(new, LONG, LONG + 30), None, None), False
+    for at in range(LONG, LONG + 30):
+        for all_at_once, one in zip(seen, fill(alone, part(new, at, at + 1)), strict=True):
+            changed |= not torch.equal(all_at_once.data[:, :, : at + 1], one.data)
+    assert changed != together.steady
+
+
+@each
 def test_rows_may_commit_unlike_counts(make):
     new, state, at = tokens(LONG + 50, b=3), make(), [0, 0, 0]
     g = torch.Generator().manual_seed(2)

@@ -1,4 +1,4 @@
-"""What is carried between tokens, and how tokens mix, are routed and drawn. State has its bookkeeping here, so that a method says only how
+"""What is carried between tokens, and how tokens mix and are routed. State has its bookkeeping here, so that a method says only how
 committed tokens are kept; the others are roles only: the families bring the first of each."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -86,8 +86,10 @@ class State(ABC):
     mark comes back exactly; how tokens were grouped into appends and commits leaves no trace either.
 
     A method is a dataclass whose fields are its knobs. It says how committed tokens are kept and read; both make new values and write to
-    none, so that a mark costs nothing."""
+    none, so that a mark costs nothing. steady: what is read of a token never changes, so that tokens which are appended together read
+    each other as they would one by one; a law checks it."""
 
+    steady: ClassVar[bool] = False
     layers: dict[int, Layer] = field(default_factory=dict, init=False, repr=False)
 
     @abstractmethod
@@ -196,16 +198,6 @@ class Router(ABC):
     @abstractmethod
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (t, d) -> expert indices (t, k) and weights (t, k)."""
-
-
-class Decoder(ABC):
-    """How tokens are drawn. Law of the lossless ones: the distribution is kept."""
-
-    lossless: bool
-
-    @abstractmethod
-    def __call__(self, model: Any, prompt: Tensor, *, limit: int, generator: Any) -> Tensor:
-        """prompt (b, t) -> (b, t + new)."""
 
 
 class Codec(ABC):

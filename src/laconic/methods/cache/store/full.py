@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,6 +24,8 @@ HALVES = ("keys", "values")
 @dataclass(eq=False)
 class Full(State):
     """Every token in full precision."""
+
+    steady: ClassVar[bool] = True
 
     def keep(self, kept: Mapping[str, Ragged] | None, new: tuple[Ragged, ...]) -> Mapping[str, Ragged]:
         if kept is None:

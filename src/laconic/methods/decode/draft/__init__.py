@@ -1,0 +1,1 @@
+"""A cheap model drafts, the model itself judges."""
