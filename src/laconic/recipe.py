@@ -21,14 +21,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from laconic.core.errors import UserError, nearest
-from laconic.core.menu import Search
+from laconic.core.menu import Order, Search
 from laconic.core.score import Score
 from laconic.core.site import Conv, Embedding, Linear, Site
 from laconic.core.transform import Lesson, Transform
 
 HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding}
-ROLES = (Transform, Score, Search, Lesson)
+ROLES = (Transform, Score, Search, Lesson, Order)
 
 
 class Choice(BaseModel):
@@ -48,7 +48,8 @@ class Choice(BaseModel):
 class Recipe(BaseModel):
     """search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing.
     judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned afterwards over the
-    whole model, kept where it is better at the output."""
+    whole model, kept where it is better at the output. order: how the parts of what is held follow one another in a result that loads at
+    any size up to its own, found on `order_rows` rows of the search data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -59,6 +60,8 @@ class Recipe(BaseModel):
     price_rows: int = Field(default=32, ge=1)
     judge: bool = True
     tune: str | None = None
+    order: str | None = None
+    order_rows: int = Field(default=2, ge=1)
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in: what is stored in the output."""
@@ -121,6 +124,8 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"recipe {recipe.name}: where={choice.where!r} is no regular expression ({error})") from None
     if recipe.tune is not None and not isinstance(build(recipe.tune), Lesson):
         raise UserError(f"recipe {recipe.name}: {recipe.tune} is no lesson; try quantize.train.straight")
+    if recipe.order is not None and not isinstance(build(recipe.order), Order):
+        raise UserError(f"recipe {recipe.name}: {recipe.order} is no order; try nest.order.rounds")
     if not isinstance(build(recipe.search), Search):
         raise UserError(f"recipe {recipe.name}: {recipe.search} is no search; try search.allocate.knapsack")
 

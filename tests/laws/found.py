@@ -15,12 +15,12 @@ from laconic.core.packed import Packed
 from laconic.core.score import Score
 from laconic.core.site import Conv, Linear, Site, TensorId
 from laconic.core.state import State
-from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookups, Seen
+from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookups, Norms, Seen
 from laconic.core.transform import Transform
 from laconic.recipe import ROLES, build, level_of, load_recipe, named, paths
 
 PLAINEST = {Transform: "quantize.round.rtn", Score: "prune.score.magnitude"}
-STATISTICS = (Gram(), Fisher(), CrossGram(), Lookups(), LookupFisher())
+STATISTICS = (Gram(), Fisher(), CrossGram(), Lookups(), LookupFisher(), Norms())
 
 
 def classes(role: type) -> list[tuple[str, type]]:
@@ -93,8 +93,7 @@ def conv_site(n: int, channels: int, kernel: int) -> Site:
 
 def stats_of(x: torch.Tensor, where: Site) -> dict[Any, torch.Tensor]:
     """What a pass over rows x (t, m) leaves behind, all transforms' wishes filled."""
-    gram = Gram()
-    return {gram: gram.finish(gram.update(gram.init(where), Seen(x=x)))}
+    return {s: s.finish(s.update(s.init(where), Seen(x=x))) for s in (Gram(), Norms())}
 
 
 __all__ = ["ROLES", "Packed", "classes", "conv_site", "instance", "levels", "site", "states", "stats_of", "transforms"]

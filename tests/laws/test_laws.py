@@ -14,7 +14,7 @@ import torch
 
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Row, Search, cheapest, plan_of, total
-from laconic.core.packed import Dense, Held, Product, Sum, Transposed, restore
+from laconic.core.packed import Dense, Held, Product, Scaled, Sum, Transposed, restore
 from laconic.core.score import Across, Everywhere, NofM, PerRow, Score, Unit, keep_top
 from laconic.core.site import Linear
 from laconic.core.state import State
@@ -59,7 +59,10 @@ def test_statistic_two_halves_are_one_pass(statistic):
     mask = torch.rand(64) > 0.3
 
     def run(part: slice) -> object:
-        return statistic.update(statistic.init(site), Seen(x=x[part], grad=grad[part], reference_x=reference[part], mask=mask[part]))
+        # sequences of four tokens, which a pass does not split
+        taken = x[part]
+        seen = Seen(x=taken, grad=grad[part], reference_x=reference[part], mask=mask[part], sequences=len(taken) // 4)
+        return statistic.update(statistic.init(site), seen)
 
     whole = statistic.finish(run(slice(None)))
     halves = statistic.finish(statistic.merge(run(slice(0, 20)), run(slice(20, None))))
@@ -69,7 +72,7 @@ def test_statistic_two_halves_are_one_pass(statistic):
     # masked tokens never count
     poisoned = x.clone()
     poisoned[~mask] = 11 if ids else 1e6
-    seen = Seen(x=poisoned, grad=torch.where(mask[:, None], grad, 1e6), reference_x=reference, mask=mask)
+    seen = Seen(x=poisoned, grad=torch.where(mask[:, None], grad, 1e6), reference_x=reference, mask=mask, sequences=16)
     torch.testing.assert_close(statistic.finish(statistic.update(statistic.init(site), seen)), whole, rtol=1e-5, atol=atol)
     assert torch.isfinite(statistic.finish(statistic.init(site))).all()
 
@@ -218,6 +221,23 @@ def test_a_softened_form_begins_as_it_is_and_stores_what_it_computes(path, trans
         soft.describe()
 
 
+@pytest.mark.parametrize(("path", "transform", "level"), TRANSFORMS, ids=NAMES)
+def test_the_first_parts_of_a_form_are_a_form_of_the_same_tensors(path, transform, level):
+    site, w = found.site(24, 64), weight(24, 64)
+    (whole,) = transform(site, {"weight": w}, found.stats_of(rows(90, 64), site), level).hold.values()
+    for held, dense in ((whole, w), (Transposed(whole), w.T)):
+        sizes = []
+        for count in range(1, held.parts + 1):
+            first = held.first(count)
+            assert first.parts == count and first.shape == held.shape and torch.isfinite(first.dense()).all()
+            assert all(torch.equal(t, held.tensors()[key]) for key, t in first.tensors().items())
+            assert torch.equal(restore(json.loads(json.dumps(first.describe())), held.tensors()).dense(), first.dense())
+            sizes.append((first.nbytes, float((first.dense() - dense).norm())))
+        assert sizes == sorted(sizes), "more parts, more bytes"
+        assert sizes[-1][1] <= sizes[0][1], "and no more error"
+        assert torch.equal(held.first(held.parts).dense(), held.dense()) and held.first(held.parts).nbytes == held.nbytes
+
+
 def test_algebra_of_forms():
     a, left, right = torch.randn(6, 10), torch.randn(2, 6), torch.randn(2, 10)
     form = Sum(Dense(a), Product(Dense(left), Dense(right)))
@@ -225,6 +245,11 @@ def test_algebra_of_forms():
     torch.testing.assert_close(form.matmul(torch.eye(10)).T, form.dense(), rtol=1e-5, atol=1e-6)
     assert form.nbytes == 4 * (60 + 12 + 20)
     assert torch.equal(restore(form.describe(), form.tensors()).dense(), form.dense())
+    assert (form.parts, form.first(1).nbytes) == (2, 240) and torch.equal(form.first(1).dense(), a)
+    scaled = Scaled(form, torch.arange(1.0, 11))
+    assert torch.equal(scaled.dense(), form.dense() * torch.arange(1.0, 11))
+    assert torch.equal(scaled.rows(torch.tensor([3])), scaled.dense()[[3]])
+    assert scaled.nbytes == form.nbytes + 40 and scaled.first(1).nbytes == 240 + 40
 
 
 # ---- search
