@@ -17,7 +17,7 @@ from laconic import __version__
 from laconic.budget import parse_budget
 from laconic.core.errors import BrokenPromise, UserError
 from laconic.data import Samples, Split
-from laconic.elastic import arrange, index_of, spread_over, stacks_of
+from laconic.elastic import arrange, index_of, refuse_stacks, spread_over, stacks_of
 from laconic.journal import Work
 from laconic.measurement import compare, hardware, peak_memory, sizes, summarize, watch
 from laconic.models import Source
@@ -113,6 +113,8 @@ def compress(
     refuse_target(source, out)
     # a number that is not one of the budget is found before anything is hashed or written
     parse_budget(budget, source)
+    if recipe.order is not None:
+        refuse_stacks(source.anatomy)
     started = time.monotonic()
     with Work(out, identity_of(source, split, recipe, budget, seed, plan), overwrite=overwrite, log=log) as work, watch() as peak:
         try:

@@ -236,3 +236,42 @@ def test_the_command_line_cuts(small: tuple[Path, Path], made: Path) -> None:
     assert written.returncode == 0, written.stderr
     refused = laconic_("generate", str(made), "--budget", "bits=1", "--prompt", "def")
     assert refused.returncode == 2 and "the least is" in refused.stderr and "\n" not in refused.stderr.strip()
+
+
+def test_two_stacks_are_refused_before_work_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "two_net.py").write_text(
+        textwrap.dedent("""
+        import torch
+        from torch import nn
+
+        class Two(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(2))
+                self.second = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)) for _ in range(2))
+                self.head = nn.Linear(12, 3)
+
+            def forward(self, x):
+                for layer in self.first:
+                    x = layer(x)
+                for layer in self.second:
+                    x = layer(x)
+                return self.head(x)
+
+        def make():
+            torch.manual_seed(1)
+            return Two().eval()
+
+        def data():
+            g = torch.Generator().manual_seed(0)
+            for _ in range(6):
+                yield torch.randn(16, 12, generator=g), torch.randint(0, 3, (16,), generator=g)
+
+        data.metric = "accuracy"
+        """)
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"2 stacks of layers \(first, second\), whose parts are not ordered yet"):
+        laconic.compress("two_net:make", "two_net:data", budget="size=90%", recipe="bitstack", out=tmp_path / "out", **SAYS)
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.laconic").exists()

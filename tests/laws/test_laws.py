@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from laconic.core.errors import UserError
-from laconic.core.menu import Budget, Cost, Damage, Menu, Row, Search, cheapest, plan_of, total
+from laconic.core.menu import Budget, Cost, Damage, Menu, Order, Row, Search, cheapest, plan_of, total
 from laconic.core.packed import Dense, Held, Product, Scaled, Sum, Transposed, restore
 from laconic.core.score import Across, Everywhere, NofM, PerRow, Score, Unit, keep_top
 from laconic.core.site import Linear
@@ -287,6 +287,28 @@ def test_unlike_damages_are_not_added():
     a, b = menu(0).rows[:2]
     with pytest.raises(ValueError, match="cannot be added"):
         total([a, b._replace(damage=Damage(1.0, "nats/token", "at the layer"))])
+
+
+# ---- order
+
+
+@pytest.mark.parametrize(
+    ("path", "order"), [(p, found.instance(c)) for p, c in found.classes(Order)], ids=[p for p, _ in found.classes(Order)]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_an_order_names_every_part_once_and_asks_for_what_is_there(path, order, seed):
+    g = torch.Generator().manual_seed(seed)
+    parts = {f"t{i}": tuple(torch.randint(1, 99, (int(torch.randint(1, 6, (1,), generator=g)),), generator=g).tolist()) for i in range(7)}
+
+    def trial(counts, names):
+        assert counts.keys() == parts.keys() and set(names) <= parts.keys()
+        assert all(1 <= counts[name] <= len(sizes) for name, sizes in parts.items())
+        assert all(counts[name] < len(parts[name]) for name in names)
+        return [Damage(hash((name, counts[name], seed)) % 97 / 97, "nats/token", "here") for name in names]
+
+    once = list(order(parts, trial))
+    assert {name: once.count(name) + 1 for name in parts} == {name: len(sizes) for name, sizes in parts.items()}
+    assert list(order(parts, trial)) == once
 
 
 # ---- cards
