@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic import artifact, catalogue, job, measurement
+from laconic.budget import parse_budget
 from laconic.core.claim import Claim, Lab, Measurement, Verdict
 from laconic.core.decoder import Decoder, Draw
 from laconic.core.errors import BrokenPromise, UserError, nearest
@@ -301,11 +302,30 @@ def compress(
     return Result(target, {key: value for key, value in made.items() if key != "measurements"}, made["measurements"])
 
 
-def load(path: Model = None, *, dtype: torch.dtype = torch.float32, thaw: bool = False) -> nn.Module:
-    """A result or an original as a torch.nn.Module in eval mode. thaw: dense copies in `dtype`, faster and as large as the original."""
+def load(
+    path: Model = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    thaw: bool = False,
+    budget: Budget | Sequence[str] | str | None = None,
+) -> nn.Module:
+    """A result or an original as a torch.nn.Module in eval mode. thaw: dense copies in `dtype`, faster and as large as the original.
+    budget: an elastic result (recipe bitstack) cut to it; only the bytes of what fits are read."""
+    limit = _limit(path, budget)
     if isinstance(path, (str, Path)) and path and is_artifact(path):
-        return artifact.load(path, dtype=dtype, thaw=thaw)
+        return artifact.load(path, dtype=dtype, thaw=thaw, limit=limit)
     return _source(path).load(dtype)
+
+
+def _limit(path: Model, budget: Budget | Sequence[str] | str | None) -> int | None:
+    """The bytes that an elastic result is cut to; None without a budget. UserError for what has one size."""
+    if not (words := _words(budget)):
+        return None
+    if not (isinstance(path, (str, Path)) and path and is_artifact(path)):
+        raise UserError(f"{path or 'the embedded model'} is an original, which has one size: leave the budget out, or compress it first")
+    if (index := artifact.elastic(path)) is None:
+        raise UserError(f"{path} has one size and cannot be cut: leave the budget out, or compress again with --recipe bitstack")
+    return parse_budget(words, index).bytes
 
 
 # ---- measure, bench
@@ -369,13 +389,16 @@ def measure(
     data: str | Path | None = None,
     *,
     data_certify: str | Path | None = None,
+    budget: Budget | Sequence[str] | str | None = None,
     seed: int = 0,
     speed: bool = True,
     progress: Progress = quiet,
     log: Log = say,
 ) -> dict[str, Any]:
     """Quality, bytes, speed and memory of a result (or any model) against its original, on the certify part of the data; flat keys, with
-    unit, count and spread under `details`. against: default is the original that the certificate names; data: that of the certificate."""
+    unit, count and spread under `details`. against: default is the original that the certificate names; data: that of the certificate;
+    budget: an elastic result cut to it."""
+    limit = _limit(path, budget)
     named = _original(path, against)
     source = _source(named)
     if data is None and (Path(path) / "certificate.json").is_file():
@@ -393,6 +416,7 @@ def measure(
         with_speed=speed,
         default=default_model() if named is None else None,
         seed=seed,
+        limit=limit,
         progress=lambda done, total: progress("measuring", done, total, "rows"),
     )
     if speed:
@@ -488,9 +512,16 @@ class Talk(NamedTuple):
         return _state(self.cache or "cache.store.full")
 
 
-def open_talk(model: Model = None, *, dtype: torch.dtype = torch.float32, decoder: str | None = None, cache: str | None = None) -> Talk:
-    """Loads a result or an original with its tokenizer. decoder: in written form; None: the result's own, where it has one. UserError for
-    a model that writes no text, and for a decoder whose parts the model does not have."""
+def open_talk(
+    model: Model = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    budget: Budget | Sequence[str] | str | None = None,
+    decoder: str | None = None,
+    cache: str | None = None,
+) -> Talk:
+    """Loads a result (an elastic one cut to a budget) or an original with its tokenizer. decoder: in written form; None: the result's own,
+    where it has one. UserError for a model that writes no text, and for a decoder whose parts the model does not have."""
     if cache is not None:
         _state(cache)
     chosen = None if decoder is None else _decoder(decoder)
@@ -500,7 +531,7 @@ def open_talk(model: Model = None, *, dtype: torch.dtype = torch.float32, decode
         raise UserError(f"{source.spec} is no language model; generate needs one that writes text")
     tokenizer = source.tokenizer()
     drawn, parts = _parts(model, source, chosen, dtype) if is_result or chosen is not None else (None, {})
-    loaded = load(model, dtype=dtype, thaw=source.parameters <= DENSE)
+    loaded = load(model, dtype=dtype, thaw=source.parameters <= DENSE, budget=budget)
     ends: set[int] = set()
     holder: Any
     for holder in (getattr(loaded, "generation_config", None), getattr(loaded, "config", None), tokenizer):
@@ -630,16 +661,18 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     raw: bool = False,
+    budget: Budget | Sequence[str] | str | None = None,
     cache: str | None = None,
     decoder: str | None = None,
 ) -> Iterator[str]:
-    """Pieces of text, token by token, of a result or an original; join them for the whole. cache: how the past is held, `kivi:2` or
-    `cache.store.kivi(bits=2)`. decoder: how tokens are drawn, `decode.sample.ancestral` one by one; None: as the result was made for."""
+    """Pieces of text, token by token, of a result (an elastic one cut to a budget) or an original; join them for the whole. cache: how the
+    past is held, `kivi:2` or `cache.store.kivi(bits=2)`. decoder: how tokens are drawn, `decode.sample.ancestral` one by one; None: as the
+    result was made for."""
     if max_tokens < 1:
         raise UserError(f"--max-tokens {max_tokens} writes nothing; ask for at least 1")
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature {temperature:g} is not usable; give 0 (always the likeliest token) or more")
-    talk = open_talk(model, decoder=decoder, cache=cache)
+    talk = open_talk(model, budget=budget, decoder=decoder, cache=cache)
     ids = prompt_ids(talk, prompt, raw=raw)
     generator = torch.Generator().manual_seed(seed)
     return pieces(talk, ids, tokens(talk, ids, limit=max_tokens, temperature=temperature, generator=generator))

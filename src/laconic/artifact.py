@@ -2,11 +2,15 @@
 
 config.json holds `quantization_config: {"quant_method": "laconic", "format": 1, "forms": {stored name: description}}`; the result of a
 factory has laconic.json with `factory`, `format` and `forms` instead. The tensors of a form are stored as `<stored name>.<key>`; every
-other tensor keeps its name."""
+other tensor keeps its name.
+
+A folder with elastic.json loads at any size up to its own (`limit`, in bytes): forms are cut to their first parts, the bytes of the others
+are not read. `slices` lists, in the order of the files, the tensor that gets its next part, and the bytes of the model up to there."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +101,43 @@ def put(module: nn.Module, path: str, layer: nn.Module) -> None:
     module.get_submodule(owner).register_module(leaf, layer)
 
 
+class Elastic(NamedTuple):
+    """elastic.json: bytes of the least model; (tensor, bytes of the model with it) for each slice, in order; parameters of the model."""
+
+    parameters: int
+    least: int
+    slices: tuple[tuple[str, int], ...]
+
+    def counts(self, limit: int) -> dict[str, int]:
+        """How many parts of each tensor fit `limit` bytes: the longest prefix. UserError where not even the first parts do."""
+        if limit < self.least:
+            raise UserError(
+                f"the budget of {limit:,} bytes is below what this result can be cut to: the least is {self.least:,} bytes; ask for "
+                f"size={math.ceil(self.least / 1e4) / 1e2:.2f}MB (bits={math.ceil(self.least * 8e3 / self.parameters) / 1e3:g}) or more"
+            )
+        found = dict.fromkeys((name for name, _ in self.slices), 1)
+        for name, size in self.slices:
+            if size > limit:
+                break
+            found[name] += 1
+        return found
+
+
+def elastic(path: str | Path) -> Elastic | None:
+    """How a folder may be cut; None where it has one size."""
+    file = Path(path).expanduser() / "elastic.json"
+    if not file.is_file():
+        return None
+    found = _json(file)
+    try:
+        if found["format"] != FORMAT:
+            raise UserError(f"{file} has format {found['format']}, this version of laconic reads format {FORMAT}: update laconic")
+        slices = tuple((str(one["tensor"]), int(one["bytes"])) for one in found["slices"])
+        return Elastic(int(found["parameters"]), int(found["least"]), slices)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {_short(error)}): take an undamaged copy of it") from error
+
+
 class _Part(NamedTuple):
     """A tensor of a form: the module's parameter it stands in for, that one's stored name, and its own name in the file."""
 
@@ -109,12 +150,14 @@ class Artifact(Source):
     """An opened result with the interface of an original: `read` gives what the forms stand for, `fill` fills Held layers.
 
     `infos` lists tensors by the names of the original, a form as fp32 of its shape with the bytes it takes; `stored` lists what the
-    files hold. Holds no weights."""
+    files hold. Holds no weights. limit: cut to so many bytes, which only an elastic result can be."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit: int | None = None) -> None:
         self.spec, self.path = str(path), path
         factory, self.forms = _manifest(path)
         self.stored = _headers(path)
+        if limit is not None:
+            self._cut(limit)
         self._keys = by_form(self.stored, self.forms)
         self._original: Source | None = None
         if factory is None:
@@ -139,6 +182,22 @@ class Artifact(Source):
         if not self.traced:
             shapes = {name: info.shape for name, info in self.infos.items()}
             self._anatomy = decoder_anatomy(DECODERS[self.config.model_type], self.config, shapes, self._names)  # type: ignore[union-attr]
+
+    def _cut(self, limit: int) -> None:
+        """Leaves the first parts of each form, as many as fit `limit` bytes, and forgets the tensors of the others."""
+        assert self.path is not None
+        index = elastic(self.path)
+        if index is None:
+            raise UserError(f"{self.path} has one size and cannot be cut: leave the budget out, or compress again with --recipe bitstack")
+        counts = index.counts(limit)
+        if missing := counts.keys() - self.forms.keys():
+            raise UserError(f"{self.path}/elastic.json names {min(missing)}, which has no form here: take an undamaged copy of the folder")
+        whole = blank({name: self.forms[name] for name in counts}, self.stored, self.path)
+        for name, count in counts.items():
+            first = whole[name].first(count)
+            for key in whole[name].tensors().keys() - first.tensors().keys():
+                del self.stored[f"{name}.{key}"]
+            self.forms[name] = first.describe()
 
     def _build(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -315,14 +374,15 @@ def _manifest(path: Path) -> tuple[str | None, dict[str, Any]]:
     return factory, forms
 
 
-def stream(path: str | Path) -> Artifact:
-    """The result as a source, for a walk that holds one block at a time."""
-    return Artifact(Path(path).expanduser())
+def stream(path: str | Path, *, limit: int | None = None) -> Artifact:
+    """The result as a source, for a walk that holds one block at a time; an elastic one cut to `limit` bytes."""
+    return Artifact(Path(path).expanduser(), limit)
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32, thaw: bool = False) -> nn.Module:
-    """The result as a module in eval mode; what no form holds takes `dtype`. thaw: compute with dense copies in `dtype` (fast, large)."""
-    module = stream(path).load(dtype)
+def load(path: str | Path, *, dtype: torch.dtype = torch.float32, thaw: bool = False, limit: int | None = None) -> nn.Module:
+    """The result as a module in eval mode; what no form holds takes `dtype`. thaw: compute with dense copies in `dtype` (fast, large);
+    limit: an elastic result cut to so many bytes."""
+    module = stream(path, limit=limit).load(dtype)
     if thaw:
         first: dict[int, Held] = {}
         for layer in module.modules():
@@ -334,10 +394,12 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, thaw: bool = F
     return module
 
 
-def load_any(spec: str | Path | nn.Module | None, *, dtype: torch.dtype = torch.float32, default: Path | None = None) -> nn.Module:
+def load_any(
+    spec: str | Path | nn.Module | None, *, dtype: torch.dtype = torch.float32, default: Path | None = None, limit: int | None = None
+) -> nn.Module:
     """An original or a result as a module in memory."""
     if isinstance(spec, (str, Path)) and spec and is_artifact(spec):
-        return load(spec, dtype=dtype)
+        return load(spec, dtype=dtype, limit=limit)
     return open_model(spec, default=default).load(dtype)
 
 

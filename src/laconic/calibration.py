@@ -235,7 +235,9 @@ class Observer:
 
         def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             x = args[0].detach()
-            self._offer(site, "x", Seen(x=x if table else rows_of(site, x, module), routing=mark))
+            # tokens that were routed to an expert have no sequences any more
+            sequences = x.shape[0] if x.dim() > 2 else 1
+            self._offer(site, "x", Seen(x=x if table else rows_of(site, x, module), routing=mark, sequences=sequences))
             if gradient and output.requires_grad:
                 output.register_hook(lambda grad: self._offer(site, "grad", Seen(grad=columns_of(site, grad.detach()), routing=mark)))
 

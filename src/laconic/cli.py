@@ -193,7 +193,13 @@ BudgetOption = Annotated[
         "--budget", "-b", help="size=25%, size=120MB (10^6), size=120MiB (2^20) or bits=4.25; several all hold.", show_default=False
     ),
 ]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="auto (default), gptq, rtn, kangaroo or YAML.", show_default=False)]
+CutOption = Annotated[
+    list[str] | None,
+    typer.Option("--budget", "-b", help="Cut an elastic result (recipe bitstack) to size=2MB, bits=3 ...", show_default=False),
+]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="auto (default), another of the README's, or a YAML file.", show_default=False)
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the data split and of all chance (0).", show_default=False)]
 AgainstOption = Annotated[
     str | None, typer.Option("--against", help="The original; default: what the certificate names.", show_default=False)
@@ -423,13 +429,18 @@ def plan(
     _next(f"laconic compress --plan {out} -o out")
 
 
-@app.command(epilog=_examples("laconic measure out --json", "laconic measure out --against ./my-model --data texts.jsonl"))
+@app.command(
+    epilog=_examples(
+        "laconic measure out --json", "laconic measure out --against ./my-model --data texts.jsonl", "laconic measure out --budget size=2MB"
+    )
+)
 @guarded
 def measure(
     folder: FolderArgument,
     against: AgainstOption = None,
     data: DataOption = None,
     data_certify: CertifyOption = None,
+    budget: CutOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the data split and of the intervals.")] = 0,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed as well.")] = True,
     as_json: JsonOption = False,
@@ -442,7 +453,15 @@ def measure(
 
     with Voice() as voice:
         found = api.measure(
-            folder, against, data, data_certify=data_certify, seed=seed, speed=speed, progress=voice.progress, log=voice.log
+            folder,
+            against,
+            data,
+            data_certify=data_certify,
+            budget=budget,
+            seed=seed,
+            speed=speed,
+            progress=voice.progress,
+            log=voice.log,
         )
     if as_json:
         _print_json(found)
@@ -534,6 +553,7 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the drawing.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Leave the tokenizer's chat template out.")] = False,
+    budget: CutOption = None,
     cache: Annotated[
         str | None, typer.Option("--cache", help="How the past is held: kivi:2 or cache.store.kivi(bits=2).", show_default=False)
     ] = None,
@@ -547,7 +567,9 @@ def generate(
     """Run a result or an original: text token by token."""
     from laconic import api
 
-    stream = api.generate(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, raw=raw, cache=cache, decoder=decoder)
+    stream = api.generate(
+        model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, raw=raw, budget=budget, cache=cache, decoder=decoder
+    )
     if as_json:
         _print_json({"prompt": prompt, "text": "".join(stream)})
         return

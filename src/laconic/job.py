@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from laconic.budget import parse_budget
 from laconic.core.errors import BrokenPromise, UserError
 from laconic.core.transform import Lesson, Model
 from laconic.data import Samples, Split
+from laconic.elastic import arrange, index_of, refuse_stacks, spread_over, stacks_of
 from laconic.journal import Work
 from laconic.measurement import compare, hardware, peak_memory, sizes, summarize, watch
 from laconic.models import Source
@@ -116,6 +117,8 @@ def compress(
     refuse_target(source, out)
     # a number that is not one of the budget is found before anything is hashed or written
     parse_budget(budget, source, needed=bool(recipe.choices))
+    if recipe.order is not None:
+        refuse_stacks(source.anatomy)
     started = time.monotonic()
     with Work(out, identity_of(source, split, recipe, budget, seed, plan), overwrite=overwrite, log=log) as work, watch() as peak:
         try:
@@ -177,12 +180,17 @@ def _run(
     beside = sum(t.numel() * t.element_size() for t in placed.values())
     clock("tune", at)
     at = time.monotonic()
+    index, ranks = _ordered(source, split, recipe, applied, work, progress)
+    clock("order", at)
+    at = time.monotonic()
     progress("writing", 0, 1, str(work.out))
     for note in applied.notes:
         log(note)
     plan["notes"] = list(dict.fromkeys([*plan["notes"], *applied.notes]))
     files = _files(source, plan, recipe, applied, placed)
-    hashes = work.assemble(files, applied.parts)
+    if index is not None:
+        files["elastic.json"] = _json(index)
+    hashes = work.assemble(files, applied.parts, ranks=ranks)
     written = _written(work, source, split)
     difference = reload_difference(written, applied, probe_of(source, split.calibrate.inputs))
     if difference > RELOAD:
@@ -193,6 +201,7 @@ def _run(
     at = time.monotonic()
     progress("measuring", 0, 1, "held-out data")
     found = quality_of(source, written, split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
+    sizes_below = _sizes_below(source, split, index, seed, work, progress) if index is not None else []
     clock("measure", at)
     size = sizes(applied.bytes + beside, plan["model"]["bytes"], source.parameters)
     details = found.pop("details") | size.pop("details")
@@ -207,6 +216,7 @@ def _run(
         "quality": found | size,
         "details": details,
         **size,
+        **({"elastic": sizes_below} if index is not None else {}),
         "files": hashes,
         "plan_sha256": hashes["plan.json"],
         "reload": {"ok": True, "difference": difference},
@@ -229,11 +239,48 @@ def _run(
     return certificate | {"measurements": measurements}
 
 
-def _written(work: Work, source: Source, split: Split) -> Any:
-    """What was assembled, opened as a stream of segments."""
+def _ordered(
+    source: Source, split: Split, recipe: Recipe, applied: Applied, work: Work, progress: Progress
+) -> tuple[dict[str, Any] | None, dict[str, int]]:
+    """elastic.json and the place of each tensor in the files, where the recipe asks for an order and something is held in parts."""
+    if recipe.order is None:
+        return None, {}
+    segments = source.anatomy.segments()
+    inside = [segment for segment in segments if segment.name] or segments
+    names = [site.tensors["weight"].name for segment in inside for site in segment.sites]
+    stacks = stacks_of(names, applied.view.packed)
+
+    def once(key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if (found := work.done(key)) is None:
+            found = make()
+            work.finish(key, found)
+        return found
+
+    inputs = split.search.inputs[: recipe.order_rows] if source.task == "text" else split.search.inputs
+    order = arrange(
+        source, applied.view, applied.view.packed, stacks, inputs, build(recipe.order),
+        batch=batch_of(source), shelf=work.folder / "order", once=once, progress=progress,
+    )  # fmt: skip
+    return index_of(stacks, order, applied.bytes, source.parameters)
+
+
+def _sizes_below(source: Source, split: Split, index: Mapping[str, Any], seed: int, work: Work, progress: Progress) -> list[dict[str, Any]]:
+    """Quality on the certify data of some sizes that the written result can be cut to, the least among them."""
+    found = []
+    for number, limit in enumerate(limits := spread_over(index)):
+        progress("measuring", number, len(limits), f"cut to {limit:,} bytes")
+        cut = _written(work, source, split, limit)
+        quality = quality_of(source, cut, split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
+        quality.pop("details")
+        found.append({"bytes": limit, "bits_per_weight": limit * 8 / source.parameters, **quality})
+    return found
+
+
+def _written(work: Work, source: Source, split: Split, limit: int | None = None) -> Any:
+    """What was assembled, opened as a stream of segments; an elastic result cut to `limit` bytes."""
     from laconic.artifact import stream
 
-    written = stream(work.assembled)
+    written = stream(work.assembled, limit=limit)
     if source.traced:
         written.trace(split.calibrate.inputs[:1], split.given)
     return written
@@ -350,6 +397,18 @@ def _ends(quality: Mapping[str, Any]) -> str:
     return f" ({quality['kl_mean_low']:.5f} to {quality['kl_mean_high']:.5f})" if "kl_mean_low" in quality else ""
 
 
+def _elastic_lines(certificate: Mapping[str, Any]) -> list[str]:
+    """What the smaller sizes of an elastic result are worth."""
+    if not certificate.get("elastic"):
+        return []
+    lines = ["It loads at any size from the first line's on: `laconic.load(folder, budget=\"size=2MB\")`.", "",
+             "| bytes | bits a weight | KL | same first choice |", "| --- | --- | --- | --- |"]  # fmt: skip
+    for one in [*certificate["elastic"], {**certificate["quality"], "bytes": certificate["bytes"]}]:
+        bits = one["bytes"] * 8 / certificate["model"]["parameters"]
+        lines.append(f"| {one['bytes']:,} | {bits:.3f} | {one['kl_mean']:.5f} | {one['top1_agreement']:.2%} |")
+    return [*lines, ""]
+
+
 def model_card(source: Source, certificate: Mapping[str, Any]) -> str:
     """README.md of the result: front matter, command, data, numbers."""
     quality = certificate["quality"]
@@ -384,6 +443,7 @@ def model_card(source: Source, certificate: Mapping[str, Any]) -> str:
         certificate["replay"],
         "```",
         "",
+        *_elastic_lines(certificate),
         "Load it with `laconic.load(folder)`, or with transformers after `import laconic`. All that was measured, with hashes of the",
         "data and of the files, is in `certificate.json`; the choice for every tensor is in `plan.json`.",
         "",

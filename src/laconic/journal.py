@@ -109,16 +109,16 @@ def _bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     return size
 
 
-def _order(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+def _order(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], ranks: Mapping[str, int]) -> list[str]:
     # wide elements first, as the safetensors library does: every tensor then starts at a multiple of its element size
-    return sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
+    return sorted(kinds, key=lambda name: (ranks.get(name, 0), -kinds[name][0].itemsize, name))
 
 
-def _header(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+def _header(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], ranks: Mapping[str, int]) -> bytes:
     """Length, JSON, padding to a multiple of 8, for tensors in the order of `_order`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name in _order(kinds):
+    for name in _order(kinds, ranks):
         dtype, shape = kinds[name]
         size = _bytes(dtype, shape)
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
@@ -409,8 +409,8 @@ class Work:
         with self._disk(sum(_bytes(*kind) for kind in kinds.values())):
             try:
                 with _Output(temporary) as output:
-                    output.write(_header(kinds))
-                    for name in _order(kinds):
+                    output.write(_header(kinds, {}))
+                    for name in _order(kinds, {}):
                         output.write_tensor(tensors[name])
                 temporary.replace(path)
             except BaseException:
@@ -444,9 +444,17 @@ class Work:
         """Where `assemble` puts the result until `publish` moves it to `out`; `out` itself once that has happened."""
         return self._final if self._published() is None else self.out
 
-    def assemble(self, files: Mapping[str, bytes | Path], parts: Sequence[str], *, shard_bytes: int = 5_000_000_000) -> dict[str, str]:
+    def assemble(
+        self,
+        files: Mapping[str, bytes | Path],
+        parts: Sequence[str],
+        *,
+        ranks: Mapping[str, int] | None = None,
+        shard_bytes: int = 5_000_000_000,
+    ) -> dict[str, str]:
         """Write the result into `assembled`, where it can be loaded and checked: the tensors of `parts` as model.safetensors (or shards
-        with an index) and `files` (bytes, or files to copy). -> sha256 by file name. Constant memory; bytes depend on content only."""
+        with an index) and `files` (bytes, or files to copy). ranks: tensors of a higher one come later, those without one are of rank 0.
+        -> sha256 by file name. Constant memory; bytes depend on content only."""
         if (before := self._published()) is not None:
             return before
         pieces = self._pieces(parts)
@@ -459,7 +467,7 @@ class Work:
                 raise self._full(size)
             self._final.mkdir()
             try:
-                hashes = self._write_shards(pieces, shard_bytes) | self._write_files(files)
+                hashes = self._write_shards(pieces, ranks or {}, shard_bytes) | self._write_files(files)
                 _sync_folder(self._final)
             except BaseException:
                 shutil.rmtree(self._final, ignore_errors=True)
@@ -509,10 +517,10 @@ class Work:
                 pieces |= found
         return pieces
 
-    def _write_shards(self, pieces: Mapping[str, Stored], shard_bytes: int) -> dict[str, str]:
+    def _write_shards(self, pieces: Mapping[str, Stored], ranks: Mapping[str, int], shard_bytes: int) -> dict[str, str]:
         shards: list[dict[str, Stored]] = [{}]
         filled = 0
-        for name in sorted(pieces):
+        for name in sorted(pieces, key=lambda name: (ranks.get(name, 0), name)):
             size = pieces[name].stop - pieces[name].start
             if shards[-1] and filled + size > shard_bytes:
                 shards.append({})
@@ -526,8 +534,8 @@ class Work:
         for file, shard in zip(names, shards, strict=True):
             kinds = {name: (at.dtype, at.shape) for name, at in shard.items()}
             with _Output(self._final / file) as output:
-                output.write(_header(kinds))
-                for name in _order(kinds):
+                output.write(_header(kinds, ranks))
+                for name in _order(kinds, ranks):
                     for piece in _copied(shard[name].file, shard[name].start, shard[name].stop):
                         output.write(piece)
             hashes[file] = output.sha.hexdigest()

@@ -494,17 +494,19 @@ def measure(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 7,
+    limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The compressed model at `path` against its original (None: the one its certificate names; `default` stands for the empty name).
 
     Quality from dense fp32 copies of both over `samples`; speed of language models from the form that is served, other tensors in
-    `dtype`, against the original in `dtype`. Flat keys, `details` by key, `hardware`; a key that does not apply is absent."""
+    `dtype`, against the original in `dtype`. limit: an elastic result cut to so
+    many bytes. Flat keys, `details` by key, `hardware`; a key that does not apply is absent."""
     against = original_of(path) if against is None else against
     source = models.open_model(against or None, default=default)
     packed = models.is_artifact(path)
     own_original, files_original = _bytes_of(source)
-    own, files = _bytes_of(artifact.stream(path) if packed else models.open_model(path, default=default))
+    own, files = _bytes_of(artifact.stream(path, limit=limit) if packed else models.open_model(path, default=default))
     found: dict[str, Any] = {}
     details: dict[str, Any] = {}
 
@@ -515,7 +517,7 @@ def measure(
     with watch() as peak:
         original = source.load(torch.float32).eval()
         if packed:
-            compressed = artifact.load(path, dtype=torch.float32, thaw=True)
+            compressed = artifact.load(path, dtype=torch.float32, thaw=True, limit=limit)
         else:
             compressed = artifact.load_any(path, dtype=torch.float32, default=default)
         if source.traced and source.path is not None:
@@ -529,7 +531,7 @@ def measure(
         if with_speed and source.task == "text":
             del original, compressed
             original = source.load(dtype).eval()
-            compressed = artifact.load_any(path, dtype=dtype, default=default).eval()
+            compressed = artifact.load_any(path, dtype=dtype, default=default, limit=limit).eval()
             add(speed(original, compressed, repeats=repeats))
     memory = max(peak.bytes, peak_memory())
     found["peak_memory_bytes"] = memory

@@ -238,7 +238,7 @@ def symbol(kind: str, x: float, y: float, title: str = "") -> str:
         return titled("path", title, d=d, class_="m-certified") if title else tag("path", d=d, class_="m-certified")
     if kind == "uniform":
         return titled("rect", title, x=x - 6, y=y - 6, width=12, height=12, class_="m-uniform")
-    return titled("circle", title, cx=x, cy=y, r={"solved": 6, "chosen": 9}.get(kind, 2.6), class_=f"m-{kind}")
+    return titled("circle", title, cx=x, cy=y, r={"solved": 6, "chosen": 9, "cut": 5}.get(kind, 2.6), class_=f"m-{kind}")
 
 
 def pareto_picture(width: float, frontier: Sequence[Mapping[str, Any]], marks: Sequence[Mark], parameters: float, unit: str) -> Markup:
@@ -839,6 +839,9 @@ def marks_of(plan: Mapping[str, Any], certificate: Mapping[str, Any], quality: M
         damage = predicted["damage"]
         value = float(damage["value"]) if isinstance(damage, Mapping) else float(damage)
         found.append(Mark("chosen", "chosen plan, predicted", predicted["bytes"], value))
+    for one in certificate.get("elastic") or () if on_kl else ():
+        says = "the same file cut when it is loaded, certified"
+        found.append(Mark("cut", says, one["bytes"], one["kl_mean"], one.get("kl_mean_low"), one.get("kl_mean_high")))
     if on_kl and "kl_mean" in quality:
         mark = Mark(
             "certified",

@@ -216,7 +216,8 @@ def price(
     def walked(done: int, total: int) -> None:
         progress("reading the model", done, total, "forward and back once")
 
-    for segment, _, stats in walk.backward(PRICING, generator, walked):
+    wants = tuple(dict.fromkeys([*PRICING, *(statistic for offer in offered for statistic in offer.transform.wants)]))
+    for segment, _, stats in walk.backward(wants, generator, walked):
         found = []
         for site in segment.sites:
             have = stats.get(site.name, {})
@@ -235,7 +236,8 @@ def price(
                     found.append(_row(offer, Damage(damage_of(site, weight, change, have), UNIT, PREDICTED)))
         rows_of[segment.name] = found
         if not segment.name:
-            work.finish("stats", {"sites": sorted(rest)}, {f"{n}|{type(k).__name__}": v for n, s in rest.items() for k, v in s.items()})
+            found_there = {f"{n}|{type(k).__name__}": v for n, s in rest.items() for k, v in s.items() if k in PRICING}
+            work.finish("stats", {"sites": sorted(rest)}, found_there)
         work.finish(f"price/{segment.name}", {"rows": [_words(row) for row in found]})
     walk.shelf.clear() if walk.shelf else None
     return [row for segment in segments for row in rows_of[segment.name]], rest
@@ -736,7 +738,7 @@ def _table_stats(source: Any, inputs: Tensor, site: Site, chosen: Mapping[str, O
 TUNABLE = 200_000_000
 
 
-class _Filed:
+class Filed:
     """The original's predictions for each batch, in half precision, in memory up to a limit and on disk beyond it."""
 
     def __init__(self, shelf: Shelf, logits: Iterator[Tensor]) -> None:
@@ -788,7 +790,7 @@ def _whole(source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, seed: 
     batches = inputs.split(lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source)))
     progress("tuning", 0, lesson.steps, "the original's predictions")
     shelf = Shelf(work.folder / "tuning", 256 * 1024**2)
-    targets = _Filed(shelf, finished_logits(source, inputs, batches[0].shape[0]))
+    targets = Filed(shelf, finished_logits(source, inputs, batches[0].shape[0]))
     model = applied.view.skeleton()
     applied.view.fill(model, "", torch.float32)
     held = {name: packed for name in applied.forms if (packed := applied.view.packed(name)) is not None}
@@ -887,7 +889,7 @@ def learn_parts(
                 hidden.put(str(i), batch)
         walk.advance(module, segment)
         release(module)
-    targets = _Filed(Shelf(folder / "targets", KEPT), walk.logits())
+    targets = Filed(Shelf(folder / "targets", KEPT), walk.logits())
     stored = f"{walk.head_name()}.weight"
     head = opened.read(source.tied.get(stored, stored)).float()
     for part in parts.values():

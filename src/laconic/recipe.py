@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError, nearest
-from laconic.core.menu import Search
+from laconic.core.menu import Order, Search
 from laconic.core.score import Score
 from laconic.core.site import Conv, Embedding, Linear, Site, TensorId
 from laconic.core.state import State
@@ -32,7 +32,7 @@ HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding}
 # a matrix that any method can be asked about before a model is opened
 PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
-ROLES = (Transform, Score, Search, Lesson, State, Decoder)
+ROLES = (Transform, Score, Search, Lesson, Order, State, Decoder)
 # what a lesson's scope may be called
 SCOPES: dict[str, type[Scope]] = {"layer": Layer, "block": Window, "window": Window, "model": Model}
 
@@ -54,8 +54,9 @@ class Choice(BaseModel):
 class Recipe(BaseModel):
     """search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing.
     judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned afterwards, over
-    the whole model or part by part, kept where it is better at the output. decode: how the result is decoded; what that needs beside the
-    model is learned last and counted in the budget. Without choices all weights stay as they are, and no budget is needed."""
+    the whole model or part by part, kept where it is better at the output. order: how the parts of what is held follow one another in a
+    result that loads at any size up to its own, found on `order_rows` rows of the search data. decode: how the result is decoded; what
+    that needs beside the model is learned last and counted in the budget. Without choices all weights stay, and no budget is needed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -66,6 +67,8 @@ class Recipe(BaseModel):
     price_rows: int = Field(default=32, ge=1)
     judge: bool = True
     tune: str | None = None
+    order: str | None = None
+    order_rows: int = Field(default=2, ge=1)
     decode: str | None = None
 
     def resolved(self) -> dict[str, Any]:
@@ -134,6 +137,8 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"recipe {recipe.name}: where={choice.where!r} is no regular expression ({error})") from None
     if recipe.tune is not None and not isinstance(build(recipe.tune), Lesson):
         raise UserError(f"recipe {recipe.name}: {recipe.tune} is no lesson; try quantize.train.straight")
+    if recipe.order is not None and not isinstance(build(recipe.order), Order):
+        raise UserError(f"recipe {recipe.name}: {recipe.order} is no order; try nest.order.rounds")
     if recipe.decode is not None and not isinstance(build(recipe.decode), Decoder):
         raise UserError(f"recipe {recipe.name}: {recipe.decode} is no decoder; try decode.draft.kangaroo")
     if not isinstance(build(recipe.search), Search):

@@ -33,7 +33,7 @@ LAYERS = [
         "methods",
     ),
     ("zoo",),
-    ("budget", "decoding", "recipe", "tuning", "pipeline", "measurement", "selection"),
+    ("budget", "decoding", "recipe", "tuning", "pipeline", "elastic", "measurement", "selection"),
     ("job",),
     ("page", "serve"),
     ("catalogue",),

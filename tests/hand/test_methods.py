@@ -12,11 +12,12 @@ from laconic.core.site import Linear, Site, TensorId
 from laconic.core.statistic import Fisher, Gram
 from laconic.kernels.bits import pack, packed_width, unpack
 from laconic.kernels.grids import Grid, decode, encode, fit_clipped, fit_range
+from laconic.kernels.lowrank import low_rank
 from laconic.kernels.obs import inverse_factor, predicted_loss, round_columns
 from laconic.methods.prune.cut.drop import Drop, Sparsity
 from laconic.methods.prune.score.magnitude import Magnitude
 from laconic.methods.prune.score.wanda import Wanda, wanda
-from laconic.methods.quantize.residual.lorc import Compensated, LoRC, low_rank
+from laconic.methods.quantize.residual.lorc import Compensated, LoRC
 from laconic.methods.quantize.round.gptq import GPTQ
 from laconic.methods.quantize.round.rtn import RTN
 from laconic.methods.search.allocate.knapsack import Knapsack

@@ -15,12 +15,12 @@ from laconic.core.packed import Packed
 from laconic.core.score import Score
 from laconic.core.site import Conv, Linear, Site, TensorId
 from laconic.core.state import State
-from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookups, Seen, Total
+from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookups, Norms, Seen, Total
 from laconic.core.transform import Lesson, Transform
 from laconic.recipe import ROLES, build, level_of, load_recipe, named, paths
 
 PLAINEST = {Transform: "quantize.round.rtn", Score: "prune.score.magnitude"}
-STATISTICS = (Gram(), Fisher(), CrossGram(), Lookups(), LookupFisher(), Total("all"))
+STATISTICS = (Gram(), Fisher(), CrossGram(), Lookups(), LookupFisher(), Norms(), Total("all"))
 
 
 def classes(role: type) -> list[tuple[str, type]]:
@@ -100,7 +100,7 @@ def stats_of(x: torch.Tensor, where: Site) -> dict[Any, torch.Tensor]:
     """What a pass over rows x (t, m) leaves behind, all transforms' wishes filled."""
     # samples of examples are compared by counts, which are never negative
     target, pool = Total("target"), Total("pool")
-    seen = {Gram(): x, target: x[: len(x) // 2].abs(), pool: x.abs()}
+    seen = {Gram(): x, Norms(): x, target: x[: len(x) // 2].abs(), pool: x.abs()}
     return {kind: kind.finish(kind.update(kind.init(where), Seen(x=rows))) for kind, rows in seen.items()}
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from laconic.core.errors import UserError
-from laconic.core.menu import Budget, Cost, Damage, Menu, Row, Search, cheapest, plan_of, total
-from laconic.core.packed import Dense, Held, Product, Sum, Transposed, restore
+from laconic.core.menu import Budget, Cost, Damage, Menu, Order, Row, Search, cheapest, plan_of, total
+from laconic.core.packed import Dense, Held, Product, Scaled, Sum, Transposed, restore
 from laconic.core.score import Across, Everywhere, NofM, PerRow, Score, Unit, keep_top
 from laconic.core.site import Linear
 from laconic.core.statistic import Seen
@@ -60,7 +60,10 @@ def test_statistic_two_halves_are_one_pass(statistic):
     mask = torch.rand(64) > 0.3
 
     def run(part: slice) -> object:
-        return statistic.update(statistic.init(site), Seen(x=x[part], grad=grad[part], reference_x=reference[part], mask=mask[part]))
+        # sequences of four tokens, which a pass does not split
+        taken = x[part]
+        seen = Seen(x=taken, grad=grad[part], reference_x=reference[part], mask=mask[part], sequences=len(taken) // 4)
+        return statistic.update(statistic.init(site), seen)
 
     whole = statistic.finish(run(slice(None)))
     halves = statistic.finish(statistic.merge(run(slice(0, 20)), run(slice(20, None))))
@@ -70,7 +73,7 @@ def test_statistic_two_halves_are_one_pass(statistic):
     # masked tokens never count
     poisoned = x.clone()
     poisoned[~mask] = 11 if ids else 1e6
-    seen = Seen(x=poisoned, grad=torch.where(mask[:, None], grad, 1e6), reference_x=reference, mask=mask)
+    seen = Seen(x=poisoned, grad=torch.where(mask[:, None], grad, 1e6), reference_x=reference, mask=mask, sequences=16)
     torch.testing.assert_close(statistic.finish(statistic.update(statistic.init(site), seen)), whole, rtol=1e-5, atol=atol)
     assert torch.isfinite(statistic.finish(statistic.init(site))).all()
 
@@ -220,6 +223,23 @@ def test_a_softened_form_begins_as_it_is_and_stores_what_it_computes(path, trans
         soft.describe()
 
 
+@pytest.mark.parametrize(("path", "transform", "level"), TRANSFORMS, ids=NAMES)
+def test_the_first_parts_of_a_form_are_a_form_of_the_same_tensors(path, transform, level):
+    site, w = found.site(24, 64), weight(24, 64)
+    (whole,) = transform(site, {"weight": w}, found.stats_of(rows(90, 64), site), level).hold.values()
+    for held, dense in ((whole, w), (Transposed(whole), w.T)):
+        sizes = []
+        for count in range(1, held.parts + 1):
+            first = held.first(count)
+            assert first.parts == count and first.shape == held.shape and torch.isfinite(first.dense()).all()
+            assert all(torch.equal(t, held.tensors()[key]) for key, t in first.tensors().items())
+            assert torch.equal(restore(json.loads(json.dumps(first.describe())), held.tensors()).dense(), first.dense())
+            sizes.append((first.nbytes, float((first.dense() - dense).norm())))
+        assert sizes == sorted(sizes), "more parts, more bytes"
+        assert sizes[-1][1] <= sizes[0][1], "and no more error"
+        assert torch.equal(held.first(held.parts).dense(), held.dense()) and held.first(held.parts).nbytes == held.nbytes
+
+
 # ---- lessons
 
 LESSONS = found.lessons()
@@ -271,6 +291,11 @@ def test_algebra_of_forms():
     torch.testing.assert_close(form.matmul(torch.eye(10)).T, form.dense(), rtol=1e-5, atol=1e-6)
     assert form.nbytes == 4 * (60 + 12 + 20)
     assert torch.equal(restore(form.describe(), form.tensors()).dense(), form.dense())
+    assert (form.parts, form.first(1).nbytes) == (2, 240) and torch.equal(form.first(1).dense(), a)
+    scaled = Scaled(form, torch.arange(1.0, 11))
+    assert torch.equal(scaled.dense(), form.dense() * torch.arange(1.0, 11))
+    assert torch.equal(scaled.rows(torch.tensor([3])), scaled.dense()[[3]])
+    assert scaled.nbytes == form.nbytes + 40 and scaled.first(1).nbytes == 240 + 40
 
 
 # ---- search
@@ -308,6 +333,28 @@ def test_unlike_damages_are_not_added():
     a, b = menu(0).rows[:2]
     with pytest.raises(ValueError, match="cannot be added"):
         total([a, b._replace(damage=Damage(1.0, "nats/token", "at the layer"))])
+
+
+# ---- order
+
+
+@pytest.mark.parametrize(
+    ("path", "order"), [(p, found.instance(c)) for p, c in found.classes(Order)], ids=[p for p, _ in found.classes(Order)]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_an_order_names_every_part_once_and_asks_for_what_is_there(path, order, seed):
+    g = torch.Generator().manual_seed(seed)
+    parts = {f"t{i}": tuple(torch.randint(1, 99, (int(torch.randint(1, 6, (1,), generator=g)),), generator=g).tolist()) for i in range(7)}
+
+    def trial(counts, names):
+        assert counts.keys() == parts.keys() and set(names) <= parts.keys()
+        assert all(1 <= counts[name] <= len(sizes) for name, sizes in parts.items())
+        assert all(counts[name] < len(parts[name]) for name in names)
+        return [Damage(hash((name, counts[name], seed)) % 97 / 97, "nats/token", "here") for name in names]
+
+    once = list(order(parts, trial))
+    assert {name: once.count(name) + 1 for name in parts} == {name: len(sizes) for name, sizes in parts.items()}
+    assert list(order(parts, trial)) == once
 
 
 # ---- cards

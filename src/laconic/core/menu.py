@@ -113,6 +113,19 @@ class Search(ABC):
         """Raises UserError naming the least possible bytes where nothing fits."""
 
 
+# damages of a model that holds so many parts of each tensor, when one of the names alone gets one part more: one for each name
+Trial = Callable[[Mapping[str, int], Sequence[str]], Sequence[Damage]]
+
+
+class Order(ABC):
+    """Puts the parts of what is held in one sequence, every prefix of which is a model: what comes next where there is room for more."""
+
+    @abstractmethod
+    def __call__(self, parts: Mapping[str, Sequence[int]], trial: Trial) -> Sequence[str]:
+        """parts: the bytes of each part of each tensor; the first part of each is always there. -> names; each time that a name comes, it
+        gets its next part, until every part has come."""
+
+
 def cheapest(menu: Menu) -> int:
     """The least bytes of any cover in which each tensor is settled by a row of its own: what "nearest possible" means in errors."""
     least: dict[frozenset[str], int] = {}

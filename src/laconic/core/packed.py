@@ -1,7 +1,8 @@
 """How a tensor is held. A Packed is an nn.Module whose buffers are exactly what is stored, so state_dict, devices and compile come for
 nothing, and its bytes are counted from those buffers: scales and indices included.
 
-The algebra makes new forms from old: Sum (base plus correction), Product (low rank), Transposed, Dense (kept as it is)."""
+The algebra makes new forms from old: Sum (base plus correction), Product (low rank), Scaled (a factor a column), Transposed, Dense (kept
+as it is). What is held in parts (`parts`, `first`) may be cut to its first ones when it is loaded."""
 
 from __future__ import annotations
 
@@ -74,6 +75,15 @@ class Packed(nn.Module, ABC):
     def forward(self) -> Tensor:
         """The dense tensor; a Packed is a module, and this is what it computes."""
         return self.dense()
+
+    @property
+    def parts(self) -> int:
+        """How many parts it is held in, of which the first few alone stand for the tensor too, more roughly; 1 where there are none."""
+        return 1
+
+    def first(self, count: int) -> Packed:
+        """The form of its first `count` parts, 1 to `parts` of them: they are the same tensors under the same names."""
+        return self
 
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         """This form as something to learn, beginning with what it holds. target, of `shape`, is the tensor that it stands for: it says how
@@ -197,6 +207,13 @@ class Sum(Packed):
             total = total + term.matmul(x)
         return total
 
+    @property
+    def parts(self) -> int:
+        return len(self.terms)
+
+    def first(self, count: int) -> Sum:
+        return Sum(*self._terms()[:count])
+
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         base, *rest = self._terms()
         for term in rest:
@@ -231,6 +248,39 @@ class SoftSum(Soft):
         return Sum(self.base.harden(), *[term for term in self.rest if isinstance(term, Packed)])
 
 
+class Scaled(Packed):
+    """`inner` (n, m) with a factor for each column: scale (m,), in its stored dtype."""
+
+    form = "core.packed.Scaled"
+    scale: Tensor
+
+    def __init__(self, inner: Packed, scale: Tensor) -> None:
+        super().__init__()
+        self.inner = inner
+        self.shape = inner.shape
+        self.register_buffer("scale", scale)
+
+    def dense(self) -> Tensor:
+        return (self.inner.dense().reshape(self.matrix) * self.scale.float()).reshape(self.shape)
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        return self.inner.rows(index) * self.scale.float()
+
+    @property
+    def parts(self) -> int:
+        return self.inner.parts
+
+    def first(self, count: int) -> Scaled:
+        return Scaled(self.inner.first(count), self.scale)
+
+    def describe(self) -> dict[str, Any]:
+        return {"form": self.form, "inner": self.inner.describe()}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        return cls(restore(described["inner"], below(tensors, "inner")), tensors["scale"])
+
+
 class Transposed(Packed):
     """The transpose of a held matrix, for weights that a model stores as (m, n): `inner` is (n, m)."""
 
@@ -243,6 +293,13 @@ class Transposed(Packed):
 
     def dense(self) -> Tensor:
         return self.inner.dense().reshape(self.inner.matrix).T.contiguous()
+
+    @property
+    def parts(self) -> int:
+        return self.inner.parts
+
+    def first(self, count: int) -> Transposed:
+        return Transposed(self.inner.first(count))
 
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         soft = self.inner.soften(target.T.reshape(self.inner.shape), way)

@@ -16,7 +16,8 @@ class Seen(NamedTuple):
     """What passed a site in one batch. Rows are tokens (or positions of a convolution); masked tokens never count.
 
     x (t, m) input rows in matrix view, or (t,) row indices for a lookup; y (t, n); grad (t, n) gradient of the summed loss with respect
-    to y; reference_x (t, m) what the original model would have fed here; mask (t,) true where a token counts; routing (t, k) experts."""
+    to y; reference_x (t, m) what the original model would have fed here; mask (t,) true where a token counts; routing (t, k) experts;
+    sequences: the rows are those of so many sequences of one length, one after another."""
 
     x: Tensor | None = None
     y: Tensor | None = None
@@ -24,6 +25,7 @@ class Seen(NamedTuple):
     reference_x: Tensor | None = None
     mask: Tensor | None = None
     routing: Tensor | None = None
+    sequences: int = 1
 
 
 class Statistic(ABC):
@@ -94,6 +96,29 @@ def by_rows(gram: Tensor, n: int) -> list[tuple[slice, Tensor]]:
         return [(slice(0, n), gram)]
     step = n // gram.shape[0]
     return [(slice(i * step, (i + 1) * step), one) for i, one in enumerate(gram)]
+
+
+@dataclass(frozen=True)
+class Norms(Statistic):
+    """Mean over sequences of the Euclidean norm of each input channel over the sequence, (m,)."""
+
+    needs = frozenset({"x"})
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        return {"sum": torch.zeros(site.matrix[1], dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
+        assert seen.x is not None
+        x = seen.x.float() if seen.mask is None else seen.x.float().masked_fill(~seen.mask[:, None], 0.0)
+        state["sum"] += x.reshape(seen.sequences, -1, x.shape[1]).norm(dim=1).double().sum(0)
+        state["count"] += seen.sequences
+        return state
+
+    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _add(a, b)
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        return (state["sum"] / state["count"].clamp(min=1)).float()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from laconic.core.packed import Dense, Product, Sum
 from laconic.core.site import Linear, Site
 from laconic.core.transform import Change, Stats, Transform
 from laconic.kernels.grids import Grid
-from laconic.methods.quantize.residual.lorc import Compensated, LoRC, low_rank
+from laconic.kernels.lowrank import low_rank
+from laconic.methods.quantize.residual.lorc import Compensated, LoRC
 from laconic.methods.quantize.round.gptq import GPTQ
 from laconic.methods.quantize.round.rtn import RTN
 

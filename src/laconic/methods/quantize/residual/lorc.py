@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from laconic.core.claim import Card, Paper
@@ -18,6 +17,7 @@ from laconic.core.packed import Packed, Product, Sum
 from laconic.core.site import Conv, Linear, Site
 from laconic.core.transform import Change, Stats, Transform
 from laconic.kernels.grids import Grid
+from laconic.kernels.lowrank import low_rank
 from laconic.methods.quantize.grid.grouped import Grouped
 from laconic.methods.quantize.round.rtn import round_to_nearest
 
@@ -30,13 +30,6 @@ class Compensated:
 
     first: Grid
     rank: int = 8
-
-
-def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """error (n, m) -> left (n, r), right (r, m), the best rank-r product in the Frobenius norm, the spectrum split evenly."""
-    u, s, v = torch.linalg.svd(error, full_matrices=False)
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * v[:rank]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Weights as sums of parts of about a bit each."""
