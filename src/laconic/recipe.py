@@ -24,11 +24,11 @@ from laconic.core.errors import UserError, nearest
 from laconic.core.menu import Search
 from laconic.core.score import Score
 from laconic.core.site import Conv, Embedding, Linear, Site
-from laconic.core.transform import Lesson, Transform
+from laconic.core.transform import Cut, Lesson, Transform
 
 HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding}
-ROLES = (Transform, Score, Search, Lesson)
+ROLES = (Transform, Score, Search, Lesson, Cut)
 
 
 class Choice(BaseModel):
@@ -45,8 +45,25 @@ class Choice(BaseModel):
         return isinstance(site.kind, tuple(KINDS[k] for k in self.kinds)) and re.fullmatch(self.where, site.name) is not None
 
 
+class Cutting(BaseModel):
+    """Coupled channels that are removed before anything else. where: regex of the first matrix that writes a group's channels. keep: share
+    of the model's bytes that the cut leaves for `choices` to hold in fewer; without it the cut alone meets the budget. inputs: what
+    statistics are taken from, the calibration data or noise of its shape. norms: move running statistics with what reaches them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: str
+    where: str = ".*"
+    keep: float | None = Field(default=None, gt=0, le=1)
+    inputs: Literal["data", "noise"] = "data"
+    norms: bool = True
+
+    def covers(self, name: str) -> bool:
+        """Whether a group may be cut, by its name."""
+        return re.fullmatch(self.where, name) is not None
+
+
 class Recipe(BaseModel):
-    """search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing.
+    """cut: what is removed first. search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing.
     judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned afterwards over the
     whole model, kept where it is better at the output."""
 
@@ -54,7 +71,8 @@ class Recipe(BaseModel):
     name: str
     says: str = ""
     search: str = "search.allocate.knapsack"
-    choices: tuple[Choice, ...] = Field(min_length=1)
+    cut: Cutting | None = None
+    choices: tuple[Choice, ...] = ()
     keep: str = "(?!)"
     price_rows: int = Field(default=32, ge=1)
     judge: bool = True
@@ -62,7 +80,11 @@ class Recipe(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in: what is stored in the output."""
-        return self.model_dump(mode="json")
+        found = self.model_dump(mode="json")
+        if self.cut is None:
+            # recipes that do not cut are written and hashed as before there were cuts
+            del found["cut"]
+        return found
 
     def hash(self) -> str:
         """sha256 of the resolved recipe."""
@@ -107,6 +129,12 @@ def _first(error: ValidationError) -> str:
 
 def check(recipe: Recipe) -> None:
     """Builds every method and level once, so that a mistake is found before work starts."""
+    if recipe.cut is not None:
+        if not isinstance(build(recipe.cut.method), Cut):
+            raise UserError(f"recipe {recipe.name}: {recipe.cut.method} cuts no channels; try prune.cut.obspa")
+        _regex(recipe.cut.where, recipe)
+    elif not recipe.choices:
+        raise UserError(f"recipe {recipe.name}: choices: give at least one, or a cut")
     for choice in recipe.choices:
         transform = build(choice.method)
         if not isinstance(transform, Transform):
@@ -115,14 +143,18 @@ def check(recipe: Recipe) -> None:
             )
         for level in choice.levels:
             level_of(transform, level)
-        try:
-            re.compile(choice.where)
-        except re.error as error:
-            raise UserError(f"recipe {recipe.name}: where={choice.where!r} is no regular expression ({error})") from None
+        _regex(choice.where, recipe)
     if recipe.tune is not None and not isinstance(build(recipe.tune), Lesson):
         raise UserError(f"recipe {recipe.name}: {recipe.tune} is no lesson; try quantize.train.straight")
     if not isinstance(build(recipe.search), Search):
         raise UserError(f"recipe {recipe.name}: {recipe.search} is no search; try search.allocate.knapsack")
+
+
+def _regex(text: str, recipe: Recipe) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise UserError(f"recipe {recipe.name}: where={text!r} is no regular expression ({error})") from None
 
 
 def paths() -> list[str]:

@@ -18,9 +18,9 @@ HOME = ROOT / "src" / "laconic"
 LAYERS = [
     ("core",),
     ("kernels",),
-    ("anatomy", "architectures", "experts", "models", "data", "calibration", "journal", "artifact", "plugin", "runtime", "methods"),
+    ("anatomy", "architectures", "experts", "models", "narrow", "data", "calibration", "journal", "artifact", "plugin", "runtime", "methods"),
     ("zoo",),
-    ("budget", "recipe", "tuning", "pipeline", "measurement"),
+    ("budget", "recipe", "tuning", "cutting", "pipeline", "measurement"),
     ("job",),
     ("page", "serve"),
     ("catalogue",),
