@@ -2,7 +2,7 @@
 
 config.json holds `quantization_config: {"quant_method": "laconic", "format": 1, "forms": {stored name: description}}`; the result of a
 factory has laconic.json with `factory`, `format` and `forms` instead. The tensors of a form are stored as `<stored name>.<key>`; every
-other tensor keeps its name."""
+other tensor keeps its name. `shapes` names tensors that are smaller than the config or the factory says, since channels were cut."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from laconic.models import (
     open_model,
     stored_name,
 )
+from laconic.narrow import Shape, narrow
 
 FORMAT = 1
 # layers whose arithmetic Held knows; a form of any other module's weight is read as a dense tensor
@@ -105,7 +106,7 @@ class Artifact(Source):
 
     def __init__(self, path: Path) -> None:
         self.spec, self.path = str(path), path
-        factory, self.forms = _manifest(path)
+        factory, self.forms, self.shapes = _manifest(path)
         self.stored = _headers(path)
         self._keys = by_form(self.stored, self.forms)
         self._original: Source | None = None
@@ -115,12 +116,12 @@ class Artifact(Source):
                 self.config = _transformers_config(path, raw)
             del self.config.quantization_config
             self.task, self.context = "text", int(getattr(self.config, "max_position_embeddings", 0) or 0)
-            bare = self._build()
+            bare = self._narrow(self._build())
             self._computed = _compute(bare, path)
         else:
             self._original = open_model(factory)
             self.config, self.task, self.context = None, self._original.task, self._original.context
-            bare = self._original.skeleton()
+            bare = self._narrow(self._original.skeleton())
             self._computed = self._original._computed
         self._match(bare)
         self._anatomy: Anatomy | None = None
@@ -138,6 +139,13 @@ class Artifact(Source):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         split_experts(model)
         return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+    def _narrow(self, bare: nn.Module) -> nn.Module:
+        """Without the channels that were cut."""
+        if self._original is not None:
+            tied = self._original.tied
+            return narrow(bare, lambda name: self.shapes.get(tied.get(name, name)))
+        return narrow(bare, lambda name: self.shapes.get(stored_name(name, self.shapes) or ""))
 
     def _match(self, bare: nn.Module) -> None:
         """Which stored tensor each parameter of the module is, and whether all are there in the right shape."""
@@ -208,7 +216,7 @@ class Artifact(Source):
 
     def skeleton(self) -> nn.Module:
         assert self.path is not None
-        bare = self._build() if self._original is None else self._original.skeleton()
+        bare = self._narrow(self._build() if self._original is None else self._original.skeleton())
         for name, value in self._computed.items():
             owner, _, leaf = name.rpartition(".")
             bare.get_submodule(owner)._buffers[leaf] = value.clone()
@@ -268,8 +276,8 @@ class Artifact(Source):
         return {file: sha256_of(self.path / file) for file in sorted({info.file for info in self.stored.values()} | {name})}
 
 
-def _manifest(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """(factory or None, forms) of a folder; UserError where it is none of ours."""
+def _manifest(path: Path) -> tuple[str | None, dict[str, Any], dict[str, Shape]]:
+    """(factory or None, forms, shapes that were cut) of a folder; UserError where it is none of ours."""
     if not path.is_dir():
         raise UserError(f"no such folder: {path}; give one that laconic compress wrote")
     if not is_artifact(path):
@@ -287,7 +295,7 @@ def _manifest(path: Path) -> tuple[str | None, dict[str, Any]]:
     forms = found.get("forms")
     if not isinstance(forms, dict) or not all(isinstance(form, dict) and "form" in form for form in forms.values()):
         raise UserError(f"{path} does not say how its tensors are held: take an undamaged copy of it")
-    return factory, forms
+    return factory, forms, {name: tuple(shape) for name, shape in found.get("shapes", {}).items()}
 
 
 def stream(path: str | Path) -> Artifact:

@@ -184,6 +184,8 @@ def weigh(source: Source, inputs: Tensor, cutting: Cutting, *, batch: int, work:
     walk = Walk(source, inputs, batch=batch, whole=source.path is None)
     walk.begin()
     worth = {}
+    # layers of one type are alike, so what was tried in one of them need not be tried in the next
+    tried: dict[Any, str | None] = {}
     segments = segments_of(source)
     for number, segment in enumerate(segments):
         here = [o for o in offered if o.segment == segment.name]
@@ -195,7 +197,10 @@ def weigh(source: Source, inputs: Tensor, cutting: Cutting, *, batch: int, work:
         module = walk.take(segment)
         fit = []
         for one in here:
-            if (why := _unfit(walk, module, segment, one)) is None:
+            kind = (type(module), *((_path(segment, m.site.name), m.axis, m.site.shape) for m in one.group.members))
+            if kind not in tried:
+                tried[kind] = _unfit(walk, module, segment, one)
+            if (why := tried[kind]) is None:
                 fit.append(one)
             else:
                 left[one.name] = why
@@ -229,7 +234,8 @@ def _small(walk: Walk, module: nn.Module, segment: Segment, groups: Sequence[Off
     """The segment's module without what goes, and its smaller tensors by stored name."""
     axes = places(groups, gone)
     tied: Mapping[str, str] = walk.source.tied  # type: ignore[attr-defined]
-    own, stored = {}, {}
+    own: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for path, value in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
         full = f"{segment.name}.{path}" if segment.name else path
         if (name := tied.get(full, full)) in axes:
@@ -393,7 +399,8 @@ def _readers(here: Sequence[Offered]) -> dict[str, tuple[Offered, Member]]:
 def _cut_segment(
     walk: Walk, module: nn.Module, segment: Segment, here: Sequence[Offered], gone: Gone, method: Cut
 ) -> tuple[dict[str, Tensor], list[str]]:
-    readers, notes = _readers(here), []
+    readers = _readers(here)
+    notes: list[str] = []
     for site in segment.sites:
         if site.name not in readers:
             continue
@@ -411,15 +418,15 @@ def _cut_segment(
     return {name: value.clone() for name, value in tensors.items()}, list(dict.fromkeys(notes))
 
 
-def _put_back(
-    walk: Walk, module: nn.Module, segment: Segment, here: Sequence[Offered], gone: Gone, tensors: Mapping[str, Tensor]
-) -> None:
+def _put_back(walk: Walk, module: nn.Module, segment: Segment, here: Sequence[Offered], gone: Gone, tensors: Mapping[str, Tensor]) -> None:
     """A settled segment in its old shape, from what was kept of it: readers with zeros where slices went."""
     axes = places(here, gone)
     for name, (_, member) in _readers(here).items():
         stored: Tensor = walk.site_module(module, segment, member.site).weight.data  # type: ignore[union-attr, assignment]
         tensor = member.site.tensors["weight"].name
-        index = [torch.tensor([i for i in range(size) if i not in set(axes[tensor].get(axis, ()))]) for axis, size in enumerate(stored.shape)]
+        index = [
+            torch.tensor([i for i in range(size) if i not in set(axes[tensor].get(axis, ()))]) for axis, size in enumerate(stored.shape)
+        ]
         stored.index_fill_(member.stored_axis, torch.tensor(axes[tensor].get(member.stored_axis, []), dtype=torch.int64), 0.0)
         stored[torch.meshgrid(*index, indexing="ij")] = tensors[tensor].to(stored.dtype)
         assert name == member.site.name
@@ -491,6 +498,8 @@ class Reduced(Source):
             for name, info in original.infos.items()
         }
         self.notes: tuple[str, ...] = tuple(getattr(original, "notes", ()))
+        # what a plan says of the cut
+        self.record: dict[str, Any] = {}
         self.held: dict[str, str] = {}
         self.cached: tuple[str, dict[str, Tensor]] = ("", {})
         self._anatomy: Anatomy | None = None
@@ -543,3 +552,68 @@ class Reduced(Source):
         return self.original.hashes()
 
 
+# ---- what is said and stored of a cut
+
+
+def recorded(weighed: Weighed, cutting: Cutting, gone: Gone, how: str, judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a plan says of a cut: every group with what goes, and why the others stay."""
+    groups = []
+    for name, group, _ in weighed.groups:
+        away = sorted(gone.get(name, ()))
+        members = sorted({m.site.name for m in group.members})
+        groups.append({"group": name, "channels": group.width, "kept": group.width - len(away), "members": members, "gone": away})
+    left = [{"group": name, "why": why} for name, why in weighed.left.items()]
+    return {"method": cutting.method, "inputs": cutting.inputs, "share": how, "groups": groups, "left": left, "judged": list(judged)}
+
+
+def asked(source: Source, cutting: Cutting, plan: Mapping[str, Any]) -> tuple[Weighed, dict[str, list[int]]]:
+    """The cut of a plan that was given. UserError where it names a group or a channel that the model does not have."""
+    offered, left = groups_of(source, cutting)
+    of = {o.name: o for o in offered}
+    gone: dict[str, list[int]] = {}
+    for entry in plan["groups"]:
+        if (one := of.get(entry["group"])) is None:
+            raise UserError(f"the plan cuts {entry['group']}, which is no group of this model; make the plan again for this model")
+        away = sorted({int(i) for i in entry["gone"]})
+        if away and not (away[0] >= 0 and away[-1] < one.group.width and len(away) < one.group.width):
+            raise UserError(
+                f"the plan cuts channels {away[0]} to {away[-1]} of {one.name}, which has {one.group.width}; one at least must stay"
+            )
+        gone[one.name] = away
+    left.update({entry["group"]: entry["why"] for entry in plan["left"]})
+    return Weighed(tuple(of[name] for name in gone), {}, left), gone
+
+
+# words of configs for the width of the feed-forward part and for the heads
+MLP_WIDTH, QUERY_HEADS, KV_HEADS = ("intermediate_size", "ffn_dim", "n_inner"), ("num_attention_heads",), ("num_key_value_heads",)
+
+
+def config_of(reduced: Reduced, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """config.json of the smaller model, and the shapes that it does not say: none where all layers were cut alike and its words for widths
+    say it all, else those of every tensor that was cut, beside the original's config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shapes = {name: list(shape) for name, shape in sorted(reduced.shapes.items())}
+    anatomy = reduced.anatomy
+    if not shapes or not isinstance(anatomy, DecoderAnatomy):
+        return dict(config), shapes
+    sites = list(anatomy.sites())
+    widths = {site.shape[1] for site in sites if site.roles.get("part") == "down"}
+    heads = {site.shape[1] // anatomy.head_dim for site in sites if site.roles.get("part") == "o"}
+    if len(widths) != 1 or len(heads) != 1:
+        return dict(config), shapes
+    new = dict(config)
+    (width,), (count,) = widths, heads
+    said = dict.fromkeys(MLP_WIDTH, width) | dict.fromkeys(QUERY_HEADS, count)
+    said |= dict.fromkeys(KV_HEADS, count * anatomy.kv_heads // anatomy.heads)
+    new |= {word: value for word, value in said.items() if hasattr(reduced.config, word)}
+    if hasattr(reduced.config, "head_dim"):
+        new["head_dim"] = anatomy.head_dim
+    try:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**new))
+    except Exception:
+        # a config may refuse such numbers in any way, and the shapes say the same
+        return dict(config), shapes
+    same = {name: p.shape for name, p in built.named_parameters()} == {name: p.shape for name, p in reduced.skeleton().named_parameters()}
+    return (new, {}) if same else (dict(config), shapes)

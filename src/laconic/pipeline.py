@@ -308,9 +308,13 @@ def make_plan(
     bound = parse_budget(budget, source)
     offered = offers(source, recipe)
     covered = {offer.site.tensors["weight"].name for offer in offered}
-    if not covered:
+    if not covered and recipe.choices:
         raise UserError(f"recipe {recipe.name} offers nothing for this model; look at `where`, `kinds` and `keep` in it")
     kept = kept_bytes(source, covered)
+    if not covered:
+        # all that the recipe does is done: what the cut has left is kept
+        only = Plan((), sum(kept.values()), Damage(math.nan, UNIT, UNPRICED))
+        return plan_words(source, split, recipe, budget, bound, Menu((), only.bytes), only, kept, seed, frontier=[])
     needs = recipe.search != UNIFORM
     rows_wanted = recipe.price_rows if source.task == "text" else None
     inputs = calibration_rows(source, split)[:rows_wanted] if needs else None
@@ -344,8 +348,13 @@ def plan_words(
     """A Plan as plan.json; the frontier is computed unless given."""
     anatomy = source.anatomy
     offered = {site.tensors["weight"].name for site in anatomy.sites()}
+    # a cut model is the original of all that follows, but not of what is said of it
+    given = getattr(source, "original", source)
+    cut: Mapping[str, Any] = getattr(source, "record", {})
 
     def why(name: str) -> str:
+        if (before := given.infos[name].shape) != (after := source.infos[name].shape):
+            return f"cut from {' x '.join(map(str, before))} to {' x '.join(map(str, after))}"
         flat = len(source.infos[name].shape) < 2
         return "one-dimensional" if flat else "the recipe leaves it" if name in offered else anatomy.why(name)
 
@@ -355,7 +364,7 @@ def plan_words(
         "model": {
             "spec": source.spec,
             "parameters": source.parameters,
-            "bytes": sum(math.prod(i.shape) * i.dtype.itemsize for i in source.infos.values()),
+            "bytes": sum(math.prod(i.shape) * i.dtype.itemsize for i in given.infos.values()),
             "bf16_bytes": 2 * source.parameters,
             "hashes": source.hashes(),
         },
@@ -363,6 +372,7 @@ def plan_words(
         "recipe": recipe.resolved(),
         "seed": seed,
         "data": split.record if split is not None else {},
+        **({"cut": cut} if cut else {}),
         "choices": [_words(row) for row in plan.rows],
         "kept": [{"tensor": name, "bytes": size, "why": why(name)} for name, size in sorted(kept.items())],
         "notes": list(getattr(source, "notes", ())),
@@ -736,9 +746,10 @@ class _Filed:
 
 
 def tune_plan(
-    source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, *, seed: int, work: Any, progress: Progress = quiet
+    source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, *, seed: int, work: Any, progress: Progress = quiet, teacher: Any = None
 ) -> Applied:
-    """The applied model with all that can be learned in it tuned together against the original's outputs on calibration rows (count, ...).
+    """The applied model with all that can be learned in it tuned together against the outputs on calibration rows (count, ...) of the
+    teacher, which is the model itself unless another is given.
     Bytes and forms stay; each finished part is written anew under its own key. A cut run tunes again from the start."""
     keys = [f"tuned/{part}" for part in applied.parts]
     if not all(work.done(key) for key in keys):
@@ -746,7 +757,7 @@ def tune_plan(
         batches = inputs.split(lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source)))
         progress("tuning", 0, lesson.steps, "the original's predictions")
         shelf = Shelf(work.folder / "tuning", 256 * 1024**2)
-        targets = _Filed(shelf, finished_logits(source, inputs, batches[0].shape[0]))
+        targets = _Filed(shelf, finished_logits(source if teacher is None else teacher, inputs, batches[0].shape[0]))
         model = applied.view.skeleton()
         applied.view.fill(model, "", torch.float32)
         held = {name: packed for name in applied.forms if (packed := applied.view.packed(name)) is not None}

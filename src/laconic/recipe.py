@@ -63,9 +63,9 @@ class Cutting(BaseModel):
 
 
 class Recipe(BaseModel):
-    """cut: what is removed first. search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing.
-    judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned afterwards over the
-    whole model, kept where it is better at the output."""
+    """cut: what is removed first. search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the
+    calibration text used for pricing. judge: measure the solved plan against the best uniform one at the output and take the better. tune:
+    what is learned afterwards over the whole model, kept where it is better at the output."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str

@@ -32,9 +32,7 @@ def matrices(group: Group) -> tuple[Member, ...]:
     return tuple(member for member in group.members if isinstance(member.site.kind, Linear | Conv | Embedding))
 
 
-def coupled_importance(
-    width: int, scored: Sequence[tuple[Member, Tensor]], *, mean: bool = False, normalize: bool = True
-) -> Tensor:
+def coupled_importance(width: int, scored: Sequence[tuple[Member, Tensor]], *, mean: bool = False, normalize: bool = True) -> Tensor:
     """scored: members with scores of the shape of their weights -> (width,) the sum or mean over all slices that fall together; divided
     by its mean over the group where `normalize`."""
     total, count = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
