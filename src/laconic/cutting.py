@@ -19,7 +19,7 @@ from laconic.anatomy import TracedAnatomy, traced_anatomy
 from laconic.architectures import DecoderAnatomy, decoder_anatomy
 from laconic.calibration import Walk, joined, observed, release
 from laconic.core.errors import UserError
-from laconic.core.site import Anatomy, Embedding, Group, Member, Segment, Site
+from laconic.core.site import Anatomy, Embedding, Group, Member, Scan, Segment, Site
 from laconic.core.transform import Cut
 from laconic.kernels.threads import suited
 from laconic.models import Source
@@ -100,6 +100,8 @@ def _why_not(group: Group, lies: set[str], cutting: Cutting, name: str) -> str |
         return "a single channel"
     if any("tied" in m.site.roles for m in group.members):
         return "a table that is the head too reads them"
+    if any(isinstance(m.site.kind, Scan) for m in group.members):
+        return "a state-space scan holds something for each of them"
     if len(lies) > 1:
         return "they run through more than one layer of the stack"
     if not any(m.reads for m in group.members):

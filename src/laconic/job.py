@@ -155,7 +155,7 @@ def _run(
         raise UserError("the plan was made for another model (its hashes differ); make it again with `laconic plan`")
     original, source = source, _cut(source, split, budget, recipe, seed, given, work, progress, log)
     if given is not None:
-        plan = dict(given)
+        plan = dict(given) | ({"cut": source.record} if isinstance(source, Reduced) else {})
         plan["predicted"] = plan["predicted"] | priced_again(source, plan)
     elif (journalled := work.done("plan")) is not None:
         plan = journalled["plan"]
@@ -247,7 +247,7 @@ def _cut(
     if given is not None:
         weighed, wanted = asked(source, cutting, given["cut"])
         reduced = remove(source, inputs, cutting, weighed.groups, wanted, batch=batch, prefix="cut/given", work=work, progress=progress)
-        reduced.record = dict(given["cut"])
+        reduced.record = recorded(weighed, cutting, wanted, given["cut"]["share"], given["cut"]["judged"])
         return reduced
     weighed = weigh(source, inputs, cutting, batch=batch, work=work, progress=progress)
     if not weighed.groups:

@@ -346,18 +346,9 @@ def plan_words(
     frontier: list[dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """A Plan as plan.json; the frontier is computed unless given."""
-    anatomy = source.anatomy
-    offered = {site.tensors["weight"].name for site in anatomy.sites()}
     # a cut model is the original of all that follows, but not of what is said of it
     given = getattr(source, "original", source)
     cut: Mapping[str, Any] = getattr(source, "record", {})
-
-    def why(name: str) -> str:
-        if (before := given.infos[name].shape) != (after := source.infos[name].shape):
-            return f"cut from {' x '.join(map(str, before))} to {' x '.join(map(str, after))}"
-        flat = len(source.infos[name].shape) < 2
-        return "one-dimensional" if flat else "the recipe leaves it" if name in offered else anatomy.why(name)
-
     return {
         "format": 1,
         "laconic": __version__,
@@ -374,7 +365,7 @@ def plan_words(
         "data": split.record if split is not None else {},
         **({"cut": cut} if cut else {}),
         "choices": [_words(row) for row in plan.rows],
-        "kept": [{"tensor": name, "bytes": size, "why": why(name)} for name, size in sorted(kept.items())],
+        "kept": _kept_words(source, kept),
         "notes": list(getattr(source, "notes", ())),
         "predicted": {
             "bytes": plan.bytes,
@@ -386,6 +377,21 @@ def plan_words(
         "pareto": pareto(menu, source.parameters) if frontier is None else frontier,
         "judged": [],
     }
+
+
+def _kept_words(source: Any, kept: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Tensors that no row covers, with their bytes and why."""
+    anatomy = source.anatomy
+    offered = {site.tensors["weight"].name for site in anatomy.sites()}
+    given = getattr(source, "original", source)
+
+    def why(name: str) -> str:
+        if (before := given.infos[name].shape) != (after := source.infos[name].shape):
+            return f"cut from {' x '.join(map(str, before))} to {' x '.join(map(str, after))}"
+        flat = len(source.infos[name].shape) < 2
+        return "one-dimensional" if flat else "the recipe leaves it" if name in offered else anatomy.why(name)
+
+    return [{"tensor": name, "bytes": size, "why": why(name)} for name, size in sorted(kept.items())]
 
 
 def predicted_memory(source: Any, split: Any = None) -> int:
@@ -407,6 +413,10 @@ def predicted_memory(source: Any, split: Any = None) -> int:
 
 def priced_again(source: Any, plan: Mapping[str, Any]) -> dict[str, Any]:
     """What an edited plan holds in all: bytes and bits a weight. UserError where it exceeds its own budget."""
+    if "cut" in plan:
+        # channels that a user takes out of a plan or puts back into it change what the other tensors weigh
+        sizes = kept_bytes(source, set())
+        plan["kept"][:] = _kept_words(source, {entry["tensor"]: sizes[entry["tensor"]] for entry in plan["kept"]})
     held = sum(entry["bytes"] for entry in plan["kept"])
     chosen = chosen_by(source, plan)
     for choice in plan["choices"]:
