@@ -24,7 +24,7 @@ from laconic.core.transform import Cut
 from laconic.kernels.threads import suited
 from laconic.models import Source
 from laconic.narrow import Shape, narrow, narrowed
-from laconic.recipe import Cutting, build
+from laconic.recipe import Cutting
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -175,14 +175,13 @@ def drawn(source: Source, inputs: Tensor, cutting: Cutting, seed: int) -> Tensor
     return torch.randint(table.shape[0], inputs.shape, generator=generator)
 
 
-def weigh(source: Source, inputs: Tensor, cutting: Cutting, *, batch: int, work: Any, progress: Progress) -> Weighed:
+def weigh(source: Source, inputs: Tensor, cutting: Cutting, method: Cut, *, batch: int, work: Any, progress: Progress) -> Weighed:
     """What each channel of each group is worth, from one walk of the original. A group whose removal does not give what masking it gives
     (its module's forward fixes the width, or a norm averages over it) is left, by name."""
     offered, left = groups_of(source, cutting)
     if (value := work.done("cut/worth")) is not None:
         worth = work.tensors("cut/worth")
         return Weighed(tuple(o for o in offered if o.name in worth), worth, value["left"])
-    method: Cut = build(cutting.method)
     walk = Walk(source, inputs, batch=batch, whole=source.path is None)
     walk.begin()
     worth = {}
@@ -354,12 +353,11 @@ def share(source: Source, weighed: Weighed, bound: int, *, even: bool) -> dict[s
 
 
 def remove(
-    source: Source, inputs: Tensor, cutting: Cutting, groups: Sequence[Offered], gone: Gone, *,
+    source: Source, inputs: Tensor, cutting: Cutting, method: Cut, groups: Sequence[Offered], gone: Gone, *,
     batch: int, prefix: str, work: Any, progress: Progress,
 ) -> Reduced:  # fmt: skip
     """The model without what goes. Readers are settled in order of execution, each from what reaches it with those before it settled;
     writers are left as they are until then, since a channel that no one reads is gone."""
-    method: Cut = build(cutting.method)
     parts: dict[str, Mapping[str, Any]] = {}
     walk: Walk | None = None
     segments = segments_of(source)

@@ -242,14 +242,16 @@ def _cut(
     wherever they are: where the recipe judges both are done, and the better at the output is taken."""
     if (cutting := recipe.cut) is None:
         return source
-    batch = batch_of(source)
+    batch, method = batch_of(source), build(cutting.method)
     inputs = drawn(source, calibration_rows(source, split), cutting, seed)
     if given is not None:
         weighed, wanted = asked(source, cutting, given["cut"])
-        reduced = remove(source, inputs, cutting, weighed.groups, wanted, batch=batch, prefix="cut/given", work=work, progress=progress)
+        reduced = remove(
+            source, inputs, cutting, method, weighed.groups, wanted, batch=batch, prefix="cut/given", work=work, progress=progress
+        )
         reduced.record = recorded(weighed, cutting, wanted, given["cut"]["share"], given["cut"]["judged"])
         return reduced
-    weighed = weigh(source, inputs, cutting, batch=batch, work=work, progress=progress)
+    weighed = weigh(source, inputs, cutting, method, batch=batch, work=work, progress=progress)
     if not weighed.groups:
         name, why = next(iter(weighed.left.items()))
         raise UserError(f"recipe {recipe.name} finds no channels that can be cut in this model ({name}: {why}); take another recipe")
@@ -258,7 +260,7 @@ def _cut(
     assert bound is not None
     plans = {how: share(source, weighed, bound, even=how == "even") for how in (("even", "ranked") if recipe.judge else ("even",))}
     made = {
-        how: remove(source, inputs, cutting, weighed.groups, gone, batch=batch, prefix=f"cut/{how}", work=work, progress=progress)
+        how: remove(source, inputs, cutting, method, weighed.groups, gone, batch=batch, prefix=f"cut/{how}", work=work, progress=progress)
         for how, gone in plans.items()
     }
     kls = {how: _kl_of(source, one, split, f"cut/{how}", work, progress) for how, one in made.items()} if len(made) > 1 else {}

@@ -1,4 +1,4 @@
-"""Coupled channels cut end to end: a language model and a convolutional network become smaller, are written, load everywhere, and resume."""
+"""Coupled channels cut end to end: a language model and a convolutional network become smaller, are written and load everywhere."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from laconic import artifact
 from laconic.core.errors import UserError
+from laconic.core.site import Group, Site
+from laconic.core.transform import Change, Cut
 from laconic.cutting import groups_of, remove, stored_bytes, weigh
 from laconic.data import open_data
 from laconic.job import compress, plan
 from laconic.models import open_model
-from laconic.recipe import Cutting, Recipe, load_recipe
+from laconic.recipe import Cutting, Recipe, build, load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -329,7 +331,7 @@ def test_what_is_removed_computes_what_is_masked() -> None:
     assert set(left) == {"stem (its inputs)", "head"}
     gone = {one.name: [0, 3, 5] for one in found}
     x = split.certify.inputs[:8]
-    reduced = remove(source, x, cutting, found, gone, batch=4, prefix="cut", work=Kept(), progress=lambda *_: None)
+    reduced = remove(source, x, cutting, build(cutting.method), found, gone, batch=4, prefix="cut", work=Kept(), progress=lambda *_: None)
     masked = source.load(torch.float32)
     for one in found:
         for member in one.group.members:
@@ -344,11 +346,38 @@ def test_what_is_removed_computes_what_is_masked() -> None:
     assert next(s for s in reduced.anatomy.sites() if s.name == "conv1").shape == (7, 9, 3, 3)
 
 
+class Astray(Cut):
+    """Slices of a group at unlike indices: what reads them loses the channels beside those that its writers lose."""
+
+    def sites(self, group: Group) -> tuple[Site, ...]:
+        return ()
+
+    def worth(self, group: Group, weights: Any, stats: Any) -> Tensor:
+        return torch.zeros(group.width)
+
+    def __call__(self, group: Group, weights: Any, stats: Any, kept: tuple[int, ...]) -> Change:
+        beside = tuple(sorted((i + 1) % group.width for i in kept))
+        return Change(cut=((group, kept),), fold=build("prune.cut.spa(score=prune.score.magnitude)")(group, weights, {}, beside).fold)
+
+
+@pytest.mark.usefixtures("nets")
+def test_a_cut_at_unlike_indices_is_found_out() -> None:
+    source, split = network("net")
+    cutting = Cutting(method="prune.cut.obspa")
+    found, _ = groups_of(source, cutting)
+    with pytest.raises(ValueError, match="computes something else"):
+        remove(
+            source, split.calibrate.inputs[:8], cutting, Astray(), found, {"conv1": [0, 1, 5]},
+            batch=8, prefix="cut", work=Kept(), progress=lambda *_: None,
+        )  # fmt: skip
+
+
 @pytest.mark.usefixtures("nets")
 def test_a_width_that_the_forward_fixes_is_left_by_name() -> None:
     source, split = network("rigid")
+    cutting = Cutting(method="prune.cut.obspa")
     weighed = weigh(
-        source, split.calibrate.inputs[:16], Cutting(method="prune.cut.obspa"), batch=8, work=Kept(), progress=lambda *_: None
+        source, split.calibrate.inputs[:16], cutting, build(cutting.method), batch=8, work=Kept(), progress=lambda *_: None
     )  # fmt: skip
     assert {one.name for one in weighed.groups} == {"stem", "point"}
     assert weighed.left["conv1"] == "the module does not run without some of them (RuntimeError)"
@@ -361,10 +390,21 @@ def test_running_statistics_move_with_the_cut() -> None:
     x = split.calibrate.inputs[:64]
     cutting = Cutting(method="prune.cut.obspa")
     found, _ = groups_of(source, cutting)
-    same = remove(source, x, cutting, found, {}, batch=32, prefix="cut", work=Kept(), progress=lambda *_: None)
+    same = remove(source, x, cutting, build(cutting.method), found, {}, batch=32, prefix="cut", work=Kept(), progress=lambda *_: None)
     for name, value in source.load(torch.float32).state_dict().items():
         assert torch.allclose(same.load(torch.float32).state_dict()[name].float(), value.float(), atol=1e-5), name
-    moved = remove(source, x, cutting, found, {"conv1": [1, 2, 3]}, batch=32, prefix="cut", work=Kept(), progress=lambda *_: None)
+    moved = remove(
+        source,
+        x,
+        cutting,
+        build(cutting.method),
+        found,
+        {"conv1": [1, 2, 3]},
+        batch=32,
+        prefix="cut",
+        work=Kept(),
+        progress=lambda *_: None,
+    )
     a, b = source.load(torch.float32), moved.load(torch.float32)
     assert torch.allclose(a.bn0.running_mean, b.bn0.running_mean, atol=1e-5)
     assert not torch.allclose(a.bn2.running_mean, b.bn2.running_mean, atol=1e-4)
