@@ -68,7 +68,7 @@ def run(small: tuple[Path, Path], out: Path, recipe: Recipe, budget: str, **more
 
 
 def recipe(**cut: Any) -> Recipe:
-    return Recipe(name="cut", cut={"method": "prune.cut.obspa", **cut}, judge=False)
+    return Recipe(name="cut", cut={"method": "prune.cut.obspa"} | cut, judge=False)
 
 
 def of(out: Path, name: str = "plan.json") -> dict[str, Any]:
@@ -281,11 +281,14 @@ def network(name: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.usefixtures("nets")
-@pytest.mark.parametrize("inputs", ["data", "noise"])
-def test_a_convolutional_network_is_cut_and_loads(tmp_path: Path, inputs: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "inputs"),
+    [("prune.cut.obspa", "data"), ("prune.cut.obspa", "noise"), ("prune.cut.spa(score=prune.score.wanda, over='mean')", "data")],
+)
+def test_a_convolutional_network_is_cut_and_loads(tmp_path: Path, method: str, inputs: str) -> None:
     source, split = network("net")
     out = tmp_path / "out"
-    certificate = compress(source, split, budget=["size=60%"], recipe=recipe(inputs=inputs), out=out, log=lambda _: None)
+    certificate = compress(source, split, budget=["size=60%"], recipe=recipe(method=method, inputs=inputs), out=out, log=lambda _: None)
     assert certificate["bytes"] <= 0.6 * certificate["bytes_original"]
     groups = {group["group"]: group for group in of(out)["cut"]["groups"]}
     # the stream with the depthwise convolution, the inner channels, the flattened ones

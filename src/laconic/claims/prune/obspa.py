@@ -95,14 +95,14 @@ CNN, LM = 0.55, 0.8
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        says="Without data and without training, OBSPA on noise loses less KL, and the class changes more seldom, than group L1 removal.",
+        says="Without data and without training, OBSPA on noise loses less KL, and the class changes less often, than group L1 removal.",
         where=PAPER,
         scale="ResNet-20 on CIFAR-10, 55 % of the bytes, the same shapes and norms moved by the same noise, 3 draws of noise",
         check=partial(_on, "resnet20", RIVALS, CNN, "noise", Obspa(), SEEDS),
         broken=partial(_on, "resnet20", RIVALS, CNN, "noise", Backwards(), ONE),
     ),
     Claim(
-        says="With calibration data and without training, OBSPA loses less KL, and the class changes more seldom, than group L1 removal.",
+        says="With calibration data and without training, OBSPA loses less KL, and the class changes less often, than group L1 removal.",
         where=PAPER,
         scale="ResNet-20 on CIFAR-10, 55 % of the bytes, the same shapes and norms moved by the same images, 3 draws of images",
         check=partial(_on, "resnet20", RIVALS, CNN, "data", Obspa(), SEEDS),
@@ -116,14 +116,14 @@ CLAIMS: tuple[Claim, ...] = (
         broken=lambda lab: on(lab, "resnet20", lambda bench: _data_helps(bench, Backwards(), CNN, ONE)),
     ),
     Claim(
-        says="On a language model, OBSPA loses less KL, and the first choice changes more seldom, than group L1 removal.",
+        says="On a language model, OBSPA loses less KL, and the first choice changes less often, than group L1 removal.",
         where=PAPER,
         scale="nano, 80 % of the bytes, feed-forward channels and KV heads with the query heads they serve, 3 draws of rows",
         check=partial(_on, "nano", RIVALS, LM, "data", Obspa(), SEEDS),
         broken=partial(_on, "nano", RIVALS, LM, "data", Backwards(), ONE),
     ),
     Claim(
-        says="On a language model without data, OBSPA on noise loses less KL, and the first choice changes more seldom, than group L1 removal.",
+        says="On a language model without data, OBSPA on noise loses less KL, and the first choice changes less often, than group L1.",
         where=PAPER,
         scale="nano, 80 % of the bytes, tokens drawn evenly, 3 draws",
         check=partial(_on, "nano", RIVALS, LM, "noise", Obspa(), SEEDS),
