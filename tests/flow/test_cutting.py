@@ -107,6 +107,10 @@ def test_the_shipped_recipe_makes_tensors_smaller(small: tuple[Path, Path], tmp_
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert torch.allclose(logits(theirs), ours, atol=1e-4)
     assert sum(p.numel() for p in theirs.parameters()) < sum(p.numel() for p in source.load(torch.float32).parameters())
+    from laconic.page import render
+
+    page = render(out).read_text()
+    assert "Cut out" in page and "model.layers.1.mlp.gate_proj" in page
     # token by token with a cache
     assert theirs.generate(TOKENS[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 24)
 
