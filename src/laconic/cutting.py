@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from laconic.anatomy import TracedAnatomy, traced_anatomy
 from laconic.architectures import DecoderAnatomy, decoder_anatomy
-from laconic.calibration import Walk, joined, observed, release
+from laconic.calibration import Walk, answer_of, joined, observed, release
 from laconic.core.errors import UserError
 from laconic.core.site import Anatomy, Embedding, Group, Member, Scan, Segment, Site
 from laconic.core.transform import Cut
@@ -143,10 +143,14 @@ def places(groups: Iterable[Offered], gone: Gone) -> dict[str, dict[int, list[in
 def without(value: Tensor, axes: Mapping[int, Sequence[int]]) -> Tensor:
     """A tensor without the indices that go along each axis."""
     for axis, away in axes.items():
-        stays = torch.ones(value.shape[axis], dtype=torch.bool)
-        stays[torch.tensor(list(away), dtype=torch.int64)] = False
-        value = value.index_select(axis, stays.nonzero()[:, 0])
+        value = value.index_select(axis, _stays(value.shape[axis], away))
     return value
+
+
+def _stays(size: int, away: Sequence[int]) -> Tensor:
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[torch.tensor(list(away), dtype=torch.int64)] = False
+    return stays.nonzero()[:, 0]
 
 
 def shapes_of(source: Source, groups: Iterable[Offered], gone: Gone) -> dict[str, Shape]:
@@ -171,7 +175,9 @@ def drawn(source: Source, inputs: Tensor, cutting: Cutting, seed: int) -> Tensor
     generator = torch.Generator().manual_seed(seed)
     if inputs.is_floating_point():
         return torch.randn(inputs.shape, generator=generator)
-    table = next(site for site in source.anatomy.sites(Embedding))
+    table = next(source.anatomy.sites(Embedding), None)
+    if table is None:
+        raise UserError("noise for ids needs a table that they are looked up in, and this model has none; give the cut `inputs: data`")
     return torch.randint(table.shape[0], inputs.shape, generator=generator)
 
 
@@ -228,6 +234,10 @@ def _path(segment: Segment, name: str) -> str:
 
 
 def _first(walk: Walk, module: nn.Module, segment: Segment) -> Tensor:
+    """What a segment computes of its first batch; of a whole model, of its first two inputs."""
+    if not segment.name:
+        with torch.no_grad():
+            return answer_of(module(walk.inputs[:2]))
     return next(walk.outputs(module, segment))
 
 
@@ -412,6 +422,8 @@ def _cut_segment(
             change = method(one.group, {site.name: weight}, found, kept_of(one.group, gone[one.name]))
         weight.copy_(change.fold[site.tensors["weight"]])
         notes += change.notes
+    # the check runs all of the layer, and none of it from kept inputs
+    walk.forget()
     small, tensors = _small(walk, module, segment, here, gone)
     if not _near(_first(walk, small, segment), _first(walk, module, segment)):
         raise ValueError(f"what is left of {segment.name or 'the model'} computes something else than it does with what goes masked")
@@ -421,15 +433,13 @@ def _cut_segment(
 def _put_back(walk: Walk, module: nn.Module, segment: Segment, here: Sequence[Offered], gone: Gone, tensors: Mapping[str, Tensor]) -> None:
     """A settled segment in its old shape, from what was kept of it: readers with zeros where slices went."""
     axes = places(here, gone)
-    for name, (_, member) in _readers(here).items():
-        stored: Tensor = walk.site_module(module, segment, member.site).weight.data  # type: ignore[union-attr, assignment]
-        tensor = member.site.tensors["weight"].name
-        index = [
-            torch.tensor([i for i in range(size) if i not in set(axes[tensor].get(axis, ()))]) for axis, size in enumerate(stored.shape)
-        ]
-        stored.index_fill_(member.stored_axis, torch.tensor(axes[tensor].get(member.stored_axis, []), dtype=torch.int64), 0.0)
-        stored[torch.meshgrid(*index, indexing="ij")] = tensors[tensor].to(stored.dtype)
-        assert name == member.site.name
+    for _, member in _readers(here).values():
+        weight: Tensor = walk.site_module(module, segment, member.site).weight.data  # type: ignore[union-attr, assignment]
+        name = member.site.tensors["weight"].name
+        away = axes[name]
+        weight.index_fill_(member.stored_axis, torch.tensor(away.get(member.stored_axis, []), dtype=torch.int64), 0.0)
+        index = [_stays(size, away.get(axis, ())) for axis, size in enumerate(weight.shape)]
+        weight[torch.meshgrid(*index, indexing="ij")] = tensors[name].to(weight.dtype)
 
 
 class Moments(NamedTuple):
@@ -440,23 +450,21 @@ class Moments(NamedTuple):
 
 
 def moments(module: nn.Module, inputs: Tensor, batch: int) -> dict[str, Moments]:
-    """Of each batch norm over all inputs, each norm working with those of its batch; the module is left as it was."""
-    norms = {
-        name: inner for name, inner in module.named_modules() if isinstance(inner, _BatchNorm) and isinstance(inner.running_mean, Tensor)
-    }
-    before = {name: (inner.running_mean, inner.running_var, inner.num_batches_tracked, inner.momentum) for name, inner in norms.items()}
+    """Of each batch norm of a module, which is used up, over all inputs, each norm working with those of its batch."""
+    norms = {name: inner for name, inner in module.named_modules() if _running(inner)}
     for inner in norms.values():
-        inner.running_mean, inner.running_var = torch.zeros_like(inner.running_mean), torch.ones_like(inner.running_var)  # type: ignore[arg-type]
-        inner.num_batches_tracked, inner.momentum = torch.zeros((), dtype=torch.long), None
+        inner.reset_running_stats()  # type: ignore[operator]
+        # the mean over all batches
+        inner.momentum = None  # type: ignore[assignment]
         inner.train()
     with torch.no_grad():
         for rows in inputs.split(batch):
             module(rows)
-    found = {name: Moments(inner.running_mean, inner.running_var) for name, inner in norms.items()}  # type: ignore[arg-type]
-    for name, inner in norms.items():
-        inner.running_mean, inner.running_var, inner.num_batches_tracked, inner.momentum = before[name]
-        inner.eval()
-    return found
+    return {name: Moments(inner.running_mean, inner.running_var) for name, inner in norms.items()}  # type: ignore[arg-type]
+
+
+def _running(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
 
 
 def _norms(
@@ -466,7 +474,7 @@ def _norms(
     anew, and on noise it leaves those of the data in place. None where the model has none."""
     if (value := work.done(key)) is not None:
         return value  # type: ignore[no-any-return]
-    if source.path is not None or not any(isinstance(m, _BatchNorm) for m in source.skeleton().modules()):
+    if source.path is not None or not any(_running(m) for m in source.skeleton().modules()):
         return None
     first = moments(source.load(torch.float32), inputs, batch)
     second = moments(reduced.load(torch.float32), inputs, batch)
