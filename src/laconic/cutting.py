@@ -19,6 +19,7 @@ from laconic.anatomy import TracedAnatomy, traced_anatomy
 from laconic.architectures import DecoderAnatomy, decoder_anatomy
 from laconic.calibration import Walk, answer_of, joined, observed, release
 from laconic.core.errors import UserError
+from laconic.core.score import Everywhere, keep_top
 from laconic.core.site import Anatomy, Embedding, Group, Member, Scan, Segment, Site
 from laconic.core.transform import Cut
 from laconic.kernels.threads import suited
@@ -28,7 +29,7 @@ from laconic.recipe import Cutting
 
 Progress = Callable[[str, int, int, str], None]
 
-# each group keeps this share of its channels whatever they are worth, so that no layer falls to nothing
+# each matrix keeps this share of its channels whatever they are worth, so that no layer falls to nothing
 LEAST = 0.1
 # masking and removing may differ by the order of sums, not more
 SAME = 1e-3
@@ -237,7 +238,7 @@ def _first(walk: Walk, module: nn.Module, segment: Segment) -> Tensor:
     """What a segment computes of its first batch; of a whole model, of its first two inputs."""
     if not segment.name:
         with torch.no_grad():
-            return answer_of(module(walk.inputs[:2]))
+            return answer_of(module(walk.inputs[:2], **walk._plain))
     return next(walk.outputs(module, segment))
 
 
@@ -315,36 +316,36 @@ class _Counted:
         return stored_bytes(self.source, shapes)
 
 
+def _protected(group: Group, worth: Tensor) -> Tensor:
+    """(width,) true for channels that stay whatever they are worth: of each member the best of those that it has (one that lies beside
+    others in a concatenation, or under a padded shortcut, has some of the group's)."""
+    stay = torch.zeros(group.width, dtype=torch.bool)
+    for member in group.members:
+        has = torch.tensor([i for i in range(group.width) if len(member.index(i))])
+        stay[has] |= keep_top(worth[has], max(1, math.ceil(LEAST * len(has))), among=Everywhere())
+    return stay
+
+
 def share(source: Source, weighed: Weighed, bound: int, *, even: bool) -> dict[str, list[int]]:
     """Channels that go so that the model fits `bound` bytes, as few as possible. even: the same share of each group, the least worth of
-    it; else the least worth of all groups together, with LEAST of each kept. UserError where not enough can go."""
+    it; else the least worth of all groups together, with LEAST of each member kept. UserError where not enough can go."""
     count = _Counted(source, weighed.groups)
-    order = {o.name: weighed.worth[o.name].argsort(stable=True) for o in weighed.groups}
-    floor = {o.name: max(1, math.ceil(LEAST * o.group.width)) for o in weighed.groups}
+    worth = [weighed.worth[o.name] for o in weighed.groups]
+    stay = [_protected(o.group, one) for o, one in zip(weighed.groups, worth, strict=True)]
+    names, widths = [o.name for o in weighed.groups], [len(one) for one in worth]
+    free = [int((~one).sum()) for one in stay]
+    steps = max(widths) if even else sum(free)
 
-    def masks(away: Mapping[str, int]) -> dict[str, Tensor]:
-        made = {}
-        for name, ranked in order.items():
-            made[name] = torch.zeros(len(ranked), dtype=torch.bool)
-            made[name][ranked[: away[name]]] = True
-        return made
-
-    if even:
-        steps = 1024
-
-        def gone_at(step: int) -> dict[str, Tensor]:
+    def gone_at(step: int) -> dict[str, Tensor]:
+        if even:
             # what does not divide stays
-            return masks({n: min(len(r) - floor[n], math.floor(len(r) * step / steps)) for n, r in order.items()})
-    else:
-        free = [(float(weighed.worth[n][i]), at, n) for at, (n, r) in enumerate(order.items()) for i in r[: len(r) - floor[n]].tolist()]
-        free.sort(key=lambda entry: entry[:2])
-        steps = len(free)
-
-        def gone_at(step: int) -> dict[str, Tensor]:
-            away = dict.fromkeys(order, 0)
-            for _, _, name in free[:step]:
-                away[name] += 1
-            return masks(away)
+            kept = [width - min(some, width * step // steps) for width, some in zip(widths, free, strict=True)]
+            kinds = zip(worth, kept, stay, strict=True)
+            found = [~keep_top(one, left, among=Everywhere(), protect=fast) for one, left, fast in kinds]
+        else:
+            joint = keep_top(torch.cat(worth), sum(widths) - step, among=Everywhere(), protect=torch.cat(stay))
+            found = list((~joint).split(widths))
+        return dict(zip(names, found, strict=True))
 
     low, high = 0, steps
     if count(gone_at(high)) > bound:

@@ -18,7 +18,7 @@ from laconic import artifact
 from laconic.core.errors import UserError
 from laconic.core.site import Group, Site
 from laconic.core.transform import Change, Cut
-from laconic.cutting import groups_of, remove, stored_bytes, weigh
+from laconic.cutting import groups_of, remove, share, stored_bytes, weigh
 from laconic.data import open_data
 from laconic.job import compress, plan
 from laconic.models import open_model
@@ -388,6 +388,38 @@ def test_a_width_that_the_forward_fixes_is_left_by_name() -> None:
     )  # fmt: skip
     assert {one.name for one in weighed.groups} == {"stem", "point"}
     assert weighed.left["conv1"] == "the module does not run without some of them (RuntimeError)"
+
+
+def test_no_matrix_loses_all_of_its_channels() -> None:
+    """Two branches side by side in one group, all of the least worth in one of them."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.read = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(12, 12)
+            self.head = nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([self.a(x), self.b(x)], -1)
+            return self.head(F.relu(self.read(x) + x))
+
+    torch.manual_seed(0)
+    module = Beside()
+    module.a.weight.data *= 1e-3
+    module.head.weight.data[:, :6] *= 1e-3
+    source = open_model(module)
+    source.trace(torch.randn(2, 4))
+    cutting = Cutting(method="prune.cut.spa(score=prune.score.magnitude)")
+    method, x = build(cutting.method), torch.randn(16, 4)
+    weighed = weigh(source, x, cutting, method, batch=8, work=Kept(), progress=lambda *_: None)
+    (one,) = weighed.groups
+    assert one.group.width == 12
+    for even in (True, False):
+        gone = share(source, weighed, int(0.2 * stored_bytes(source, {})), even=even)
+        reduced = remove(source, x, cutting, method, weighed.groups, gone, batch=8, prefix="cut", work=Kept(), progress=lambda *_: None)
+        model = reduced.load(torch.float32)
+        assert len(model.a.weight) >= 1 and len(model.b.weight) >= 1
+        assert logits(model, x).shape == (16, 2)
 
 
 @pytest.mark.usefixtures("nets")
