@@ -283,7 +283,8 @@ class DecoderAnatomy(Anatomy):
             units = ports["down"].site.shape[1]
             return Group(units, _members(list(ports.values()), units))
         if (part, axis) in (("q", 0), ("k", 0), ("v", 0), ("qkv", 0), ("o", 1)):
-            return Group(self.kv_heads, _members(list(self._attention(site.context["layer"]).values()), self.kv_heads))
+            units = self._heads(site.context["layer"])[1]
+            return Group(units, _members(list(self._attention(site.context["layer"]).values()), units))
         if part == "router" and axis == 0:
             return self._experts(site)
         if part == "positions" and axis == 0:
@@ -328,7 +329,7 @@ class DecoderAnatomy(Anatomy):
     def _value(self, prefix: str, o: Site) -> Edge:
         ports = self._attention(o.context["layer"])
         v, hd, served = ports["v"], self.head_dim, self.heads // self.kv_heads
-        width = self.kv_heads * hd
+        width = self._heads(o.context["layer"])[1] * hd
 
         def written(c: int) -> Sequence[int]:
             return (v(c // hd)[c % hd],)
@@ -421,17 +422,23 @@ class DecoderAnatomy(Anatomy):
             ports = {part: Port(found[part], 0, 0, 1, 1) for part in ("gate", "up") if part in found}
         return ports | {"down": Port(found["down"], 1, 0, 1, 1)}
 
+    def _heads(self, layer: int) -> tuple[int, int]:
+        """Query heads and KV heads that a layer has: fewer than the config says where some were cut."""
+        heads = self._parts[layer, None]["o"].shape[1] // self.head_dim
+        return heads, heads * self.kv_heads // self.heads
+
     def _attention(self, layer: int) -> dict[str, Port]:
         """q, k, v and o of a layer; units are KV heads with the query heads that they serve."""
         found = self._parts[layer, None]
         d, served = self.head_dim, self.heads // self.kv_heads
+        heads, kv_heads = self._heads(layer)
         wide = d * served
         o = Port(found["o"], 1, 0, wide, wide)
         if (qkv := found.get("qkv")) is None:
             return {"q": Port(found["q"], 0, 0, wide, wide), "k": Port(found["k"], 0, 0, d, d), "v": Port(found["v"], 0, 0, d, d), "o": o}
         if self.row.by_head:
             return {"q": Port(qkv, 0, 0, 3 * d, d), "k": Port(qkv, 0, d, 3 * d, d), "v": Port(qkv, 0, 2 * d, 3 * d, d), "o": o}
-        first, second = self.heads * d, (self.heads + self.kv_heads) * d
+        first, second = heads * d, (heads + kv_heads) * d
         return {"q": Port(qkv, 0, 0, wide, wide), "k": Port(qkv, 0, first, d, d), "v": Port(qkv, 0, second, d, d), "o": o}
 
     def _experts(self, router: Site) -> Group:

@@ -2,7 +2,7 @@
 
 config.json holds `quantization_config: {"quant_method": "laconic", "format": 1, "forms": {stored name: description}}`; the result of a
 factory has laconic.json with `factory`, `format` and `forms` instead. The tensors of a form are stored as `<stored name>.<key>`; every
-other tensor keeps its name.
+other tensor keeps its name. `shapes` names tensors that are smaller than the config or the factory says, since channels were cut.
 
 A folder with elastic.json loads at any size up to its own (`limit`, in bytes): forms are cut to their first parts, the bytes of the others
 are not read. `slices` lists, in the order of the files, the tensor that gets its next part, and the bytes of the model up to there."""
@@ -44,6 +44,7 @@ from laconic.models import (
     stored_name,
     traced_class,
 )
+from laconic.narrow import Shape, narrow
 
 FORMAT = 1
 # parts that stand beside the model, in a file of their own, so that readers who do not know them have a whole model
@@ -154,7 +155,7 @@ class Artifact(Source):
 
     def __init__(self, path: Path, limit: int | None = None) -> None:
         self.spec, self.path = str(path), path
-        factory, self.forms = _manifest(path)
+        factory, self.forms, self.shapes = _manifest(path)
         self.stored = _headers(path)
         if limit is not None:
             self._cut(limit)
@@ -169,12 +170,12 @@ class Artifact(Source):
             self.traced = self._class is not None
             context = int(getattr(self.config, "max_position_embeddings", 0) or 0)
             self.task, self.context = ("classify", 0) if self.traced else ("text", context)
-            bare = self._build()
+            bare = self._narrow(self._build())
             self._computed = _compute(bare, path)
         else:
             self._original, self.traced = open_model(factory), True
             self.config, self.task, self.context = None, self._original.task, self._original.context
-            bare = self._original.skeleton()
+            bare = self._narrow(self._original.skeleton())
             self._computed = self._original._computed
         self._match(bare)
         self._anatomy: Anatomy | None = None
@@ -209,6 +210,13 @@ class Artifact(Source):
                 model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         split_experts(model)
         return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+    def _narrow(self, bare: nn.Module) -> nn.Module:
+        """Without the channels that were cut."""
+        if self._original is not None:
+            tied = self._original.tied
+            return narrow(bare, lambda name: self.shapes.get(tied.get(name, name)))
+        return narrow(bare, lambda name: self.shapes.get(stored_name(name, self.shapes) or ""))
 
     def _match(self, bare: nn.Module) -> None:
         """Which stored tensor each parameter of the module is, and whether all are there in the right shape."""
@@ -260,7 +268,7 @@ class Artifact(Source):
             self._original.trace(example, given)
         elif self._class is not None and self._anatomy is None:
             # as the original was: dense, since a trace looks for torch's own layers
-            dense = self._computed_in(self._build())
+            dense = self._computed_in(self._narrow(self._build()))
             super().fill(dense, "", torch.float32)
             self._given = given
             self._anatomy = traced_class(dense, example, given)
@@ -293,7 +301,7 @@ class Artifact(Source):
 
     def skeleton(self) -> nn.Module:
         assert self.path is not None
-        bare = self._computed_in(self._build() if self._original is None else self._original.skeleton())
+        bare = self._computed_in(self._narrow(self._build() if self._original is None else self._original.skeleton()))
         if self._given is not None:
             feed(bare, self._given)
         forms = blank(self.forms, self.stored, self.path)
@@ -352,8 +360,8 @@ class Artifact(Source):
         return {file: sha256_of(self.path / file) for file in sorted({info.file for info in self.stored.values()} | {name})}
 
 
-def _manifest(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """(factory or None, forms) of a folder; UserError where it is none of ours."""
+def _manifest(path: Path) -> tuple[str | None, dict[str, Any], dict[str, Shape]]:
+    """(factory or None, forms, shapes that were cut) of a folder; UserError where it is none of ours."""
     if not path.is_dir():
         raise UserError(f"no such folder: {path}; give one that laconic compress wrote")
     if not is_artifact(path):
@@ -371,7 +379,7 @@ def _manifest(path: Path) -> tuple[str | None, dict[str, Any]]:
     forms = found.get("forms")
     if not isinstance(forms, dict) or not all(isinstance(form, dict) and "form" in form for form in forms.values()):
         raise UserError(f"{path} does not say how its tensors are held: take an undamaged copy of it")
-    return factory, forms
+    return factory, forms, {name: tuple(shape) for name, shape in found.get("shapes", {}).items()}
 
 
 def stream(path: str | Path, *, limit: int | None = None) -> Artifact:

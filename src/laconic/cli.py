@@ -415,7 +415,12 @@ def plan(
         damage = choice["damage"]["value"]
         level = " ".join(f"{key}={value}" for key, value in choice["level"].items())
         table.add_row(choice["site"], choice["method"], level, f"{choice['bytes']:,}", "" if damage is None else f"{damage:.3g}")
-    _show(table)
+    if made["choices"]:
+        _show(table)
+    for group in made.get("cut", {}).get("groups", ()):
+        print(f"cut: {group['group']} keeps {group['kept']} of {group['channels']} channels, in {', '.join(group['members'])}")
+    for group in made.get("cut", {}).get("left", ()):
+        print(f"not cut: {group['group']}: {group['why']}")
     for kept in made["kept"]:
         if kept["why"] != "one-dimensional":
             print(f"kept as it is: {kept['tensor']}, {kept['bytes']:,} bytes, {kept['why']}")

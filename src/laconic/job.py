@@ -19,6 +19,7 @@ from laconic.artifact import PLACED
 from laconic.budget import parse_budget
 from laconic.core.errors import BrokenPromise, UserError
 from laconic.core.transform import Lesson, Model
+from laconic.cutting import Reduced, asked, config_of, drawn, recorded, remove, share, stored_bytes, weigh
 from laconic.data import Samples, Split
 from laconic.elastic import arrange, index_of, refuse_stacks, spread_over, stacks_of
 from laconic.journal import Work
@@ -91,6 +92,7 @@ def plan(source: Source, split: Split, recipe: Recipe, budget: Sequence[str], ou
     """The price list and the plan alone; `out` is the file that plan.json goes to."""
     with Work(out, identity_of(source, split, recipe, budget, seed, None), overwrite=overwrite, log=log) as work:
         try:
+            source = _cut(source, split, budget, recipe, seed, None, work, progress, log)
             made = make_plan(source, split, recipe, budget, seed=seed, work=work, progress=progress, log=log)
         except UserError:
             work.discard()
@@ -156,10 +158,11 @@ def _run(
         seconds[name] = round(time.monotonic() - since, 3)
 
     at = time.monotonic()
+    if given is not None and given["model"]["hashes"] != source.hashes():
+        raise UserError("the plan was made for another model (its hashes differ); make it again with `laconic plan`")
+    original, source = source, _cut(source, split, budget, recipe, seed, given, work, progress, log)
     if given is not None:
-        plan = dict(given)
-        if plan["model"]["hashes"] != source.hashes():
-            raise UserError("the plan was made for another model (its hashes differ); make it again with `laconic plan`")
+        plan = dict(given) | ({"cut": source.record} if isinstance(source, Reduced) else {})
         plan["predicted"] = plan["predicted"] | priced_again(source, plan)
     elif (journalled := work.done("plan")) is not None:
         plan = journalled["plan"]
@@ -200,7 +203,7 @@ def _run(
     clock("write", at)
     at = time.monotonic()
     progress("measuring", 0, 1, "held-out data")
-    found = quality_of(source, written, split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
+    found = quality_of(original, written, split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
     sizes_below = _sizes_below(source, split, index, seed, work, progress) if index is not None else []
     clock("measure", at)
     size = sizes(applied.bytes + beside, plan["model"]["bytes"], source.parameters)
@@ -237,6 +240,62 @@ def _run(
     })  # fmt: skip
     progress("writing", 1, 1, str(work.out))
     return certificate | {"measurements": measurements}
+
+
+def _given(source: Source) -> Source:
+    """The model that was given, which all is measured against."""
+    return source.original if isinstance(source, Reduced) else source
+
+
+def _cut(
+    source: Source,
+    split: Split,
+    budget: Sequence[str],
+    recipe: Recipe,
+    seed: int,
+    given: Mapping[str, Any] | None,
+    work: Work,
+    progress: Progress,
+    log: Log,
+) -> Source:
+    """The model as it is, or without the channels that the recipe's cut takes away. As many go of each group, or those of least worth
+    wherever they are: where the recipe judges both are done, and the better at the output is taken."""
+    if (cutting := recipe.cut) is None:
+        return source
+    batch, method = batch_of(source), build(cutting.method)
+    inputs = drawn(source, calibration_rows(source, split), cutting, seed)
+    if given is not None:
+        weighed, wanted = asked(source, cutting, given["cut"])
+        reduced = remove(
+            source, inputs, cutting, method, weighed.groups, wanted, batch=batch, prefix="cut/given", work=work, progress=progress
+        )
+        reduced.record = recorded(weighed, cutting, wanted, given["cut"]["share"], given["cut"]["judged"])
+        return reduced
+    weighed = weigh(source, inputs, cutting, method, batch=batch, work=work, progress=progress)
+    if not weighed.groups:
+        name, why = next(iter(weighed.left.items()))
+        raise UserError(f"recipe {recipe.name} finds no channels that can be cut in this model ({name}: {why}); take another recipe")
+    whole = stored_bytes(source, {})
+    bound = parse_budget(budget, source).bytes if cutting.keep is None else int(cutting.keep * whole)
+    assert bound is not None
+    plans = {how: share(source, weighed, bound, even=how == "even") for how in (("even", "ranked") if recipe.judge else ("even",))}
+    made = {
+        how: remove(source, inputs, cutting, method, weighed.groups, gone, batch=batch, prefix=f"cut/{how}", work=work, progress=progress)
+        for how, gone in plans.items()
+    }
+    kls = {how: _kl_of(source, one, split, f"cut/{how}", work, progress) for how, one in made.items()} if len(made) > 1 else {}
+    judged = [{"share": how, "bytes": stored_bytes(source, made[how].shapes), "kl": kl} for how, kl in kls.items()]
+    taken = min(kls, key=kls.__getitem__) if kls else "even"
+    made[taken].record = recorded(weighed, cutting, plans[taken], taken, judged)
+    log(_said(made[taken].record, judged))
+    return made[taken]
+
+
+def _said(record: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
+    gone, had = sum(len(g["gone"]) for g in record["groups"]), sum(g["channels"] for g in record["groups"])
+    how = "as many of each group" if record["share"] == "even" else "those of least worth wherever they are"
+    kls = ", ".join(f"{entry['share']} {entry['kl']:.4g}" for entry in judged)
+    return f"{gone:,} of {had:,} coupled channels go, {how}" + (f" (KL on the search data: {kls})" if kls else "")
 
 
 def _ordered(
@@ -301,7 +360,7 @@ def _judged(
     """The solved plan applied; where the recipe judges, also the best uniform plan of its menu; the better at the output is taken."""
     inputs = calibration_rows(source, split)
     applied = apply_plan(source, inputs, plan, work=work, progress=progress, prefix="solved")
-    if not (judge and recipe.judge and recipe.search != UNIFORM and recipe.choices):
+    if not (judge and recipe.judge and recipe.choices and recipe.search != UNIFORM):
         return plan, applied
     menu = menu_of(plan)
     bound = parse_budget(budget, source, needed=bool(recipe.choices))
@@ -345,7 +404,16 @@ def _tuned(
     before = _kl(source, applied, split, name, work, progress)
     if not plan["judged"]:
         plan["judged"].append({"plan": name, "bytes": applied.bytes, "kl": before})
-    tuned = tune_plan(source, calibration_rows(source, split, lesson), applied, lesson, seed=seed, work=work, progress=progress)
+    tuned = tune_plan(
+        source,
+        calibration_rows(source, split, lesson),
+        applied,
+        lesson,
+        seed=seed,
+        work=work,
+        progress=progress,
+        teacher=_given(source),
+    )
     after = _kl(source, tuned, split, "tuned", work, progress)
     plan["judged"].append({"plan": "tuned", "bytes": tuned.bytes, "kl": after})
     if after < before:
@@ -361,10 +429,14 @@ def _noted(plan: dict[str, Any], log: Log, applied: Applied, note: str) -> Appli
 
 
 def _kl(source: Source, applied: Applied, split: Split, name: str, work: Work, progress: Progress) -> float:
+    return _kl_of(_given(source), applied.view, split, name, work, progress)
+
+
+def _kl_of(source: Source, changed: Any, split: Split, name: str, work: Work, progress: Progress) -> float:
     """KL on the search data, journalled."""
     if (found := work.done(f"judge/{name}")) is None:
         progress("judging", 0, 1, f"the {name} plan on the search data")
-        quality = quality_of(source, applied.view, split.search, metric=split.metric, batch=batch_of(source))
+        quality = quality_of(source, changed, split.search, metric=split.metric, batch=batch_of(source))
         found = {"kl": quality["kl_mean"]}
         work.finish(f"judge/{name}", found)
     return float(found["kl"])
@@ -381,8 +453,14 @@ def _files(source: Source, plan: Mapping[str, Any], recipe: Recipe, applied: App
     if recipe.decode is not None:
         held["decoder"] = recipe.decode
         files[PLACED] = save(dict(placed))
+    shapes = {name: list(shape) for name, shape in sorted(source.shapes.items())} if isinstance(source, Reduced) else {}
     if source.path is not None:
         config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+        if isinstance(source, Reduced):
+            config, shapes = config_of(source, config)
+    if shapes:
+        held["shapes"] = shapes
+    if source.path is not None:
         config["quantization_config"] = held
         files["config.json"] = _json(config)
     else:

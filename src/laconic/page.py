@@ -826,6 +826,10 @@ def kept_of(kept: Sequence[Mapping[str, Any]]) -> list[Kept]:
     return [Kept(why, len(rows), size(sum(r["bytes"] for r in rows)), [r["tensor"] for r in rows]) for why, rows in ranked]
 
 
+def _was_cut(row: Mapping[str, Any]) -> bool:
+    return str(row["why"]).startswith("cut from")
+
+
 def marks_of(plan: Mapping[str, Any], certificate: Mapping[str, Any], quality: Mapping[str, Any], on_kl: bool) -> list[Mark]:
     """The points to draw: judged plans, the chosen plan as predicted, and what was certified."""
     judged = {
@@ -918,7 +922,9 @@ def render(out: Path, *, against: str | None = None, generations: list[dict[str,
         "priced": priced,
         "where": choices[0]["damage"].get("where", "") if choices else "",
         "layers": both(lambda w: layer_picture(w, spots, unit)) if spots else None,
-        "kept": kept_of(plan.get("kept") or ()),
+        "kept": kept_of([row for row in plan.get("kept") or () if not _was_cut(row)]),
+        "cut": plan.get("cut"),
+        "smaller": kept_of([row for row in plan.get("kept") or () if _was_cut(row)]),
         "speed": both(lambda w: speed_picture(w, groups)) if groups else None,
         "pairs": [pair_of(g) for g in generations or ()],
         "data": data_table(certificate.get("data") or plan.get("data") or {}),

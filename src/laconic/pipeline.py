@@ -320,7 +320,11 @@ def make_plan(
         raise UserError(f"recipe {recipe.name} offers nothing for this model; look at `where`, `kinds` and `keep` in it")
     kept = kept_bytes(source, covered)
     fixed = sum(kept.values()) + sum(beside(source, recipe).values())
-    needs = recipe.search != UNIFORM and bool(recipe.choices)
+    if not covered:
+        # all that the recipe does is done elsewhere: what is there is kept
+        only = Plan((), fixed, Damage(math.nan, UNIT, UNPRICED))
+        return plan_words(source, split, recipe, budget, bound, Menu((), only.bytes), only, kept, seed, frontier=[])
+    needs = recipe.search != UNIFORM
     rows_wanted = recipe.price_rows if source.task == "text" else None
     inputs = calibration_rows(source, split)[:rows_wanted] if needs else None
     # what is impossible is said before the long work, from bytes alone
@@ -351,20 +355,16 @@ def plan_words(
     frontier: list[dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """A Plan as plan.json; the frontier is computed unless given."""
-    anatomy = source.anatomy
-    offered = {site.tensors["weight"].name for site in anatomy.sites()}
-
-    def why(name: str) -> str:
-        flat = len(source.infos[name].shape) < 2
-        return "one-dimensional" if flat else "the recipe leaves it" if name in offered else anatomy.why(name)
-
+    # a cut model is the original of all that follows, but not of what is said of it
+    given = getattr(source, "original", source)
+    cut: Mapping[str, Any] = getattr(source, "record", {})
     return {
         "format": 1,
         "laconic": __version__,
         "model": {
             "spec": source.spec,
             "parameters": source.parameters,
-            "bytes": sum(math.prod(i.shape) * i.dtype.itemsize for i in source.infos.values()),
+            "bytes": sum(math.prod(i.shape) * i.dtype.itemsize for i in given.infos.values()),
             "bf16_bytes": 2 * source.parameters,
             "hashes": source.hashes(),
         },
@@ -372,8 +372,9 @@ def plan_words(
         "recipe": recipe.resolved(),
         "seed": seed,
         "data": split.record if split is not None else {},
+        **({"cut": cut} if cut else {}),
         "choices": [_words(row) for row in plan.rows],
-        "kept": [{"tensor": name, "bytes": size, "why": why(name)} for name, size in sorted(kept.items())],
+        "kept": _kept_words(source, kept),
         "placed": [{"part": path, "bytes": size, "by": recipe.decode} for path, size in beside(source, recipe).items()],
         "notes": list(getattr(source, "notes", ())),
         "predicted": {
@@ -386,6 +387,21 @@ def plan_words(
         "pareto": pareto(menu, source.parameters) if frontier is None else frontier,
         "judged": [],
     }
+
+
+def _kept_words(source: Any, kept: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Tensors that no row covers, with their bytes and why."""
+    anatomy = source.anatomy
+    offered = {site.tensors["weight"].name for site in anatomy.sites()}
+    given = getattr(source, "original", source)
+
+    def why(name: str) -> str:
+        if (before := given.infos[name].shape) != (after := source.infos[name].shape):
+            return f"cut from {' x '.join(map(str, before))} to {' x '.join(map(str, after))}"
+        flat = len(source.infos[name].shape) < 2
+        return "one-dimensional" if flat else "the recipe leaves it" if name in offered else anatomy.why(name)
+
+    return [{"tensor": name, "bytes": size, "why": why(name)} for name, size in sorted(kept.items())]
 
 
 def predicted_memory(source: Any, split: Any = None, lesson: Lesson | None = None) -> int:
@@ -411,6 +427,10 @@ def predicted_memory(source: Any, split: Any = None, lesson: Lesson | None = Non
 
 def priced_again(source: Any, plan: Mapping[str, Any]) -> dict[str, Any]:
     """What an edited plan holds in all: bytes and bits a weight. UserError where it exceeds its own budget."""
+    if "cut" in plan:
+        # channels that a user takes out of a plan or puts back into it change what the other tensors weigh
+        sizes = kept_bytes(source, set())
+        plan["kept"][:] = _kept_words(source, {entry["tensor"]: sizes[entry["tensor"]] for entry in plan["kept"]})
     held = _fixed(plan)
     chosen = chosen_by(source, plan)
     for choice in plan["choices"]:
@@ -755,14 +775,17 @@ class Filed:
 
 
 def tune_plan(
-    source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, *, seed: int, work: Any, progress: Progress = quiet
+    source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, *, seed: int, work: Any, progress: Progress = quiet, teacher: Any = None
 ) -> Applied:
-    """The applied model with what can be learned in it tuned against the original on calibration rows (count, ...): the whole together, or
-    part by part, as the lesson's scope says. Bytes and forms stay; each finished part is written anew under its own key. A cut run goes on
-    with the part that it was at."""
+    """The applied model with what can be learned in it tuned on calibration rows (count, ...): the whole together, against the outputs of
+    the teacher (the model itself unless another is given), or part by part, against the model's own, as the lesson's scope says. Bytes and
+    forms stay; each finished part is written anew under its own key. A cut run goes on with the part that it was at."""
     keys = [f"tuned/{part}" for part in applied.parts]
     if not all(work.done(key) for key in keys):
-        learned, said = (_whole if isinstance(lesson.scope, Model) else _by_parts)(source, inputs, applied, lesson, seed, work, progress)
+        if isinstance(lesson.scope, Model):
+            learned, said = _whole(source, inputs, applied, lesson, seed, work, progress, teacher or source)
+        else:
+            learned, said = _by_parts(source, inputs, applied, lesson, seed, work, progress)
         for key, part in zip(keys, applied.parts, strict=True):
             value = dict(work.done(part))
             tensors = dict(work.tensors(part))
@@ -784,13 +807,15 @@ def tune_plan(
 Forms = Callable[[str], Packed | None]
 
 
-def _whole(source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, seed: int, work: Any, progress: Progress) -> tuple[Forms, str]:
-    """All that can be learned, together, and a sentence on it."""
+def _whole(
+    source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, seed: int, work: Any, progress: Progress, teacher: Any
+) -> tuple[Forms, str]:
+    """All that can be learned, together, against the teacher's outputs, and a sentence on it."""
     # images are small: a step sees as many as a batch of the walk
     batches = inputs.split(lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source)))
     progress("tuning", 0, lesson.steps, "the original's predictions")
     shelf = Shelf(work.folder / "tuning", 256 * 1024**2)
-    targets = Filed(shelf, finished_logits(source, inputs, batches[0].shape[0]))
+    targets = Filed(shelf, finished_logits(teacher, inputs, batches[0].shape[0]))
     model = applied.view.skeleton()
     applied.view.fill(model, "", torch.float32)
     held = {name: packed for name in applied.forms if (packed := applied.view.packed(name)) is not None}

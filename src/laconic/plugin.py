@@ -68,10 +68,15 @@ def register() -> None:
         """The `quantization_config` of a folder: its format and the form of every held tensor."""
 
         def __init__(
-            self, forms: dict[str, Any] | None = None, format: int = 1, quant_method: str = "laconic", decoder: str | None = None
+            self,
+            forms: dict[str, Any] | None = None,
+            format: int = 1,
+            quant_method: str = "laconic",
+            decoder: str | None = None,
+            shapes: dict[str, list[int]] | None = None,
         ) -> None:
             self.quant_method: Any = quant_method
-            self.format, self.forms, self.decoder = format, forms or {}, decoder
+            self.format, self.forms, self.decoder, self.shapes = format, forms or {}, decoder, shapes or {}
 
     class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
         """Puts Held layers on meta into the model; transformers then loads their stored tensors by name, like any others."""
@@ -84,7 +89,7 @@ def register() -> None:
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any) -> None:
             config: Any = self.quantization_config
-            self.alias = _swap(model, config.forms, checkpoint_files or ())
+            self.alias = _swap(model, config.forms, config.shapes, checkpoint_files or ())
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
             _finish(model, self.alias)
@@ -112,9 +117,9 @@ def _unmerged(conversions: list[Any]) -> list[Any]:
     return kept + [WeightRenaming(rf"\.experts\.(\d+)\.{old}\.", rf".experts.\1.{new}.") for old, new in names]
 
 
-def _swap(model: Any, forms: dict[str, Any], files: Sequence[str]) -> dict[str, tuple[Any, str]]:
-    """Held layers on meta for all forms. -> layers that only share a form: path -> (the layer that was there, path of the form's owner);
-    they wait as empty modules, so that nothing asks for their tensors."""
+def _swap(model: Any, forms: dict[str, Any], shapes: dict[str, list[int]], files: Sequence[str]) -> dict[str, tuple[Any, str]]:
+    """The model without the channels that were cut, and Held layers on meta for all forms. -> layers that only share a form: path -> (the
+    layer that was there, path of the form's owner); they wait as empty modules, so that nothing asks for their tensors."""
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -123,8 +128,11 @@ def _swap(model: Any, forms: dict[str, Any], files: Sequence[str]) -> dict[str, 
     from laconic.core.packed import Held
     from laconic.experts import split_experts
     from laconic.models import header, stored_name
+    from laconic.narrow import narrow
 
     split_experts(model)
+    smaller = {name: tuple(shape) for name, shape in shapes.items()}
+    narrow(model, lambda name: smaller.get(stored_name(name, smaller) or ""))
     infos = {name: info for file in files for name, info in header(Path(file)).items()}
     held = {full for keys in by_form(infos, forms).values() for full in keys.values()}
     known = {*forms, *(name for name in infos if name not in held)}

@@ -26,13 +26,13 @@ from laconic.core.menu import Order, Search
 from laconic.core.score import Score
 from laconic.core.site import Conv, Embedding, Linear, Site, TensorId
 from laconic.core.state import State
-from laconic.core.transform import Layer, Lesson, Model, Scope, Transform, Window
+from laconic.core.transform import Cut, Layer, Lesson, Model, Scope, Transform, Window
 
 HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding}
 # a matrix that any method can be asked about before a model is opened
 PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
-ROLES = (Transform, Score, Search, Lesson, Order, State, Decoder)
+ROLES = (Transform, Score, Search, Lesson, Cut, Order, State, Decoder)
 # what a lesson's scope may be called
 SCOPES: dict[str, type[Scope]] = {"layer": Layer, "block": Window, "window": Window, "model": Model}
 
@@ -51,17 +51,36 @@ class Choice(BaseModel):
         return isinstance(site.kind, tuple(KINDS[k] for k in self.kinds)) and re.fullmatch(self.where, site.name) is not None
 
 
+class Cutting(BaseModel):
+    """Coupled channels that are removed before anything else. where: regex of the first matrix that writes a group's channels. keep: share
+    of the model's bytes that the cut leaves for `choices` to hold in fewer; without it the cut alone meets the budget. inputs: what
+    statistics are taken from, the calibration data or noise of its shape. norms: move running statistics with what reaches them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: str
+    where: str = ".*"
+    keep: float | None = Field(default=None, gt=0, le=1)
+    inputs: Literal["data", "noise"] = "data"
+    norms: bool = True
+
+    def covers(self, name: str) -> bool:
+        """Whether a group may be cut, by its name."""
+        return re.fullmatch(self.where, name) is not None
+
+
 class Recipe(BaseModel):
-    """search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing.
-    judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned afterwards, over
-    the whole model or part by part, kept where it is better at the output. order: how the parts of what is held follow one another in a
-    result that loads at any size up to its own, found on `order_rows` rows of the search data. decode: how the result is decoded; what
-    that needs beside the model is learned last and counted in the budget. Without choices all weights stay, and no budget is needed."""
+    """cut: what is removed first. search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the
+    calibration text used for pricing. judge: measure the solved plan against the best uniform one at the output and take the better. tune:
+    what is learned afterwards, over the whole model or part by part, kept where it is better at the output. order: how the parts of what
+    is held follow one another in a result that loads at any size up to its own, found on `order_rows` rows of the search data. decode: how
+    the result is decoded; what that needs beside the model is learned last and counted in the budget. Without choices and cut all weights
+    stay, and no budget is needed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     says: str = ""
     search: str = "search.allocate.knapsack"
+    cut: Cutting | None = None
     choices: tuple[Choice, ...] = ()
     keep: str = "(?!)"
     price_rows: int = Field(default=32, ge=1)
@@ -73,7 +92,11 @@ class Recipe(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in: what is stored in the output."""
-        return self.model_dump(mode="json")
+        found = self.model_dump(mode="json")
+        if self.cut is None:
+            # recipes that do not cut are written and hashed as before there were cuts
+            del found["cut"]
+        return found
 
     def hash(self) -> str:
         """sha256 of the resolved recipe."""
@@ -118,8 +141,12 @@ def _first(error: ValidationError) -> str:
 
 def check(recipe: Recipe) -> None:
     """Builds every method and level once, so that a mistake is found before work starts."""
-    if not recipe.choices and recipe.decode is None:
-        raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, `decode` or both")
+    if not recipe.choices and recipe.decode is None and recipe.cut is None:
+        raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, a `cut` or `decode`")
+    if recipe.cut is not None:
+        if not isinstance(build(recipe.cut.method), Cut):
+            raise UserError(f"recipe {recipe.name}: {recipe.cut.method} cuts no channels; try prune.cut.obspa")
+        _regex(recipe.cut.where, recipe)
     for choice in recipe.choices:
         transform = build(choice.method)
         if not isinstance(transform, Transform):
@@ -131,10 +158,7 @@ def check(recipe: Recipe) -> None:
                 transform.stored(PROBE, level_of(transform, level))
             except ValueError as error:
                 raise UserError(f"recipe {recipe.name}: {choice.method} at {dict(level)}: {error}") from None
-        try:
-            re.compile(choice.where)
-        except re.error as error:
-            raise UserError(f"recipe {recipe.name}: where={choice.where!r} is no regular expression ({error})") from None
+        _regex(choice.where, recipe)
     if recipe.tune is not None and not isinstance(build(recipe.tune), Lesson):
         raise UserError(f"recipe {recipe.name}: {recipe.tune} is no lesson; try quantize.train.straight")
     if recipe.order is not None and not isinstance(build(recipe.order), Order):
@@ -143,6 +167,13 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name}: {recipe.decode} is no decoder; try decode.draft.kangaroo")
     if not isinstance(build(recipe.search), Search):
         raise UserError(f"recipe {recipe.name}: {recipe.search} is no search; try search.allocate.knapsack")
+
+
+def _regex(text: str, recipe: Recipe) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise UserError(f"recipe {recipe.name}: where={text!r} is no regular expression ({error})") from None
 
 
 def paths() -> list[str]:

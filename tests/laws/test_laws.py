@@ -16,8 +16,9 @@ from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Order, Row, Search, cheapest, plan_of, total
 from laconic.core.packed import Dense, Held, Product, Scaled, Sum, Transposed, restore
 from laconic.core.score import Across, Everywhere, NofM, PerRow, Score, Unit, keep_top
-from laconic.core.site import Linear
+from laconic.core.site import Conv, Group, IndexMap, Linear, Member, Norm, Site, TensorId
 from laconic.core.statistic import Seen
+from laconic.core.transform import Cut
 from laconic.kernels.grids import Grid
 from laconic.methods.quantize.grid.grouped import Grouped
 from laconic.methods.quantize.round.rtn import RTN
@@ -31,6 +32,7 @@ _spec.loader.exec_module(found)
 TRANSFORMS = found.transforms()
 NAMES = [f"{path}-{level}" for path, _, level in TRANSFORMS]
 SCORES = [(path, found.instance(cls)) for path, cls in found.classes(Score)]
+CUTS = [(path, found.instance(cls)) for path, cls in found.classes(Cut)]
 SEARCHES = [(path, found.instance(cls)) for path, cls in found.classes(Search)]
 
 
@@ -296,6 +298,83 @@ def test_algebra_of_forms():
     assert torch.equal(scaled.dense(), form.dense() * torch.arange(1.0, 11))
     assert torch.equal(scaled.rows(torch.tensor([3])), scaled.dense()[[3]])
     assert scaled.nbytes == form.nbytes + 40 and scaled.first(1).nbytes == 240 + 40
+
+
+# ---- cut
+
+
+def coupled(width: int, table: tuple[tuple[int, ...], ...]) -> Group:
+    """Two writers, one a convolution, a norm, and a reader that has two or more columns for each channel, in an order of its own."""
+
+    def site(name, kind, shape):
+        return Site(name, kind, {"weight": TensorId(f"{name}.weight")}, shape)
+
+    plain = IndexMap(width)
+    columns = sum(len(entry) for entry in table)
+    return Group(
+        width,
+        (
+            Member(site("linear", Linear(), (width, 6)), 0, plain),
+            Member(site("conv", Conv(), (width, 2, 3, 3)), 0, plain),
+            Member(site("norm", Norm(), (width,)), 0, plain),
+            Member(site("reader", Linear(), (5, columns)), 1, IndexMap(columns, table=table)),
+        ),
+    )
+
+
+def of_group(group: Group, seed: int = 3) -> tuple[dict, dict]:
+    weights, stats = {}, {}
+    for i, member in enumerate(m for m in group.members if len(m.site.shape) > 1):
+        weights[member.site.name] = torch.randn(member.site.shape, generator=torch.Generator().manual_seed(seed + i))
+        stats[member.site.name] = found.stats_of(rows(80, member.site.matrix[1], seed + i), member.site)
+    return weights, stats
+
+
+TABLE = ((0, 4), (2, 1, 7), (3,), (5, 6))
+
+
+@pytest.mark.parametrize(("path", "cut"), CUTS, ids=[p for p, _ in CUTS])
+def test_a_cut_that_keeps_all_changes_nothing_and_permutes_with_channels(path, cut):
+    group = coupled(4, TABLE)
+    weights, stats = of_group(group)
+    before = {name: w.clone() for name, w in weights.items()}
+    worth = cut.worth(group, weights, stats)
+    assert worth.shape == (4,) and torch.isfinite(worth).all()
+    order = [2, 0, 3, 1]
+    moved = coupled(4, tuple(TABLE[i] for i in order))
+    other = {name: w if name == "reader" else w[order] for name, w in weights.items()}
+    torch.testing.assert_close(cut.worth(moved, other, stats), worth[order], rtol=1e-4, atol=1e-6)
+    whole = cut(group, weights, stats, (0, 1, 2, 3))
+    assert whole.cut == ((group, (0, 1, 2, 3)),)
+    assert all(torch.equal(new, before["reader"]) for new in whole.fold.values())
+    change = cut(group, weights, stats, (0, 3))
+    ((name, new),) = change.fold.items()
+    assert name.name == "reader.weight"
+    assert not new[:, [1, 2, 3, 7]].any() and new[:, [0, 4, 5, 6]].any()
+    assert all(torch.equal(weights[n], before[n]) for n in weights), "a cut must not touch its input"
+
+
+@pytest.mark.parametrize(("path", "cut"), CUTS, ids=[p for p, _ in CUTS])
+@pytest.mark.parametrize("case", ["no tokens", "one token", "dead channels", "twice the same channel", "zero weight", "huge"])
+def test_a_cut_never_gives_nan(path, cut, case):
+    group = coupled(4, TABLE)
+    weights, stats = of_group(group)
+    site = group.members[-1].site
+    x = rows(80, 8)
+    x = {
+        "no tokens": x[:0],
+        "one token": x[:1],
+        "dead channels": x * (torch.arange(8) % 3 > 0),
+        "twice the same channel": x[:, torch.arange(8) // 2],
+        "huge": x * 1e6,
+    }.get(case, x)
+    stats["reader"] = found.stats_of(x, site)
+    if case == "zero weight":
+        weights = {name: torch.zeros_like(w) for name, w in weights.items()}
+    assert torch.isfinite(cut.worth(group, weights, stats)).all()
+    for kept in ((0,), (1, 2), (0, 1, 2)):
+        for new in cut(group, weights, stats, kept).fold.values():
+            assert torch.isfinite(new).all()
 
 
 # ---- search

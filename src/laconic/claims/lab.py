@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ from laconic.core.packed import Packed
 from laconic.core.site import Conv, Linear, Site
 from laconic.core.state import Ragged, State
 from laconic.core.statistic import Gram
-from laconic.core.transform import Lesson, Level, Model, Transform
+from laconic.core.transform import Cut, Lesson, Level, Model, Transform
+from laconic.cutting import drawn, remove, share, stored_bytes, weigh
 from laconic.data import Samples, Texts, open_data
 from laconic.kernels.obs import output_error
 from laconic.measurement import compare, outputs
 from laconic.models import Source, open_model
 from laconic.pipeline import Parts, learn, quiet
+from laconic.recipe import Cutting
 from laconic.reconstruction import Reconstruction
 from laconic.runtime import StateCache
 from laconic.zoo import corpus, nano
@@ -248,12 +250,17 @@ def measure(bench: Bench, forms: Mapping[str, Packed]) -> Found:
         stored = bench.source.tied.get(name, name)
         if stored in forms:
             parameter.data.copy_(forms[stored].dense().reshape(parameter.shape))
+    return measured(bench, model, sum(form.nbytes for form in forms.values()))
+
+
+def measured(bench: Bench, model: nn.Module, held: int) -> Found:
+    """A model of so many bytes on the certify part."""
     original = iter(bench.logits)
     quality = compare(lambda _: next(original), outputs(model), bench.certify, batch=bench.batch)
     kl, loss, before, agreement = (
         float(values.double().mean()) for values in (quality.kl, quality.nll, quality.nll_original, quality.top1)
     )
-    return Found(kl, loss, before, agreement, sum(form.nbytes for form in forms.values()))
+    return Found(kl, loss, before, agreement, held)
 
 
 def run(bench: Bench, choose: Choose, seed: int = 0) -> Found:
@@ -396,6 +403,73 @@ def duel(
     if any(a.loss >= b.loss for a, b in pairs):
         wrong.append(f"{label}: perplexity of {names[0]} is not below that of {names[1]}")
     return wrong, numbers
+
+
+# ---- cuts
+
+
+class Notes:
+    """A journal that is only remembered."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.parts: dict[str, dict[str, Tensor]] = {}
+
+    def done(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def finish(self, key: str, value: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        self.values[key], self.parts[key] = value, dict(tensors or {})
+
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        return self.parts[key]
+
+
+class Smaller(NamedTuple):
+    """A cut model on the certify part; multiplications of one input, and of the original for it."""
+
+    found: Found
+    multiplications: int
+    original: int
+
+
+def cut(bench: Bench, method: Cut, keep: float, seed: int, inputs: Literal["data", "noise"]) -> Smaller:
+    """The model with as many channels gone of each group as leave it `keep` of its bytes, so that all methods cut the same shapes; what is
+    looked at is drawn by the seed, and norms move by it whatever the method."""
+
+    def make() -> Smaller:
+        # the methods are given; the name is for plans
+        cutting = Cutting(method="prune.cut.obspa", inputs=inputs)
+        seen, work, size = drawn(bench.source, bench.drawn(seed), cutting, seed), Notes(), bench.batch
+        weighed = weigh(bench.source, seen, cutting, method, batch=size, work=work, progress=quiet)
+        gone = share(bench.source, weighed, int(keep * stored_bytes(bench.source, {})), even=True)
+        groups = weighed.groups
+        reduced = remove(bench.source, seen, cutting, method, groups, gone, batch=size, prefix="cut", work=work, progress=quiet)
+        model = reduced.load(torch.float32)
+        one = bench.certify.inputs[:1]
+        before = multiplications(bench.source.load(torch.float32), one)
+        return Smaller(measured(bench, model, stored_bytes(bench.source, reduced.shapes)), multiplications(model, one), before)
+
+    made: Smaller = bench.once(("cut", method, keep, seed, inputs), make)
+    return made
+
+
+def multiplications(model: nn.Module, inputs: Tensor) -> int:
+    """Of all convolutions and linear layers for one input."""
+    total = 0
+
+    def count(layer: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal total
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        channels = output.shape[1] if weight.dim() > 2 else output.shape[-1]
+        total += weight.numel() * output.numel() // channels
+
+    hooks = [layer.register_forward_hook(count) for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        outputs(model)(inputs)
+    for hook in hooks:
+        hook.remove()
+    return total
 
 
 # ---- caches

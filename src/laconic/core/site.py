@@ -150,6 +150,15 @@ class Member:
         """The axis of the stored weight."""
         return 1 - self.axis if self.site.transposed else self.axis
 
+    @property
+    def reads(self) -> bool:
+        """Whether the slices are what a matrix takes in: without them, and without them alone, it computes as if they were gone."""
+        return self.axis == 1 and isinstance(self.site.kind, Linear | Conv)
+
+    def slices(self, indices: Sequence[int]) -> list[int]:
+        """The member's own indices, in order, that fall with these canonical ones."""
+        return sorted(j for i in indices for j in self.index(i))
+
 
 class Group(NamedTuple):
     """Slices that must fall together; removing canonical index i removes `member.index(i)` from every member. `fixed`: they are the

@@ -83,12 +83,12 @@ class Lesson(ABC):
 
 @dataclass(frozen=True)
 class Change:
-    """The edit. hold: a stored tensor now held so; fold: exact new values of other tensors; cut: kept indices of a coupled group;
+    """The edit. hold: a stored tensor now held so; fold: new values of other tensors; cut: groups and the indices that they keep;
     place: runtime parts by module path; notes: sentences for the log (dead columns, added damping)."""
 
     hold: Mapping[TensorId, Packed] = field(default_factory=dict)
     fold: Mapping[TensorId, Tensor] = field(default_factory=dict)
-    cut: Mapping[int, tuple[Group, tuple[int, ...]]] = field(default_factory=dict)
+    cut: tuple[tuple[Group, tuple[int, ...]], ...] = ()
     place: Mapping[str, nn.Module] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -113,3 +113,23 @@ class Transform(ABC):
     @abstractmethod
     def stored(self, site: Site, level: Level) -> int:
         """Bytes that the Change at this level will hold for the site, known without doing the work; a law compares it with the Change."""
+
+
+class Cut(ABC):
+    """One way to remove coupled slices: what each is worth, and what becomes of the matrices that read them once some are gone. How many
+    go, and out of which group, is not for it to say. Weights are (n, m[, *kernel]) by the site's name, fp32, and are not written to."""
+
+    wants: tuple[Statistic, ...] = ()
+
+    @abstractmethod
+    def sites(self, group: Group) -> tuple[Site, ...]:
+        """Those of the group's sites whose statistics `worth` wants."""
+
+    @abstractmethod
+    def worth(self, group: Group, weights: Mapping[str, Tensor], stats: Mapping[str, Stats]) -> Tensor:
+        """(width,) for the group's canonical indices, higher = keep; comparable between groups."""
+
+    @abstractmethod
+    def __call__(self, group: Group, weights: Mapping[str, Tensor], stats: Mapping[str, Stats], kept: tuple[int, ...]) -> Change:
+        """`cut`: the group with what it keeps; `fold`: new values of those readers among `weights` whose other columns make up for what is
+        gone, in the old shape and zero where slices go. All kept: nothing changes. Called for each reader when its statistics are there."""

@@ -183,3 +183,45 @@ def predicted_loss(delta: Tensor, gram: Tensor, fisher: Tensor) -> float:
     """Nats a token at the model's output to second order, channels taken as independent: half the Fisher diagonal (n,) times each
     channel's mean squared error."""
     return float(0.5 * (fisher.double() * output_error(delta, gram).double().clamp(min=0)).sum())
+
+
+def removal_cost(weight: Tensor, gram: Tensor, damping: float = 0.01) -> Tensor:
+    """weight (n, m), gram (m, m) or (g, m, m) of n / g rows each -> (n, m) what removing each weight alone would add to the mean squared
+    output error once the rest of its row makes up for it: w^2 / [H^-1]_jj.  Zero for dead channels."""
+    step = weight.shape[0] // (gram.shape[0] if gram.dim() == 3 else 1)
+    found = []
+    for rows, one in zip(weight.float().split(step), gram if gram.dim() == 3 else gram[None], strict=True):
+        factor = inverse_factor(one, damping)
+        alive = one.diagonal()[~factor.dead]
+        scale = alive.mean() if alive.numel() else torch.zeros(())
+        # H^-1 is upper^T upper, of a Hessian divided by its scale
+        found.append((rows.square() * (scale / factor.upper.square().sum(0))).masked_fill(factor.dead, 0.0))
+    return torch.cat(found)
+
+
+def without_columns(weight: Tensor, gram: Tensor, gone: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
+    """weight (n, m), gram (m, m), gone (m,) bool -> weight with those columns zero and the others moved so that the output errs least,
+    and the damping that was needed: with G gone and K kept, w_K - w_G ([H^-1]_GG)^-1 [H^-1]_GK = w_K + w_G H_GK (H_KK)^-1."""
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError("the Gram matrix has entries that are not finite: an activation overflowed, calibrate in float32")
+    out = weight.float().clone()
+    out[:, gone] = 0.0
+    if not bool(gone.any()) or bool(gone.all()):
+        return out, damping
+    kept = ~gone
+    hessian = gram.double() if gram.shape[0] <= 2048 else gram
+    inner = hessian[kept][:, kept]
+    scale = inner.diagonal().clamp(min=0).mean()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    used = damping
+    while True:
+        damped = inner / scale
+        damped.diagonal().add_(used)
+        lower, bad = torch.linalg.cholesky_ex(damped)
+        if not int(bad):
+            # (K, G): how much of each removed column each kept one takes over
+            share = torch.cholesky_solve(hessian[kept][:, gone] / scale, lower)
+            if bool(torch.isfinite(share).all()):
+                out[:, kept] += weight.float()[:, gone] @ share.T.float()
+                return out, used
+        used = max(used * 10, 1e-6)
