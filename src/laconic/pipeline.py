@@ -19,11 +19,12 @@ from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
 from laconic.core.packed import Packed, Soft, Transposed, below, restore
 from laconic.core.site import Anatomy, Embedding, Segment, Site
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
-from laconic.core.transform import Change, Lesson, Transform
+from laconic.core.transform import Change, Lesson, Objective, Transform
 from laconic.kernels.obs import predicted_loss
 from laconic.kernels.threads import suited
 from laconic.models import Source
 from laconic.recipe import Recipe, build, level_of, level_words
+from laconic.trials import Recorded, Trials, form_key
 from laconic.tuning import Targets, tune
 
 Progress = Callable[[str, int, int, str], None]
@@ -183,10 +184,11 @@ def damage_of(site: Site, weight: Tensor, change: Change, stats: Mapping[Statist
 
 
 def price(
-    source: Any, inputs: Tensor | None, recipe: Recipe, *, seed: int, work: Any, progress: Progress, batch: int
+    source: Any, inputs: Tensor | None, recipe: Recipe, *, seed: int, work: Any, progress: Progress, batch: int, keep: bool = False
 ) -> tuple[list[Row], dict[str, dict[Statistic, Tensor]]]:
     """The price list. Without `inputs` (uniform recipes) only bytes are known; with them each row's damage at the output is predicted from
-    one walk forward and back. Also returns the statistics of sites outside the layers, which `apply` needs again."""
+    one walk forward and back. Also returns the statistics of sites outside the layers, which `apply` needs again. keep: every form that is
+    made to be priced is journalled too, one part file for each, so that plans can be tried without compressing again."""
     offered = offers(source, recipe)
     if inputs is None:
         rows = [_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offered]
@@ -199,7 +201,8 @@ def price(
     segments = (joined(source.anatomy.segments()),) if whole else source.anatomy.segments()
     if all(work.done(f"price/{s.name}") for s in segments):
         rows = [_from_words(r) for s in segments for r in work.done(f"price/{s.name}")["rows"]]
-        return rows, _load_stats(work)
+        if not keep or all(work.done(form_key(row)) for row in rows):
+            return rows, _load_stats(work)
     walk = Walk(source, inputs, batch=batch, shelf=work.folder / "shelf", whole=whole)
     walk.begin()
     generator = torch.Generator().manual_seed(seed)
@@ -226,11 +229,16 @@ def price(
                     count += 1
                     progress("pricing", count, len(offered), site.name)
                     _same_bytes(offer, change)
-                    found.append(_row(offer, Damage(damage_of(site, weight, change, have), UNIT, PREDICTED)))
+                    row = _row(offer, Damage(damage_of(site, weight, change, have), UNIT, PREDICTED))
+                    found.append(row)
+                    if keep and work.done(form_key(row)) is None:
+                        forms, tensors = _stored(change, site)
+                        work.finish(form_key(row), {"forms": forms}, tensors)
         rows_of[segment.name] = found
-        if not segment.name:
+        if not segment.name and work.done("stats") is None:
             work.finish("stats", {"sites": sorted(rest)}, {f"{n}|{type(k).__name__}": v for n, s in rest.items() for k, v in s.items()})
-        work.finish(f"price/{segment.name}", {"rows": [_words(row) for row in found]})
+        if work.done(f"price/{segment.name}") is None:
+            work.finish(f"price/{segment.name}", {"rows": [_words(row) for row in found]})
     walk.shelf.clear() if walk.shelf else None
     return [row for segment in segments for row in rows_of[segment.name]], rest
 
@@ -322,11 +330,28 @@ def make_plan(
             f"the budget of {bound.bytes:,} bytes is below what recipe {recipe.name} can reach: the least is {least:,} bytes; "
             f"ask for size={least / 1e6:.2f}MB (bits={math.ceil(least * 8e3 / source.parameters) / 1e3:g}) or more"
         )
-    rows, _ = price(source, inputs, recipe, seed=seed, work=work, progress=progress, batch=batch_of(source))
+    search = build(recipe.search)
+    objective = search.asks()
+    rows, _ = price(source, inputs, recipe, seed=seed, work=work, progress=progress, batch=batch_of(source), keep=objective is not None)
     menu = Menu(tuple(rows), sum(kept.values()))
-    rng = torch.Generator().manual_seed(seed)
-    plan = build(recipe.search)(menu, bound, judge=None, rng=rng, log=log)
+    judge = None if objective is None else Recorded(trials(source, split.search.inputs, objective, work), work)
+    plan = search(
+        menu, bound, judge=judge, rng=torch.Generator().manual_seed(seed), log=log,
+        progress=lambda done, total, note: progress("searching", done, total, note),
+    )  # fmt: skip
     return plan_words(source, split, recipe, budget, bound, menu, plan, kept, seed)
+
+
+def trials(source: Any, inputs: Tensor, objective: Objective, work: Any) -> Trials:
+    """A judge of plans over inputs (count, ...) from the forms that pricing kept. A row of it is a sequence of tokens; elsewhere a sample
+    says far less, and a row is as many as are run at once."""
+    rows = inputs.split(1 if source.task == "text" else batch_of(source))
+
+    def original() -> Targets:
+        logits = (found for row in rows for found in finished_logits(source, row, row.shape[0]))
+        return _Filed(Shelf(work.folder / "judge", 512 * 1024**2), logits)
+
+    return Trials(source, rows, original, objective, work)
 
 
 def plan_words(

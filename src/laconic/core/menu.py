@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from laconic.core.errors import UserError
+from laconic.core.transform import Objective
 
 
 class Cost(NamedTuple):
@@ -89,15 +90,60 @@ def plan_of(menu: Menu, rows: Sequence[Row]) -> Plan:
     return Plan(tuple(rows), menu.fixed + sum(row.cost.bytes for row in rows), total(rows))
 
 
-Judge = Callable[[Plan], Damage]
+class Judge(ABC):
+    """Measures whole plans at the model's output on search data (dear). `rows`: how many pieces that data has; a search that looks at many
+    plans looks at few rows of each first."""
+
+    rows: int
+
+    @abstractmethod
+    def __call__(self, plans: Sequence[Plan], part: Sequence[int] | None = None) -> list[Damage]:
+        """The damage of each plan, over the rows of `part` (all when None). Plans are given together, since those that begin alike share
+        the work up to where they differ."""
+
+
+def silent(done: int, total: int, note: str) -> None:
+    """A progress that shows nothing."""
 
 
 class Search(ABC):
-    """Buys an exact cover within the budget. `judge` measures a whole plan at the model's output (dear); exact solvers need not ask it."""
+    """Buys an exact cover within the budget. What it does follows from its arguments alone, answers of the judge included, so that a search
+    that was cut off can be run again over recorded answers."""
+
+    def asks(self) -> Objective | None:
+        """What the judge is to measure; None where the search looks at the menu alone, and then no judge is made."""
+        return None
 
     @abstractmethod
-    def __call__(self, menu: Menu, budget: Budget, *, judge: Judge | None, rng: torch.Generator, log: Callable[[str], None]) -> Plan:
-        """Raises UserError naming the least possible bytes where nothing fits."""
+    def __call__(
+        self,
+        menu: Menu,
+        budget: Budget,
+        *,
+        judge: Judge | None,
+        rng: torch.Generator,
+        log: Callable[[str], None],
+        progress: Callable[[int, int, str], None] = silent,
+    ) -> Plan:
+        """Raises UserError naming the least possible bytes where nothing fits. progress(done, total, note): a long search says where it
+        stands."""
+
+
+def undominated(menu: Menu) -> list[int]:
+    """Indices of rows that no other row over the same tensors beats in both bytes and damage; rows bound to others always stay."""
+    bound = {i for row in menu.rows for i in (*row.requires, *row.excludes)}
+    groups: dict[frozenset[str], list[int]] = {}
+    for i, row in enumerate(menu.rows):
+        groups.setdefault(row.covers, []).append(i)
+    kept: list[int] = []
+    for members in groups.values():
+        best = float("inf")
+        for i in sorted(members, key=lambda i: (menu.rows[i].cost.bytes, menu.rows[i].damage.value)):
+            row = menu.rows[i]
+            if row.damage.value < best or i in bound or row.requires or row.excludes:
+                kept.append(i)
+                best = min(best, row.damage.value)
+    return sorted(kept)
 
 
 def cheapest(menu: Menu) -> int:
