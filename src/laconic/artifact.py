@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from laconic.architectures import DECODERS, decoder_anatomy
 from laconic.core.errors import UserError
 from laconic.core.packed import Held, Packed, restore
+from laconic.core.part import Part, restore_part
 from laconic.core.site import Anatomy
 from laconic.experts import split_experts
 from laconic.journal import sha256_of
@@ -75,6 +76,17 @@ def _restored(described: Mapping[str, Any], tensors: Mapping[str, Tensor], name:
         raise UserError(f"{where} holds {name} as {form}, which this version of laconic does not know: update laconic") from error
 
 
+def parts(placed: Mapping[str, Any], where: Path) -> dict[str, Part]:
+    """What stands in the place of modules that are gone, by their paths."""
+    made = {}
+    for name, described in placed.items():
+        try:
+            made[name] = restore_part(described)
+        except (KeyError, TypeError, ValueError, ModuleNotFoundError, AttributeError) as error:
+            raise UserError(f"{where} places {described} at {name}, which this version of laconic does not know: update laconic") from error
+    return made
+
+
 def holdable(layer: nn.Module) -> bool:
     """Whether a Held can stand in this layer's place: exactly one of torch's own layers, since subclasses compute something else, or one
     of those that Held knows by name."""
@@ -105,7 +117,7 @@ class Artifact(Source):
 
     def __init__(self, path: Path) -> None:
         self.spec, self.path = str(path), path
-        factory, self.forms = _manifest(path)
+        factory, self.forms, self.placed = _manifest(path)
         self.stored = _headers(path)
         self._keys = by_form(self.stored, self.forms)
         self._original: Source | None = None
@@ -217,6 +229,8 @@ class Artifact(Source):
             form = forms.get(self._names.get(f"{path}.weight", ""))
             if form is not None and holdable(layer):
                 put(bare, path, Held(form, layer, layer.bias if isinstance(getattr(layer, "bias", None), Tensor) else None))
+        for name, part in parts(self.placed, self.path).items():
+            put(bare, name, part)
         return bare
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, *, skip: Collection[str] = ()) -> None:
@@ -268,8 +282,8 @@ class Artifact(Source):
         return {file: sha256_of(self.path / file) for file in sorted({info.file for info in self.stored.values()} | {name})}
 
 
-def _manifest(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """(factory or None, forms) of a folder; UserError where it is none of ours."""
+def _manifest(path: Path) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
+    """(factory or None, forms, placed parts) of a folder; UserError where it is none of ours."""
     if not path.is_dir():
         raise UserError(f"no such folder: {path}; give one that laconic compress wrote")
     if not is_artifact(path):
@@ -287,7 +301,7 @@ def _manifest(path: Path) -> tuple[str | None, dict[str, Any]]:
     forms = found.get("forms")
     if not isinstance(forms, dict) or not all(isinstance(form, dict) and "form" in form for form in forms.values()):
         raise UserError(f"{path} does not say how its tensors are held: take an undamaged copy of it")
-    return factory, forms
+    return factory, forms, found.get("placed", {})
 
 
 def stream(path: str | Path) -> Artifact:

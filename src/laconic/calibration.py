@@ -121,6 +121,11 @@ def joined(segments: Sequence[Segment]) -> Segment:
     return Segment("", tuple(stage for s in segments for stage in s.stages), tuple(tensor for s in segments for tensor in s.tensors))
 
 
+def kept_tensor(tensor: Tensor) -> Tensor:
+    """How a tensor that no method touches is stored: floating point as bf16."""
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+
 class Shelf:
     """Tensors by key, in memory up to `limit` bytes, the rest in files under `folder`."""
 

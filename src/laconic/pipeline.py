@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from laconic import __version__
 from laconic.budget import parse_budget
-from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_if_once, joined, observed, release
+from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_if_once, joined, kept_tensor, observed, release
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
 from laconic.core.packed import Packed, Soft, Transposed, below, restore
-from laconic.core.site import Anatomy, Embedding, Segment, Site
+from laconic.core.site import Anatomy, Embedding, Segment, Site, Sublayer
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
 from laconic.core.transform import Change, Lesson, Objective, Transform
 from laconic.kernels.obs import predicted_loss
 from laconic.kernels.threads import suited
 from laconic.models import Source
 from laconic.recipe import Recipe, build, level_of, level_words
-from laconic.trials import Recorded, Trials, form_key
+from laconic.trials import AS_IS, Recorded, Trials, form_key
 from laconic.tuning import Targets, tune
 
 Progress = Callable[[str, int, int, str], None]
@@ -47,6 +47,8 @@ class Parts:
         self.tied, self._computed = source.tied, source._computed
         self.held: dict[str, str] = {}
         self.forms: dict[str, Any] = {}
+        # what stands in the place of modules that are gone, by path
+        self.placed: dict[str, Any] = {}
         self.cached: tuple[str, dict[str, Tensor]] = ("", {})
 
     @property
@@ -56,6 +58,7 @@ class Parts:
     def add(self, key: str, value: Mapping[str, Any]) -> None:
         """Take a finished stage in."""
         self.forms.update(value["forms"])
+        self.placed.update(value.get("placed", {}))
         self.held.update(dict.fromkeys([*value["forms"], *value["kept"]], key))
 
     def skeleton(self) -> nn.Module:
@@ -109,7 +112,7 @@ def offers(source: Any, recipe: Recipe) -> list[Offer]:
 
     built = [(choice, build(choice.method)) for choice in recipe.choices]
     found = []
-    for site in source.anatomy.sites():
+    for site in (*source.anatomy.sites(), *source.anatomy.sublayers()):
         if re.fullmatch(recipe.keep, site.name):
             continue
         for choice, transform in built:
@@ -124,6 +127,17 @@ def offers(source: Any, recipe: Recipe) -> list[Offer]:
     return found
 
 
+def kept_rows(source: Any, offered: Sequence[Offer], where: str) -> list[Row]:
+    """Where something larger may go (a sub-layer), its tensors that no offer settles alone may also stay as they are: a row for each."""
+    alone = {name for offer in offered if not isinstance(offer.site.kind, Sublayer) for name in offer.site.covers}
+    whole = dict.fromkeys(name for offer in offered for name in sorted(offer.site.covers) if name not in alone)
+    sizes = kept_bytes(source, set(source.infos) - set(whole))
+    return [
+        Row(frozenset({name}), AS_IS, {}, Cost(size), Damage(0.0, UNIT, where), "", math.prod(source.infos[name].shape))
+        for name, size in sizes.items()
+    ]
+
+
 def calibration_rows(source: Any, split: Any) -> Tensor:
     """The inputs that statistics are taken from. Of images 256 are enough: every position of a convolution is a row of its Gram."""
     return split.calibrate.inputs if source.task == "text" else split.calibrate.inputs[:256]  # type: ignore[no-any-return]
@@ -131,7 +145,7 @@ def calibration_rows(source: Any, split: Any) -> Tensor:
 
 def chosen_by(source: Any, plan: Mapping[str, Any]) -> dict[str, Offer]:
     """What a plan chose, by site. UserError where it names a site that the model does not have."""
-    sites = {site.name: site for site in source.anatomy.sites()}
+    sites = {site.name: site for site in (*source.anatomy.sites(), *source.anatomy.sublayers())}
     chosen = {}
     for choice in plan["choices"]:
         if choice["site"] not in sites:
@@ -150,11 +164,6 @@ def kept_bytes(source: Any, covered: set[str]) -> dict[str, int]:
         count = math.prod(info.shape)
         kept[name] = count * (2 if info.dtype.is_floating_point else info.dtype.itemsize)
     return kept
-
-
-def kept_tensor(tensor: Tensor) -> Tensor:
-    """How a tensor that no method touches is stored: floating point as bf16."""
-    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
 def oriented(site: Site, weight: Tensor) -> Tensor:
@@ -192,7 +201,7 @@ def price(
     offered = offers(source, recipe)
     if inputs is None:
         rows = [_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offered]
-        return rows, {}
+        return rows + kept_rows(source, offered, UNPRICED), {}
     by_site: dict[str, list[Offer]] = {}
     for offer in offered:
         by_site.setdefault(offer.site.name, []).append(offer)
@@ -202,7 +211,7 @@ def price(
     if all(work.done(f"price/{s.name}") for s in segments):
         rows = [_from_words(r) for s in segments for r in work.done(f"price/{s.name}")["rows"]]
         if not keep or all(work.done(form_key(row)) for row in rows):
-            return rows, _load_stats(work)
+            return rows + kept_rows(source, offered, PREDICTED), _load_stats(work)
     walk = Walk(source, inputs, batch=batch, shelf=work.folder / "shelf", whole=whole)
     walk.begin()
     generator = torch.Generator().manual_seed(seed)
@@ -210,11 +219,19 @@ def price(
     rest: dict[str, dict[Statistic, Tensor]] = {}
     count = 0
 
+    found: list[Row] = []
+
+    def take_in(offer: Offer, change: Change, damage: float) -> None:
+        row = _row(offer, Damage(damage, UNIT, PREDICTED))
+        found.append(row)
+        if keep and work.done(form_key(row)) is None:
+            work.finish(form_key(row), *_formed(change, offer.site))
+
     def walked(done: int, total: int) -> None:
         progress("reading the model", done, total, "forward and back once")
 
     for segment, _, stats in walk.backward(PRICING, generator, walked):
-        found = []
+        found.clear()
         for site in segment.sites:
             have = stats.get(site.name, {})
             if not have and "expert" in site.context:
@@ -229,18 +246,29 @@ def price(
                     count += 1
                     progress("pricing", count, len(offered), site.name)
                     _same_bytes(offer, change)
-                    row = _row(offer, Damage(damage_of(site, weight, change, have), UNIT, PREDICTED))
-                    found.append(row)
-                    if keep and work.done(form_key(row)) is None:
-                        forms, tensors = _stored(change, site)
-                        work.finish(form_key(row), {"forms": forms}, tensors)
-        rows_of[segment.name] = found
+                    take_in(offer, change, damage_of(site, weight, change, have))
+        for site in inside(source, segment):
+            for offer in by_site.get(site.name, ()):
+                count += 1
+                progress("pricing", count, len(offered), site.name)
+                change = offer.transform(site, {role: source.read(t.name) for role, t in site.tensors.items()}, {}, offer.level)
+                writers = [writer for writer in segment.sites if writer.name in site.context["writers"]]
+                weights = (oriented(writer, source.read(writer.tensors["weight"].name).float()) for writer in writers)
+                lost = [damage_of(w, weight, change, stats.get(w.name, {})) for w, weight in zip(writers, weights, strict=True)]
+                _same_bytes(offer, change)
+                take_in(offer, change, sum(lost))
+        rows_of[segment.name] = list(found)
         if not segment.name and work.done("stats") is None:
             work.finish("stats", {"sites": sorted(rest)}, {f"{n}|{type(k).__name__}": v for n, s in rest.items() for k, v in s.items()})
         if work.done(f"price/{segment.name}") is None:
             work.finish(f"price/{segment.name}", {"rows": [_words(row) for row in found]})
     walk.shelf.clear() if walk.shelf else None
-    return [row for segment in segments for row in rows_of[segment.name]], rest
+    return [row for segment in segments for row in rows_of[segment.name]] + kept_rows(source, offered, PREDICTED), rest
+
+
+def inside(source: Any, segment: Segment) -> list[Site]:
+    """The sub-layers of a segment."""
+    return [site for site in source.anatomy.sublayers() if segment.name and site.name.startswith(f"{segment.name}.")]
 
 
 def _with_gram(site: Site, found: Mapping[Statistic, Tensor], wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
@@ -281,9 +309,8 @@ def _same_bytes(offer: Offer, change: Change) -> int:
 
 
 def _row(offer: Offer, damage: Damage) -> Row:
-    covers = frozenset({offer.site.tensors["weight"].name})
     cost = Cost(offer.transform.stored(offer.site, offer.level))
-    return Row(covers, offer.method, level_words(offer.level), cost, damage, offer.site.name, math.prod(offer.site.shape))
+    return Row(offer.site.covers, offer.method, level_words(offer.level), cost, damage, offer.site.name, math.prod(offer.site.shape))
 
 
 def _words(row: Row) -> dict[str, Any]:
@@ -315,7 +342,7 @@ def make_plan(
     """What, where, at which level, at what price: plan.json's content. Deterministic: no times in it."""
     bound = parse_budget(budget, source)
     offered = offers(source, recipe)
-    covered = {offer.site.tensors["weight"].name for offer in offered}
+    covered = {name for offer in offered for name in offer.site.covers}
     if not covered:
         raise UserError(f"recipe {recipe.name} offers nothing for this model; look at `where`, `kinds` and `keep` in it")
     kept = kept_bytes(source, covered)
@@ -323,7 +350,7 @@ def make_plan(
     rows_wanted = recipe.price_rows if source.task == "text" else None
     inputs = calibration_rows(source, split)[:rows_wanted] if needs else None
     # what is impossible is said before the long work, from bytes alone
-    bare = Menu(tuple(_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offered), sum(kept.values()))
+    bare = Menu(tuple(price(source, None, recipe, seed=seed, work=work, progress=progress, batch=1)[0]), sum(kept.values()))
     if bound.bytes is not None and cheapest(bare) > bound.bytes:
         least = cheapest(bare)
         raise UserError(
@@ -368,6 +395,7 @@ def plan_words(
 ) -> dict[str, Any]:
     """A Plan as plan.json; the frontier is computed unless given."""
     anatomy = source.anatomy
+    kept = {**kept, **{name: row.cost.bytes for row in plan.rows if row.method == AS_IS for name in row.covers}}
     offered = {site.tensors["weight"].name for site in anatomy.sites()}
 
     def why(name: str) -> str:
@@ -388,7 +416,7 @@ def plan_words(
         "recipe": recipe.resolved(),
         "seed": seed,
         "data": split.record if split is not None else {},
-        "choices": [_words(row) for row in plan.rows],
+        "choices": [_words(row) for row in plan.rows if row.method != AS_IS],
         "kept": [{"tensor": name, "bytes": size, "why": why(name)} for name, size in sorted(kept.items())],
         "notes": list(getattr(source, "notes", ())),
         "predicted": {
@@ -457,7 +485,13 @@ def pareto(menu: Menu, parameters: int, points: int = 14) -> list[dict[str, floa
 
 def menu_of(plan: Mapping[str, Any]) -> Menu:
     """The menu that a plan was bought from."""
-    return Menu(tuple(_from_words(row) for row in plan["menu"]), sum(entry["bytes"] for entry in plan["kept"]))
+    return Menu(tuple(_from_words(row) for row in plan["menu"]), sum(fixed_of(plan).values()))
+
+
+def fixed_of(plan: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of every tensor that no row of a plan's menu settles."""
+    settled = {name for row in plan["menu"] for name in row["covers"]}
+    return {entry["tensor"]: entry["bytes"] for entry in plan["kept"] if entry["tensor"] not in settled}
 
 
 def uniform_plan(menu: Menu, bound: Budget) -> Plan | None:
@@ -605,9 +639,16 @@ def _take_in(value: dict[str, Any], tensors: dict[str, Tensor], one: Mapping[str
     tensors.update(held)
 
 
+def _formed(change: Change, site: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A change as its journal value and its tensors."""
+    forms, tensors = _stored(change, site)
+    placed = {path: part.describe() for path, part in change.place.items()}
+    return {"forms": forms, **({"placed": placed} if placed else {})}, tensors
+
+
 def _stored(change: Change, site: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if change.fold or change.cut or change.place:
-        raise ValueError("this pipeline applies `hold` only; the change folds, cuts or places")
+    if change.fold or change.cut:
+        raise ValueError("this pipeline applies `hold` and `place` only; the change folds or cuts")
     forms, tensors = {}, {}
     for tid, found in change.hold.items():
         packed = Transposed(found) if site.transposed else found
@@ -637,6 +678,8 @@ def _compress_segment(
     """All stages of a segment in order: each stage's statistics are taken with the stages before it already changed."""
     value: dict[str, Any] = {"forms": {}, "kept": [], "bytes": 0, "notes": []}
     tensors: dict[str, Tensor] = {}
+    for site in (site for site in inside(walk.source, segment) if site.name in chosen):
+        _take_out(walk, module, segment, chosen[site.name], source, value)
     for sites in together(segment):
         todo = [chosen[site.name] for site in sites if site.name in chosen]
         # a table that stands inside a layer (T5's relative positions) has no rows of inputs
@@ -666,6 +709,21 @@ def _compress_segment(
             own.data.copy_(tensors[stored])
             walk.forget()
     return value, tensors
+
+
+def _take_out(walk: Walk, module: nn.Module, segment: Segment, offer: Offer, source: Any, value: dict[str, Any]) -> None:
+    """A sub-layer that goes: its weights in the walk are what its forms say, zeros."""
+    own = {source.tied.get(name, name): p for path, p in module.named_parameters() if (name := f"{segment.name}.{path}")}
+    weights = {role: own[tensor.name].data for role, tensor in offer.site.tensors.items()}
+    change = offer.transform(offer.site, weights, {}, offer.level)
+    value["bytes"] += _same_bytes(offer, change)
+    found, _ = _formed(change, offer.site)
+    value["forms"].update(found["forms"])
+    value.setdefault("placed", {}).update(found.get("placed", {}))
+    value["notes"] += change.notes
+    for tensor, form in change.hold.items():
+        own[tensor.name].data.copy_(form.dense())
+    walk.forget()
 
 
 def _compress_between(

@@ -23,11 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from laconic.core.errors import UserError, nearest
 from laconic.core.menu import Search
 from laconic.core.score import Score
-from laconic.core.site import Conv, Embedding, Linear, Site
+from laconic.core.site import Conv, Embedding, Linear, Site, Sublayer
 from laconic.core.transform import Lesson, Transform
 
 HOME = Path(__file__).parent
-KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding}
+KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding, "sublayer": Sublayer}
 ROLES = (Transform, Score, Search, Lesson)
 
 
@@ -38,7 +38,7 @@ class Choice(BaseModel):
     method: str
     levels: tuple[dict[str, Any], ...] = Field(min_length=1)
     where: str = ".*"
-    kinds: tuple[Literal["linear", "conv", "embedding"], ...] = ("linear", "conv", "embedding")
+    kinds: tuple[Literal["linear", "conv", "embedding", "sublayer"], ...] = ("linear", "conv", "embedding")
 
     def offers(self, site: Site) -> bool:
         """Whether the method may act at a site."""

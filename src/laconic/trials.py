@@ -7,26 +7,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.calibration import WIDE, FewRows, Walk, release
+from laconic.calibration import WIDE, FewRows, Walk, kept_tensor, release
 from laconic.core.menu import Damage, Judge, Plan, Row
-from laconic.core.packed import Packed, below, restore
-from laconic.core.site import Site
+from laconic.core.packed import Dense, Packed, below, restore
+from laconic.core.site import Segment
 from laconic.core.transform import Objective
 from laconic.tuning import Targets
 
 Product = Callable[[Tensor], Tensor]
 
 
+# the method of a row that leaves its tensor as it is
+AS_IS = "kept"
+
+
 def form_key(row: Row) -> str:
     """Where the journal keeps what a row would store."""
-    return f"form/{row.site}/{row.method}{json.dumps(dict(row.level), sort_keys=True)}"
+    where = row.site or min(row.covers)
+    return f"form/{where}/{row.method}{json.dumps(dict(row.level), sort_keys=True)}"
 
 
 class Trials(Judge):
@@ -39,9 +44,10 @@ class Trials(Judge):
         self._original = original
         self._wanted: Targets | None = None
 
-    def form(self, row: Row) -> Packed:
-        """What the row would store, as pricing made it."""
-        (name,) = row.covers
+    def form(self, row: Row, name: str) -> Packed:
+        """What the row would store of a tensor, as pricing made it."""
+        if row.method == AS_IS:
+            return Dense(kept_tensor(self.source.read(name)))
         key = form_key(row)
         value = self.work.done(key)
         if value is None:
@@ -63,7 +69,7 @@ class Trials(Judge):
                 out, wanted = out[:, :-1], wanted[:, :-1]
             found[i // len(rows)] += float(self.objective(out, wanted, None)) / len(rows)
             del out, wanted
-        return [Damage(value, "nats/token", f"model output, {len(rows)} rows of search data") for value in found]
+        return [Damage(value, self.objective.unit, f"model output, {len(rows)} rows of search data") for value in found]
 
 
 class _Placing:
@@ -71,49 +77,72 @@ class _Placing:
 
     def __init__(self, trials: Trials, walk: Walk, plans: Sequence[Plan], rows: int) -> None:
         self.trials, self.walk, self.rows = trials, walk, rows
-        self.chosen: list[Mapping[str, Row]] = [{row.site: row for row in plan.rows} for plan in plans]
-        self.keys = [{row.site: form_key(row) for row in plan.rows} for plan in plans]
+        # by stored tensor: the row that settles it, and that row's name
+        self.chosen: list[dict[str, tuple[Row, str]]] = []
+        for plan in plans:
+            named = [(row, form_key(row)) for row in plan.rows]
+            self.chosen.append({name: (row, key) for row, key in named for name in row.covers})
         self.placed: dict[str, str] = {}
         self.now = 0
         # plans of one number have computed the same so far
         self.alike = [0] * len(plans)
         head = walk.head_name()
-        language = any(site.roles.get("part") == "embed" for site in walk.rest.sites)
-        owners = (site for site in walk.rest.sites if language and (site.name == head or site.roles.get("tied") == head))
-        self.owner = next((site for site in owners if site.name in self.keys[0]), None)
+        self.language = any(site.roles.get("part") == "embed" for site in walk.rest.sites)
+        owners = (site for site in walk.rest.sites if self.language and (site.name == head or site.roles.get("tied") == head))
+        names = (site.tensors["weight"].name for site in owners)
+        self.owner = next((name for name in names if name in self.chosen[0]), None)
         self.product: tuple[str, Product] | None = None
 
-    def put(self, sites: Sequence[Site], at: int, module_of: Callable[[Site], nn.Module]) -> None:
-        """Plan `at`'s forms in the modules of these sites."""
-        self.now = at
-        for site in sites:
-            key = self.keys[at].get(site.name)
-            module = module_of(site)
-            if key is None or self.placed.get(site.name) == key:
-                continue
-            if isinstance(module, FewRows):
-                module.rows = self.trials.form(self.chosen[at][site.name]).rows(module.index).float()
-            elif self.owner is None or site.name != self.owner.name:
-                weight: Tensor = module.weight.data  # type: ignore[union-attr, assignment]
-                weight.copy_(self.trials.form(self.chosen[at][site.name]).dense().reshape(weight.shape))
-            self.placed[site.name] = key
+    def put(self, name: str, at: int, target: FewRows | Tensor) -> None:
+        """Plan `at`'s form of a stored tensor where the model reads it: in a parameter, or as the rows that are needed of a table."""
+        row, key = self.chosen[at].get(name, (None, ""))
+        if row is None or self.placed.get(name) == key:
+            return
+        form = self.trials.form(row, name)
+        if isinstance(target, FewRows):
+            target.rows = form.rows(target.index).float()
+        else:
+            target.data.copy_(form.dense().reshape(target.shape))
+        self.placed[name] = key
 
-    def split(self, sites: Sequence[Site]) -> list[int]:
-        """Takes in that these sites are about to be run: plans that differ in them are alike no longer. -> for each batch the first that
+    def outside(self, i: int) -> None:
+        """What stands outside the layers, for batch i. A language model's head is taken when it is its turn (`head`)."""
+        self.now = i // self.rows
+        for site in self.walk.rest.sites:
+            module = self.walk.model.get_submodule(site.name)
+            name = site.tensors["weight"].name
+            if isinstance(module, FewRows) or not self.language:
+                self.put(name, self.now, module if isinstance(module, FewRows) else module.weight)  # type: ignore[arg-type]
+
+    def within(self, module: nn.Module, segment: Segment) -> Callable[[int], None]:
+        """What is done before a batch runs through a segment."""
+        prefix, tied = f"{segment.name}.", self.trials.source.tied
+        own = {tied.get(prefix + path, prefix + path): p for path, p in module.named_parameters()}
+        parameters = [(name, p) for name, p in own.items() if name in self.chosen[0]]
+
+        def ready(i: int) -> None:
+            for name, p in parameters:
+                self.put(name, i // self.rows, p)
+
+        return ready
+
+    def split(self, tensors: Sequence[str]) -> list[int]:
+        """Takes in that these tensors are about to be read: plans that differ in them are alike no longer. -> for each batch the first that
         has the same states and forms."""
         numbers: dict[Any, int] = {}
+        settled = [name for name in tensors if name in self.chosen[0]]
         self.alike = [
-            numbers.setdefault((before, *(keys.get(site.name) for site in sites)), len(numbers))
-            for before, keys in zip(self.alike, self.keys, strict=True)
+            numbers.setdefault((before, *(chosen[name][1] for name in settled)), len(numbers))
+            for before, chosen in zip(self.alike, self.chosen, strict=True)
         ]
         return [self.alike.index(number) * self.rows + i for number in self.alike for i in range(self.rows)]
 
     def head(self, x: Tensor) -> Tensor:
         """Logits by the head of the plan whose turn it is."""
         assert self.owner is not None
-        key = self.keys[self.now][self.owner.name]
+        row, key = self.chosen[self.now][self.owner]
         if self.product is None or self.product[0] != key:
-            self.product = key, self._product(self.trials.form(self.chosen[self.now][self.owner.name]))
+            self.product = key, self._product(self.trials.form(row, self.owner))
         return self.product[1](x)
 
     def _product(self, form: Packed) -> Product:
@@ -126,31 +155,21 @@ class _Placing:
         return lambda x: F.linear(x, dense, bias)
 
 
-def _outputs(walk: Walk, placing: _Placing) -> Any:
+def _outputs(walk: Walk, placing: _Placing) -> Iterator[Tensor]:
     """The output of every batch, each with the forms of its plan."""
-    outside = walk.rest.sites
-
-    def rest(i: int) -> None:
-        placing.put(outside, i // placing.rows, lambda site: walk.model.get_submodule(site.name))
-
-    walk.ready = rest
+    walk.ready = placing.outside
+    walk.begin()
     if walk.whole:
-        walk.begin()
         yield from walk.outputs(walk.take(walk.rest), walk.rest)
         return
-    walk.begin()
-    placing.split(outside)
+    placing.split(walk.rest.tensors)
     for segment in walk.layers:
-        walk.ready = rest
+        walk.ready = placing.outside
         module = walk.take(segment)
-
-        def inside(i: int, module: nn.Module = module, segment: Any = segment) -> None:
-            placing.put(segment.sites, i // placing.rows, lambda site: walk.site_module(module, segment, site))
-
-        walk.ready = inside
-        walk.advance(module, segment, placing.split(segment.sites))
+        walk.ready = placing.within(module, segment)
+        walk.advance(module, segment, placing.split(segment.tensors))
         release(module)
-    walk.ready = rest
+    walk.ready = placing.outside
     yield from walk.logits(placing.head if placing.owner is not None else None)
 
 

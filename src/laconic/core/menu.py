@@ -147,10 +147,21 @@ def undominated(menu: Menu) -> list[int]:
 
 
 def cheapest(menu: Menu) -> int:
-    """The least bytes of any cover in which each tensor is settled by a row of its own: what "nearest possible" means in errors."""
-    least: dict[frozenset[str], int] = {}
+    """The least bytes of any cover: what "nearest possible" means in errors. Sets of rows are apart or nested in one another (a sub-layer
+    and its matrices); of nested ones the cheaper way counts."""
+    direct: dict[frozenset[str], int] = {}
     for row in menu.rows:
-        least[row.covers] = min(least.get(row.covers, row.cost.bytes), row.cost.bytes)
+        direct[row.covers] = min(direct.get(row.covers, row.cost.bytes), row.cost.bytes)
+    least: dict[frozenset[str], int] = {}
+    within: dict[str, frozenset[str]] = {}
+    for covers, size in sorted(direct.items(), key=lambda item: len(item[0])):
+        parts = {within[name] for name in covers if name in within}
+        if not all(part <= covers for part in parts):
+            raise ValueError(f"rows overlap and are not nested: {sorted(covers)[:3]}")
+        whole = sum(len(part) for part in parts) == len(covers)
+        cost = sum(least.pop(part) for part in parts)
+        least[covers] = min(size, cost) if whole else size
+        within.update(dict.fromkeys(covers, covers))
     return menu.fixed + sum(least.values())
 
 

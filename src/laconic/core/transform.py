@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from laconic.core.packed import Packed
+from laconic.core.part import Part
 from laconic.core.site import Group, Kind, Site, TensorId
 from laconic.core.statistic import Statistic
 
@@ -19,7 +20,9 @@ Stats = Mapping[Statistic, Tensor]
 
 
 class Objective(ABC):
-    """What a Lesson makes small."""
+    """What a Lesson makes small, and what a Judge measures; `unit` is that of its values."""
+
+    unit: ClassVar[str] = "nats/token"
 
     @abstractmethod
     def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
@@ -47,7 +50,7 @@ class Change:
     hold: Mapping[TensorId, Packed] = field(default_factory=dict)
     fold: Mapping[TensorId, Tensor] = field(default_factory=dict)
     cut: Mapping[int, tuple[Group, tuple[int, ...]]] = field(default_factory=dict)
-    place: Mapping[str, nn.Module] = field(default_factory=dict)
+    place: Mapping[str, Part] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
