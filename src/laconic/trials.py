@@ -174,22 +174,18 @@ def _outputs(walk: Walk, placing: _Placing) -> Iterator[Tensor]:
 
 
 class Recorded(Judge):
-    """What a judge said, journalled call by call. A search is a function of its arguments, so one that was cut off is run again: it gets
-    the answers that were given, goes on where it stood, and ends as it would have."""
+    """What a judge said, journalled question by question. A search is a function of its arguments, so one that was cut off is run again: it
+    gets the answers that were given, goes on where it stood, and ends as it would have."""
 
     def __init__(self, judge: Judge, work: Any) -> None:
         self.judge, self.work = judge, work
         self.rows = judge.rows
-        self.calls = 0
 
     def __call__(self, plans: Sequence[Plan], part: Sequence[int] | None = None) -> list[Damage]:
-        key = f"search/{self.calls}"
-        self.calls += 1
         asked = json.dumps([[sorted(form_key(row) for row in plan.rows) for plan in plans], None if part is None else list(part)])
-        digest = hashlib.sha256(asked.encode()).hexdigest()
+        key = f"search/{hashlib.sha256(asked.encode()).hexdigest()}"
         found = self.work.done(key)
-        if found is None or found["asked"] != digest:
-            said = self.judge(plans, part)
-            found = {"asked": digest, "said": [list(damage) for damage in said]}
+        if found is None:
+            found = {"said": [list(damage) for damage in self.judge(plans, part)]}
             self.work.finish(key, found)
         return [Damage(*damage) for damage in found["said"]]

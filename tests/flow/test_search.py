@@ -157,7 +157,7 @@ def test_killed_between_generations_it_ends_the_same(small, tmp_path, recipe, mo
         keys = [json.loads(line)["entry"]["key"] for line in journal]
         assert len(keys) == len(set(keys))
         # two steps a generation, and the start is not judged
-        assert [key for key in keys if key.startswith("search/")] == [f"search/{i}" for i in range(6)]
+        assert sum(key.startswith("search/") for key in keys) == 6
         calls = []
         judged = trials.Trials.__call__
         monkeypatch.setattr(trials.Trials, "__call__", lambda self, plans, part=None: calls.append(part) or judged(self, plans, part))

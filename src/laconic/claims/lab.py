@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from laconic.calibration import Walk, observed, release
 from laconic.core.claim import Lab, Measurement, Verdict
+from laconic.core.menu import Damage, Judge, Plan
 from laconic.core.packed import Packed
 from laconic.core.site import Conv, Linear, Site
 from laconic.core.state import Ragged, State
@@ -335,6 +336,44 @@ def duel(
     if any(a.loss >= b.loss for a, b in pairs):
         wrong.append(f"{label}: perplexity of {names[0]} is not below that of {names[1]}")
     return wrong, numbers
+
+
+# ---- searches that measure
+
+
+class Remembering:
+    """A journal in memory, for forms that are tried and thrown away."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kept: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
+
+    def done(self, key: str) -> dict[str, Any] | None:
+        """The value of a finished stage."""
+        return self.kept[key][0] if key in self.kept else None
+
+    def finish(self, key: str, value: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        """Kept as it is."""
+        self.kept[key] = value, tensors or {}
+
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a finished stage."""
+        return self.kept[key][1]
+
+
+class Reversed(Judge):
+    """The stand-in: the worse a plan is, the better it is said to be."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge, self.rows = judge, judge.rows
+
+    def __call__(self, plans: Sequence[Plan], part: Sequence[int] | None = None) -> list[Damage]:
+        return [damage._replace(value=-damage.value) for damage in self.judge(plans, part)]
+
+
+def honest(judge: Judge) -> Judge:
+    """The judge as it is."""
+    return judge
 
 
 # ---- caches

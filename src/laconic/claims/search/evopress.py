@@ -6,12 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from laconic.claims.lab import ONE, SEEDS, Bench, duel, judged, on, spread
+from laconic.claims.lab import ONE, SEEDS, Bench, Remembering, Reversed, duel, honest, judged, on, spread
 from laconic.claims.search.knapsack import measured
 from laconic.claims.search.uniform import RECIPE, one_for_all
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
@@ -24,41 +22,6 @@ from laconic.pipeline import price, quiet, trials
 
 # tokens of one row: a sample of few tokens is what makes many candidates affordable
 ROW = 256
-
-
-class Remembering:
-    """A journal in memory, for forms that are tried and thrown away."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.kept: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
-
-    def done(self, key: str) -> dict[str, Any] | None:
-        """The value of a finished stage."""
-        return self.kept[key][0] if key in self.kept else None
-
-    def finish(self, key: str, value: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
-        """Kept as it is."""
-        self.kept[key] = value, tensors or {}
-
-    def tensors(self, key: str) -> dict[str, Tensor]:
-        """The tensors of a finished stage."""
-        return self.kept[key][1]
-
-
-class Reversed(Judge):
-    """The stand-in: the worse a plan is, the better it is said to be."""
-
-    def __init__(self, judge: Judge) -> None:
-        self.judge, self.rows = judge, judge.rows
-
-    def __call__(self, plans: Sequence[Plan], part: Sequence[int] | None = None) -> list[Damage]:
-        return [damage._replace(value=-damage.value) for damage in self.judge(plans, part)]
-
-
-def honest(judge: Judge) -> Judge:
-    """The judge as it is."""
-    return judge
 
 
 class Counted(Judge):

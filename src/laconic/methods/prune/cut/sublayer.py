@@ -39,11 +39,13 @@ class Skipped(Part):
         super().__init__()
         self.outputs, self.layer = outputs, layer
 
-    def forward(self, *args: Any, hidden_states: Tensor | None = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, hidden_states: Tensor | None = None, **kwargs: Any) -> Any:
         x: Tensor = args[0] if hidden_states is None else hidden_states
-        if past_key_values is not None and self.layer is not None:
+        # architectures call their cache by several names
+        cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
+        if cache is not None and self.layer is not None:
             none = x.new_zeros(x.shape[0], 1, x.shape[1], 0)
-            past_key_values.update(none, none, self.layer)
+            cache.update(none, none, self.layer)
         out = torch.zeros_like(x)
         return (out, *[None] * (self.outputs - 1)) if self.outputs else out
 
