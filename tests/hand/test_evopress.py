@@ -11,7 +11,7 @@ from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Judge, Menu, Row, plan_of
 from laconic.methods.search.allocate.knapsack import Knapsack
 from laconic.methods.search.allocate.uniform import Uniform
-from laconic.methods.search.evolve.evopress import EvoPress, ladders, spent, switch
+from laconic.methods.search.evolve.evopress import EvoPress, ladders, opening, spent, switch
 
 
 def ladder(name: str, *sizes: int) -> tuple[Row, ...]:
@@ -54,6 +54,18 @@ def test_bytes_left_over_raise_others_but_not_what_has_just_paid():
 def test_what_cannot_be_paid_is_not_bought():
     assert switch([ladder("a", 10, 20), ladder("b", 10, 12)], (0, 1), 0, rng()) == (0, 1)
     assert switch([ladder("a", 10, 20)], (1,), 0, rng()) == (1,)
+
+
+def test_no_mutant_is_over_the_budget():
+    units = tuple(ladder(name, *sizes) for name, sizes in {"a": (7, 19, 40), "b": (5, 6, 31), "c": (11, 12, 13), "d": (90, 200)}.items())
+    menu = Menu(tuple(row for own in units for row in own), fixed=3)
+    space, first = opening(Uniform(), menu, Budget(240), rng(), lambda _: None)
+    # the coarsest level has 113 bytes; all levels together at the second would have 237
+    assert space.bytes == 237 and first == (1, 1, 1, 1) and space.room(first) == 0
+    levels = first
+    for seed in range(300):
+        levels = space.mutant(levels, 1 + seed % 3, rng(seed))
+        assert 0 <= space.room(levels) and space.plan(levels).bytes == 240 - space.room(levels)
 
 
 class Together(Judge):
