@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from laconic.core.site import (
     Segment,
     Site,
     Stage,
+    Sublayer,
     TensorId,
 )
 
@@ -253,6 +255,10 @@ class DecoderAnatomy(Anatomy):
     named: Mapping[str, Site]
     folds: Mapping[str, tuple[str, ...]]
     lanes: Mapping[str, Lane] = field(default_factory=dict)
+    halves: tuple[Site, ...] = ()
+
+    def sublayers(self) -> tuple[Site, ...]:
+        return self.halves
 
     @property
     def tail(self) -> tuple[Site, ...]:
@@ -504,7 +510,8 @@ def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, .
         build.site(row.into, Linear(), "into", "writes")
     if build.has(row.positions):
         build.site(row.positions, Embedding(), "positions", "writes")
-    segments = []
+    segments: list[Segment] = []
+    halves: list[Site] = []
     # where a stored tensor lies in the module; an unused one lies where its own name says
     home = {found: parameter for parameter, found in stored.items()}
     taken: set[str] = set()
@@ -513,6 +520,7 @@ def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, .
         stages = _layer(build, prefix, i, attention, first, chosen)
         tensors = tuple(name for name in shapes if home.get(name, name).startswith(f"{prefix}."))
         taken.update(tensors)
+        halves += _halves(build, prefix, i, {home.get(name, name): name for name in tensors}) if first else []
         segments.append(Segment(prefix, tuple(stages), tensors))
     last = [] if tied or projected else [row.head]
     if build.has(row.out):
@@ -528,7 +536,7 @@ def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, .
     gated = any(part in row.parts for part in ("gate", "gate_up"))
     act = Scale() if gated else Scale(positive=True) if next((w for w in words if w), "") in HOMOGENEOUS else None
     lanes = _lanes(build, config)
-    return DecoderAnatomy(row, heads, kv_heads, head_dim, act, shapes, tuple(segments), build.named, build.folds, lanes)
+    return DecoderAnatomy(row, heads, kv_heads, head_dim, act, shapes, tuple(segments), build.named, build.folds, lanes, tuple(halves))
 
 
 def _lanes(build: _Builder, config: Any) -> dict[str, Lane]:
@@ -586,6 +594,31 @@ def _layer(build: _Builder, prefix: str, i: int, attention: Mapping[str, int], f
         if members:
             stages.append(Stage(tuple(members)))
     return stages
+
+
+def _halves(build: _Builder, prefix: str, i: int, tensors: Mapping[str, str]) -> Iterator[Site]:
+    """The attention and the feed-forward half of a layer where each is a module of its own; tensors: parameter -> stored name. A norm that
+    both read stays with neither."""
+    row = build.row
+    paths = {part: f"{prefix}.{path}" for part, path in row.norms.items()}
+    mlp = row.experts or row.parts.get("down", "")
+    for half, inside in (("attention", row.parts.get("o", "")), ("mlp", mlp)):
+        path, _, _ = inside.rpartition(".")
+        if not path or half not in paths:
+            continue
+        module = f"{prefix}.{path}"
+        other = paths.get("mlp" if half == "attention" else "attention")
+        around = (paths[name] for name in (half, f"{half}_out") if name in paths)
+        norms = tuple(norm for norm in around if norm != other and build.has(norm))
+        under = tuple(f"{own}." for own in (module, *norms))
+        owned = {name: TensorId(stored) for name, stored in tensors.items() if name.startswith(under)}
+        writers = tuple(
+            site.name for site in build.named.values() if site.name.startswith(f"{module}.") and site.roles.get("stream") == "writes"
+        )
+        context = {"layer": i, "norms": norms, "writers": writers, "outputs": 2 if half == "attention" else 0}
+        if owned and writers:
+            count = sum(math.prod(build.shapes[tensor.name]) for tensor in owned.values())
+            yield Site(module, Sublayer(), owned, (count,), {"part": half}, context)
 
 
 def _experts_of(build: _Builder, prefix: str, leaves: Sequence[str]) -> list[str]:

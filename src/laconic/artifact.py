@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from laconic.architectures import DECODERS, decoder_anatomy
 from laconic.core.errors import UserError
 from laconic.core.packed import Held, Packed, restore
+from laconic.core.part import Part, restore_part
 from laconic.core.site import Anatomy
 from laconic.encoders import feed
 from laconic.experts import split_experts
@@ -86,6 +87,17 @@ def _restored(described: Mapping[str, Any], tensors: Mapping[str, Tensor], name:
     except (ModuleNotFoundError, AttributeError) as error:
         form = described.get("form")
         raise UserError(f"{where} holds {name} as {form}, which this version of laconic does not know: update laconic") from error
+
+
+def parts(placed: Mapping[str, Any], where: Path) -> dict[str, Part]:
+    """What stands in the place of modules that are gone, by their paths."""
+    made = {}
+    for name, described in placed.items():
+        try:
+            made[name] = restore_part(described)
+        except (KeyError, TypeError, ValueError, ModuleNotFoundError, AttributeError) as error:
+            raise UserError(f"{where} places {described} at {name}, which this version of laconic does not know: update laconic") from error
+    return made
 
 
 def holdable(layer: nn.Module) -> bool:
@@ -155,7 +167,7 @@ class Artifact(Source):
 
     def __init__(self, path: Path, limit: int | None = None) -> None:
         self.spec, self.path = str(path), path
-        factory, self.forms, self.shapes = _manifest(path)
+        factory, self.forms, self.shapes, self.placed = _manifest(path)
         self.stored = _headers(path)
         if limit is not None:
             self._cut(limit)
@@ -309,6 +321,8 @@ class Artifact(Source):
             form = forms.get(self._names.get(f"{path}.weight", ""))
             if form is not None and holdable(layer):
                 put(bare, path, Held(form, layer, layer.bias if isinstance(getattr(layer, "bias", None), Tensor) else None))
+        for name, part in parts(self.placed, self.path).items():
+            put(bare, name, part)
         return bare
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, *, skip: Collection[str] = ()) -> None:
@@ -360,8 +374,8 @@ class Artifact(Source):
         return {file: sha256_of(self.path / file) for file in sorted({info.file for info in self.stored.values()} | {name})}
 
 
-def _manifest(path: Path) -> tuple[str | None, dict[str, Any], dict[str, Shape]]:
-    """(factory or None, forms, shapes that were cut) of a folder; UserError where it is none of ours."""
+def _manifest(path: Path) -> tuple[str | None, dict[str, Any], dict[str, Shape], dict[str, Any]]:
+    """(factory or None, forms, shapes that were cut, placed parts) of a folder; UserError where it is none of ours."""
     if not path.is_dir():
         raise UserError(f"no such folder: {path}; give one that laconic compress wrote")
     if not is_artifact(path):
@@ -379,7 +393,7 @@ def _manifest(path: Path) -> tuple[str | None, dict[str, Any], dict[str, Shape]]
     forms = found.get("forms")
     if not isinstance(forms, dict) or not all(isinstance(form, dict) and "form" in form for form in forms.values()):
         raise UserError(f"{path} does not say how its tensors are held: take an undamaged copy of it")
-    return factory, forms, {name: tuple(shape) for name, shape in found.get("shapes", {}).items()}
+    return factory, forms, {name: tuple(shape) for name, shape in found.get("shapes", {}).items()}, found.get("placed", {})
 
 
 def stream(path: str | Path, *, limit: int | None = None) -> Artifact:

@@ -132,6 +132,11 @@ def joined(segments: Sequence[Segment]) -> Segment:
     return Segment("", tuple(stage for s in segments for stage in s.stages), tuple(tensor for s in segments for tensor in s.tensors))
 
 
+def kept_tensor(tensor: Tensor) -> Tensor:
+    """How a tensor that no method touches is stored: floating point as bf16."""
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+
 class Shelf:
     """Tensors by key, in memory up to `limit` bytes, the rest in files under `folder`."""
 
@@ -338,6 +343,8 @@ class Walk:
         self._modules: dict[str, nn.Module] = {}
         self._batch = 0
         self._memos: list[_Memo] = []
+        # called before a batch is run anywhere: whoever gives batches weights of their own puts them in place here
+        self.ready: Callable[[int], None] = lambda i: None
         self._plain = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
 
     def begin(self, table: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -368,6 +375,7 @@ class Walk:
         self.hidden = []
         for i, batch in enumerate(self.batches):
             with self._answers(i):
+                self.ready(i)
                 self.hidden.append(self._caught(batch))
             for number in self.stacks[stack]:
                 stand = self._stands[number]
@@ -459,6 +467,7 @@ class Walk:
     def _through(self, module: nn.Module, segment: Segment, i: int) -> Tensor:
         """Batch i through the segment."""
         self._batch = i
+        self.ready(i)
         if not segment.name:
             return answer_of(module(self.hidden[i], **self._plain))
         number = self._number(segment)
@@ -563,10 +572,15 @@ class Walk:
         self._memos.append(memo)
         return memo
 
-    def advance(self, module: nn.Module, segment: Segment) -> None:
-        """Moves every hidden state through the segment."""
-        for i, out in enumerate(self.outputs(module, segment)):
-            self.hidden[i] = out
+    def advance(self, module: nn.Module, segment: Segment, same: Sequence[int] | None = None) -> None:
+        """Moves every hidden state through the segment. same[i]: the first batch that has the very states and weights of batch i (i itself
+        where none has), which is run for both."""
+        for i in range(len(self.hidden)):
+            if same is not None and same[i] < i and segment.gives <= 1:
+                self.hidden[i] = self.hidden[same[i]]
+                continue
+            with torch.no_grad():
+                self.hidden[i] = self._through(module, segment, i)
         self.forget()
         if any(segment.name == self.layers[numbers[-1]].name for numbers in self.stacks):
             self.through.append(list(self.hidden))
@@ -700,6 +714,8 @@ class Walk:
     def _tail(self, batch: Tensor, hidden: Tensor, i: int | None = None) -> Tensor:
         """The model's output from the hidden states after the last layer; `i` is the batch's number where earlier stacks answer too."""
         with self._answers(i, hidden):
+            if i is not None:
+                self.ready(i)
             return answer_of(self.model(batch, **self._plain))
 
     def backward(

@@ -35,6 +35,7 @@ from laconic.pipeline import (
     batch_of,
     calibration_rows,
     finished_logits,
+    fixed_of,
     make_plan,
     menu_of,
     place_parts,
@@ -369,7 +370,7 @@ def _judged(
     plan["judged"] = [{"plan": "solved", "bytes": applied.bytes, "kl": solved_kl}]
     if other is None:
         return plan, applied
-    kept = {entry["tensor"]: entry["bytes"] for entry in plan["kept"]}
+    kept = fixed_of(plan)
     uniform = plan_words(source, split, recipe, budget, bound, menu, other, kept, seed, frontier=plan["pareto"])
     progress("compressing", 0, 1, "the uniform plan, to compare with")
     second = apply_plan(source, inputs, uniform, work=work, progress=progress, prefix="uniform")
@@ -450,6 +451,8 @@ def _files(source: Source, plan: Mapping[str, Any], recipe: Recipe, applied: App
     """Everything beside the weights that the result's hashes depend on."""
     files: dict[str, bytes | Path] = {path.name: path for path in source.companions() if path.name not in ("config.json", "README.md")}
     held: dict[str, Any] = {"quant_method": "laconic", "format": 1, "forms": applied.forms}
+    if applied.view.placed:
+        held["placed"] = applied.view.placed
     if recipe.decode is not None:
         held["decoder"] = recipe.decode
         files[PLACED] = save(dict(placed))

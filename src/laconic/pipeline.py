@@ -14,20 +14,22 @@ from torch import Tensor, nn
 
 from laconic import __version__
 from laconic.budget import parse_budget
-from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_if_once, joined, observed, release
+from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_if_once, joined, kept_tensor, observed, release
 from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError
-from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest, plan_of
+from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
 from laconic.core.packed import Packed, Soft, Transposed, below, restore
-from laconic.core.site import Anatomy, Embedding, Segment, Site
+from laconic.core.part import Part
+from laconic.core.site import Anatomy, Embedding, Segment, Site, Sublayer
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
-from laconic.core.transform import Change, Lesson, Model, Transform, Window
+from laconic.core.transform import Change, Lesson, Model, Objective, Transform, Window
 from laconic.decoding import body_of
 from laconic.kernels.obs import predicted_loss
 from laconic.kernels.threads import suited
 from laconic.models import Source
 from laconic.recipe import Recipe, build, level_of, level_words
 from laconic.reconstruction import Reconstruction
+from laconic.trials import AS_IS, Recorded, Trials, form_key
 from laconic.tuning import Targets, tune
 
 Progress = Callable[[str, int, int, str], None]
@@ -50,6 +52,8 @@ class Parts:
         self.tied, self._computed = source.tied, source._computed
         self.held: dict[str, str] = {}
         self.forms: dict[str, Any] = {}
+        # what stands in the place of modules that are gone, by path
+        self.placed: dict[str, Any] = {}
         self.cached: tuple[str, dict[str, Tensor]] = ("", {})
 
     @property
@@ -59,6 +63,7 @@ class Parts:
     def add(self, key: str, value: Mapping[str, Any]) -> None:
         """Take a finished stage in."""
         self.forms.update(value["forms"])
+        self.placed.update(value.get("placed", {}))
         self.held.update(dict.fromkeys([*value["forms"], *value["kept"]], key))
 
     def skeleton(self) -> nn.Module:
@@ -112,7 +117,7 @@ def offers(source: Any, recipe: Recipe) -> list[Offer]:
 
     built = [(choice, build(choice.method)) for choice in recipe.choices]
     found = []
-    for site in source.anatomy.sites():
+    for site in (*source.anatomy.sites(), *source.anatomy.sublayers()):
         if re.fullmatch(recipe.keep, site.name):
             continue
         for choice, transform in built:
@@ -127,6 +132,17 @@ def offers(source: Any, recipe: Recipe) -> list[Offer]:
     return found
 
 
+def kept_rows(source: Any, offered: Sequence[Offer], where: str) -> list[Row]:
+    """Where something larger may go (a sub-layer), its tensors that no offer settles alone may also stay as they are: a row for each."""
+    alone = {name for offer in offered if not isinstance(offer.site.kind, Sublayer) for name in offer.site.covers}
+    whole = dict.fromkeys(name for offer in offered for name in sorted(offer.site.covers) if name not in alone)
+    sizes = kept_bytes(source, set(source.infos) - set(whole))
+    return [
+        Row(frozenset({name}), AS_IS, {}, Cost(size), Damage(0.0, UNIT, where), "", math.prod(source.infos[name].shape))
+        for name, size in sizes.items()
+    ]
+
+
 def calibration_rows(source: Any, split: Any, lesson: Lesson | None = None) -> Tensor:
     """The inputs that statistics are taken from. Of images 256 are enough: every position of a convolution is a row of its Gram. A lesson
     on parts of a model, which sees each image many times, has 1,024."""
@@ -136,7 +152,7 @@ def calibration_rows(source: Any, split: Any, lesson: Lesson | None = None) -> T
 
 def chosen_by(source: Any, plan: Mapping[str, Any]) -> dict[str, Offer]:
     """What a plan chose, by site. UserError where it names a site that the model does not have."""
-    sites = {site.name: site for site in source.anatomy.sites()}
+    sites = {site.name: site for site in (*source.anatomy.sites(), *source.anatomy.sublayers())}
     chosen = {}
     for choice in plan["choices"]:
         if choice["site"] not in sites:
@@ -155,11 +171,6 @@ def kept_bytes(source: Any, covered: set[str]) -> dict[str, int]:
         count = math.prod(info.shape)
         kept[name] = count * (2 if info.dtype.is_floating_point else info.dtype.itemsize)
     return kept
-
-
-def kept_tensor(tensor: Tensor) -> Tensor:
-    """How a tensor that no method touches is stored: floating point as bf16."""
-    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
 def oriented(site: Site, weight: Tensor) -> Tensor:
@@ -189,14 +200,15 @@ def damage_of(site: Site, weight: Tensor, change: Change, stats: Mapping[Statist
 
 
 def price(
-    source: Any, inputs: Tensor | None, recipe: Recipe, *, seed: int, work: Any, progress: Progress, batch: int
+    source: Any, inputs: Tensor | None, recipe: Recipe, *, seed: int, work: Any, progress: Progress, batch: int, keep: bool = False
 ) -> tuple[list[Row], dict[str, dict[Statistic, Tensor]]]:
     """The price list. Without `inputs` (uniform recipes) only bytes are known; with them each row's damage at the output is predicted from
-    one walk forward and back. Also returns the statistics of sites outside the layers, which `apply` needs again."""
+    one walk forward and back. Also returns the statistics of sites outside the layers, which `apply` needs again. keep: every form that is
+    made to be priced is journalled too, one part file for each, so that plans can be tried without compressing again."""
     offered = offers(source, recipe)
     if inputs is None:
         rows = [_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offered]
-        return rows, {}
+        return rows + kept_rows(source, offered, UNPRICED), {}
     by_site: dict[str, list[Offer]] = {}
     for offer in offered:
         by_site.setdefault(offer.site.name, []).append(offer)
@@ -205,7 +217,8 @@ def price(
     segments = (joined(source.anatomy.segments()),) if whole else source.anatomy.segments()
     if all(work.done(f"price/{s.name}") for s in segments):
         rows = [_from_words(r) for s in segments for r in work.done(f"price/{s.name}")["rows"]]
-        return rows, _load_stats(work)
+        if not keep or all(work.done(form_key(row)) for row in rows):
+            return rows + kept_rows(source, offered, PREDICTED), _load_stats(work)
     walk = Walk(source, inputs, batch=batch, shelf=work.folder / "shelf", whole=whole)
     walk.begin()
     generator = torch.Generator().manual_seed(seed)
@@ -213,12 +226,20 @@ def price(
     rest: dict[str, dict[Statistic, Tensor]] = {}
     count = 0
 
+    found: list[Row] = []
+
+    def take_in(offer: Offer, change: Change, damage: float) -> None:
+        row = _row(offer, Damage(damage, UNIT, PREDICTED))
+        found.append(row)
+        if keep and work.done(form_key(row)) is None:
+            work.finish(form_key(row), *_formed(change, offer.site))
+
     def walked(done: int, total: int) -> None:
         progress("reading the model", done, total, "forward and back once")
 
     wants = tuple(dict.fromkeys([*PRICING, *(statistic for offer in offered for statistic in offer.transform.wants)]))
     for segment, _, stats in walk.backward(wants, generator, walked):
-        found = []
+        found.clear()
         for site in segment.sites:
             have = stats.get(site.name, {})
             if not have and "expert" in site.context:
@@ -233,14 +254,30 @@ def price(
                     count += 1
                     progress("pricing", count, len(offered), site.name)
                     _same_bytes(offer, change)
-                    found.append(_row(offer, Damage(damage_of(site, weight, change, have), UNIT, PREDICTED)))
-        rows_of[segment.name] = found
-        if not segment.name:
-            found_there = {f"{n}|{type(k).__name__}": v for n, s in rest.items() for k, v in s.items() if k in PRICING}
-            work.finish("stats", {"sites": sorted(rest)}, found_there)
-        work.finish(f"price/{segment.name}", {"rows": [_words(row) for row in found]})
+                    take_in(offer, change, damage_of(site, weight, change, have))
+        for site in inside(source, segment):
+            for offer in by_site.get(site.name, ()):
+                count += 1
+                progress("pricing", count, len(offered), site.name)
+                change = offer.transform(site, {role: source.read(t.name) for role, t in site.tensors.items()}, {}, offer.level)
+                writers = [writer for writer in segment.sites if writer.name in site.context["writers"]]
+                weights = (oriented(writer, source.read(writer.tensors["weight"].name).float()) for writer in writers)
+                lost = [damage_of(w, weight, change, stats.get(w.name, {})) for w, weight in zip(writers, weights, strict=True)]
+                _same_bytes(offer, change)
+                take_in(offer, change, sum(lost))
+        rows_of[segment.name] = list(found)
+        if not segment.name and work.done("stats") is None:
+            there = {f"{n}|{type(k).__name__}": v for n, s in rest.items() for k, v in s.items() if k in PRICING}
+            work.finish("stats", {"sites": sorted(rest)}, there)
+        if work.done(f"price/{segment.name}") is None:
+            work.finish(f"price/{segment.name}", {"rows": [_words(row) for row in found]})
     walk.shelf.clear() if walk.shelf else None
-    return [row for segment in segments for row in rows_of[segment.name]], rest
+    return [row for segment in segments for row in rows_of[segment.name]] + kept_rows(source, offered, PREDICTED), rest
+
+
+def inside(source: Any, segment: Segment) -> list[Site]:
+    """The sub-layers of a segment."""
+    return [site for site in source.anatomy.sublayers() if segment.name and site.name.startswith(f"{segment.name}.")]
 
 
 def _with_gram(site: Site, found: Mapping[Statistic, Tensor], wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
@@ -281,9 +318,8 @@ def _same_bytes(offer: Offer, change: Change) -> int:
 
 
 def _row(offer: Offer, damage: Damage) -> Row:
-    covers = frozenset({offer.site.tensors["weight"].name})
     cost = Cost(offer.transform.stored(offer.site, offer.level))
-    return Row(covers, offer.method, level_words(offer.level), cost, damage, offer.site.name, math.prod(offer.site.shape))
+    return Row(offer.site.covers, offer.method, level_words(offer.level), cost, damage, offer.site.name, math.prod(offer.site.shape))
 
 
 def _words(row: Row) -> dict[str, Any]:
@@ -315,7 +351,7 @@ def make_plan(
     """What, where, at which level, at what price: plan.json's content. Deterministic: no times in it."""
     bound = parse_budget(budget, source, needed=bool(recipe.choices))
     offered = offers(source, recipe)
-    covered = {offer.site.tensors["weight"].name for offer in offered}
+    covered = {name for offer in offered for name in offer.site.covers}
     if recipe.choices and not covered:
         raise UserError(f"recipe {recipe.name} offers nothing for this model; look at `where`, `kinds` and `keep` in it")
     kept = kept_bytes(source, covered)
@@ -328,18 +364,35 @@ def make_plan(
     rows_wanted = recipe.price_rows if source.task == "text" else None
     inputs = calibration_rows(source, split)[:rows_wanted] if needs else None
     # what is impossible is said before the long work, from bytes alone
-    bare = Menu(tuple(_row(o, Damage(math.nan, UNIT, UNPRICED)) for o in offered), fixed)
+    bare = Menu(tuple(price(source, None, recipe, seed=seed, work=work, progress=progress, batch=1)[0]), fixed)
     if bound.bytes is not None and cheapest(bare) > bound.bytes:
         least = cheapest(bare)
         raise UserError(
             f"the budget of {bound.bytes:,} bytes is below what recipe {recipe.name} can reach: the least is {least:,} bytes; "
             f"ask for size={least / 1e6:.2f}MB (bits={math.ceil(least * 8e3 / source.parameters) / 1e3:g}) or more"
         )
-    rows, _ = price(source, inputs, recipe, seed=seed, work=work, progress=progress, batch=batch_of(source))
+    search = build(recipe.search)
+    objective = search.asks()
+    rows, _ = price(source, inputs, recipe, seed=seed, work=work, progress=progress, batch=batch_of(source), keep=objective is not None)
     menu = Menu(tuple(rows), fixed)
-    rng = torch.Generator().manual_seed(seed)
-    plan = build(recipe.search)(menu, bound, judge=None, rng=rng, log=log) if recipe.choices else plan_of(menu, ())
+    judge = None if objective is None else Recorded(trials(source, split.search.inputs, objective, work), work)
+    plan = search(
+        menu, bound, judge=judge, rng=torch.Generator().manual_seed(seed), log=log,
+        progress=lambda done, total, note: progress("searching", done, total, note),
+    )  # fmt: skip
     return plan_words(source, split, recipe, budget, bound, menu, plan, kept, seed)
+
+
+def trials(source: Any, inputs: Tensor, objective: Objective, work: Any) -> Trials:
+    """A judge of plans over inputs (count, ...) from the forms that pricing kept. A row of it is a sequence of tokens; elsewhere a sample
+    says far less, and a row is as many as are run at once."""
+    rows = inputs.split(1 if source.task == "text" else batch_of(source))
+
+    def original() -> Targets:
+        logits = (found for row in rows for found in finished_logits(source, row, row.shape[0]))
+        return Filed(Shelf(work.folder / "judge", 512 * 1024**2), logits)
+
+    return Trials(source, rows, original, objective, work)
 
 
 def plan_words(
@@ -358,6 +411,7 @@ def plan_words(
     # a cut model is the original of all that follows, but not of what is said of it
     given = getattr(source, "original", source)
     cut: Mapping[str, Any] = getattr(source, "record", {})
+    kept = {**kept, **{name: row.cost.bytes for row in plan.rows if row.method == AS_IS for name in row.covers}}
     return {
         "format": 1,
         "laconic": __version__,
@@ -373,7 +427,7 @@ def plan_words(
         "seed": seed,
         "data": split.record if split is not None else {},
         **({"cut": cut} if cut else {}),
-        "choices": [_words(row) for row in plan.rows],
+        "choices": [_words(row) for row in plan.rows if row.method != AS_IS],
         "kept": _kept_words(source, kept),
         "placed": [{"part": path, "bytes": size, "by": recipe.decode} for path, size in beside(source, recipe).items()],
         "notes": list(getattr(source, "notes", ())),
@@ -431,7 +485,7 @@ def priced_again(source: Any, plan: Mapping[str, Any]) -> dict[str, Any]:
         # channels that a user takes out of a plan or puts back into it change what the other tensors weigh
         sizes = kept_bytes(source, set())
         plan["kept"][:] = _kept_words(source, {entry["tensor"]: sizes[entry["tensor"]] for entry in plan["kept"]})
-    held = _fixed(plan)
+    held = sum(entry["bytes"] for entry in plan["kept"]) + _beside(plan)
     chosen = chosen_by(source, plan)
     for choice in plan["choices"]:
         offer = chosen[choice["site"]]
@@ -466,12 +520,17 @@ def pareto(menu: Menu, parameters: int, points: int = 14) -> list[dict[str, floa
 
 def menu_of(plan: Mapping[str, Any]) -> Menu:
     """The menu that a plan was bought from."""
-    return Menu(tuple(_from_words(row) for row in plan["menu"]), _fixed(plan))
+    return Menu(tuple(_from_words(row) for row in plan["menu"]), sum(fixed_of(plan).values()) + _beside(plan))
 
 
-def _fixed(plan: Mapping[str, Any]) -> int:
-    """Bytes of what no row of a plan covers: tensors that stay, and parts beside the model."""
-    return sum(entry["bytes"] for entry in [*plan["kept"], *plan.get("placed", ())])
+def fixed_of(plan: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of every tensor that no row of a plan's menu settles."""
+    settled = {name for row in plan["menu"] for name in row["covers"]}
+    return {entry["tensor"]: entry["bytes"] for entry in plan["kept"] if entry["tensor"] not in settled}
+
+
+def _beside(plan: Mapping[str, Any]) -> int:
+    return sum(entry["bytes"] for entry in plan.get("placed", ()))
 
 
 def uniform_plan(menu: Menu, bound: Budget) -> Plan | None:
@@ -619,9 +678,16 @@ def _take_in(value: dict[str, Any], tensors: dict[str, Tensor], one: Mapping[str
     tensors.update(held)
 
 
+def _formed(change: Change, site: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A change as its journal value and its tensors."""
+    forms, tensors = _stored(change, site)
+    placed = {path: part.describe() for path, part in change.place.items() if isinstance(part, Part)}
+    return {"forms": forms, **({"placed": placed} if placed else {})}, tensors
+
+
 def _stored(change: Change, site: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if change.fold or change.cut or change.place:
-        raise ValueError("this pipeline applies `hold` only; the change folds, cuts or places")
+    if change.fold or change.cut:
+        raise ValueError("this pipeline applies `hold` and `place` only; the change folds or cuts")
     forms, tensors = {}, {}
     for tid, found in change.hold.items():
         packed = Transposed(found) if site.transposed else found
@@ -651,6 +717,8 @@ def _compress_segment(
     """All stages of a segment in order: each stage's statistics are taken with the stages before it already changed."""
     value: dict[str, Any] = {"forms": {}, "kept": [], "bytes": 0, "notes": []}
     tensors: dict[str, Tensor] = {}
+    for site in (site for site in inside(walk.source, segment) if site.name in chosen):
+        _take_out(walk, module, segment, chosen[site.name], source, value)
     for sites in together(segment):
         todo = [chosen[site.name] for site in sites if site.name in chosen]
         # a table that stands inside a layer (T5's relative positions) has no rows of inputs
@@ -680,6 +748,21 @@ def _compress_segment(
             own.data.copy_(tensors[stored])
             walk.forget()
     return value, tensors
+
+
+def _take_out(walk: Walk, module: nn.Module, segment: Segment, offer: Offer, source: Any, value: dict[str, Any]) -> None:
+    """A sub-layer that goes: its weights in the walk are what its forms say, zeros."""
+    own = {source.tied.get(name, name): p for path, p in module.named_parameters() if (name := f"{segment.name}.{path}")}
+    weights = {role: own[tensor.name].data for role, tensor in offer.site.tensors.items()}
+    change = offer.transform(offer.site, weights, {}, offer.level)
+    value["bytes"] += _same_bytes(offer, change)
+    found, _ = _formed(change, offer.site)
+    value["forms"].update(found["forms"])
+    value.setdefault("placed", {}).update(found.get("placed", {}))
+    value["notes"] += change.notes
+    for tensor, form in change.hold.items():
+        own[tensor.name].data.copy_(form.dense())
+    walk.forget()
 
 
 def _compress_between(

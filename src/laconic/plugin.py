@@ -65,7 +65,7 @@ def register() -> None:
         return
 
     class LaconicConfig(QuantizationConfigMixin):  # type: ignore[misc]
-        """The `quantization_config` of a folder: its format and the form of every held tensor."""
+        """The `quantization_config` of a folder: its format, the form of every held tensor, and parts that stand for modules."""
 
         def __init__(
             self,
@@ -74,9 +74,10 @@ def register() -> None:
             quant_method: str = "laconic",
             decoder: str | None = None,
             shapes: dict[str, list[int]] | None = None,
+            placed: dict[str, Any] | None = None,
         ) -> None:
             self.quant_method: Any = quant_method
-            self.format, self.forms, self.decoder, self.shapes = format, forms or {}, decoder, shapes or {}
+            self.format, self.forms, self.decoder, self.shapes, self.placed = format, forms or {}, decoder, shapes or {}, placed or {}
 
     class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
         """Puts Held layers on meta into the model; transformers then loads their stored tensors by name, like any others."""
@@ -90,6 +91,7 @@ def register() -> None:
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any) -> None:
             config: Any = self.quantization_config
             self.alias = _swap(model, config.forms, config.shapes, checkpoint_files or ())
+            _place(model, config.placed, checkpoint_files or ())
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
             _finish(model, self.alias)
@@ -158,6 +160,16 @@ def _swap(model: Any, forms: dict[str, Any], shapes: dict[str, list[int]], files
         put(model, other, empty)
         waiting[other] = (layer, owner)
     return waiting
+
+
+def _place(model: Any, placed: dict[str, Any], files: Sequence[str]) -> None:
+    """Parts in the place of modules that are gone."""
+    from pathlib import Path
+
+    from laconic.artifact import parts, put
+
+    for path, part in parts(placed, Path(files[0]).parent if files else Path()).items():
+        put(model, path, part)
 
 
 def _finish(model: Any, waiting: dict[str, tuple[Any, str]]) -> None:

@@ -24,12 +24,12 @@ from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError, nearest
 from laconic.core.menu import Order, Search
 from laconic.core.score import Score
-from laconic.core.site import Conv, Embedding, Linear, Site, TensorId
+from laconic.core.site import Conv, Embedding, Linear, Site, Sublayer, TensorId
 from laconic.core.state import State
 from laconic.core.transform import Cut, Layer, Lesson, Model, Scope, Transform, Window
 
 HOME = Path(__file__).parent
-KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding}
+KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding, "sublayer": Sublayer}
 # a matrix that any method can be asked about before a model is opened
 PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
 ROLES = (Transform, Score, Search, Lesson, Cut, Order, State, Decoder)
@@ -44,7 +44,7 @@ class Choice(BaseModel):
     method: str
     levels: tuple[dict[str, Any], ...] = Field(min_length=1)
     where: str = ".*"
-    kinds: tuple[Literal["linear", "conv", "embedding"], ...] = ("linear", "conv", "embedding")
+    kinds: tuple[Literal["linear", "conv", "embedding", "sublayer"], ...] = ("linear", "conv", "embedding")
 
     def offers(self, site: Site) -> bool:
         """Whether the method may act at a site."""

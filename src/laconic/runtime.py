@@ -51,6 +51,10 @@ class StateLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """New keys and values (b, h, t, d) -> all that attention may read, padding columns included."""
         self.is_initialized = True
+        if not key_states.shape[-1]:
+            # of an attention that was taken out: tokens went by, and nothing of them is held
+            self.columns += key_states.shape[2]
+            return key_states, value_states
         cache, state, first = self.cache, self.cache.state, self.columns == 0
         cache.settle(self.index)
         mask, positions = cache.look(self.columns, key_states)
@@ -131,7 +135,7 @@ class StateCache(Cache):
         """Takes back the last -tokens_to_remove columns, which leave no trace: of the last forward pass, and after
         `activate_past_recording` only."""
         gone = -tokens_to_remove
-        first = min(self.mine)
+        first = min(self.state.layers.keys() & self.mine.keys(), default=min(self.mine))
         columns = self.mine[first].columns
         if gone:
             real = torch.ones(1, columns) if self.real is None else self.real[:, :columns]

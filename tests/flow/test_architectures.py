@@ -29,7 +29,7 @@ from laconic.data import open_data
 from laconic.job import compress, plan
 from laconic.models import Source, open_model
 from laconic.pipeline import finished_logits
-from laconic.recipe import load_recipe
+from laconic.recipe import build, load_recipe
 
 _spec = importlib.util.spec_from_file_location("groups", Path(__file__).with_name("groups.py"))
 assert _spec is not None
@@ -718,3 +718,45 @@ def test_auto_prices_every_form_of_matrix(tmp_path: Path, text: Path, case: str,
     for site in {row["site"] for row in priced}:
         of = {row["level"]["bits"]: row["damage"]["value"] for row in priced if row["site"] == site and row["level"].get("group") == 128}
         assert of[8] < of[4] < of[2]
+
+
+# ---- sub-layers
+
+
+# halves that are no modules of their own, or whose norm stands behind the sum, stay
+HALVES = {case: {"attention", "mlp"} for case in ATTEND}
+HALVES |= {"opt": {"attention"}, "opt-untied": {"attention"}, "opt-projected": set()}
+
+
+@pytest.mark.parametrize("case", ATTEND)
+def test_a_sublayer_that_goes_is_passed_by(opened: Callable[[str], Source], case: str) -> None:
+    source = opened(case)
+    halves = source.anatomy.sublayers()
+    assert {site.roles["part"] for site in halves} == HALVES[case]
+    assert len(halves) == LAYERS * len(HALVES[case])
+    covered = [name for site in halves for name in site.covers]
+    assert len(covered) == len(set(covered))
+    drop = build("prune.cut.sublayer")
+    whole = logits(source.load(torch.float32), ids())
+    for site in halves:
+        zeros, without = source.load(torch.float32), source.load(torch.float32)
+        own = parameters(source, zeros)
+        change = drop(site, {role: own[tensor.name] for role, tensor in site.tensors.items()}, {}, drop.level())
+        assert {tensor.name for tensor in change.hold} == site.covers
+        for tensor, form in change.hold.items():
+            own[tensor.name].data.copy_(form.dense())
+        for path, part in change.place.items():
+            artifact.put(without, path, part)
+        # nothing of it is left in the module, and the function is that of a sub-layer that writes nothing
+        gone = set(parameters(source, source.load(torch.float32))) - set(parameters(source, without))
+        assert {source.tied.get(name, name) for name in gone} >= site.covers
+        after = logits(without, ids())
+        assert near(after, logits(zeros, ids()), 1e-6)
+        assert not near(after, whole, 1e-3)
+        # a cache counts the tokens of an attention that is gone, and holds none of its bytes
+        steps = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        mask = torch.ones_like(ids())
+        found = without.generate(ids(), attention_mask=mask, return_dict_in_generate=True, **steps)
+        assert torch.equal(found.sequences, without.generate(ids(), attention_mask=mask, use_cache=False, **steps))
+        layer = found.past_key_values.layers[site.context["layer"]]
+        assert (layer.keys.numel() == 0) == (site.roles["part"] == "attention")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from laconic.core.menu import Search
 from laconic.core.packed import Packed
 from laconic.core.score import Score
 from laconic.core.site import Conv, Linear, Site, TensorId
@@ -19,7 +20,7 @@ from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookup
 from laconic.core.transform import Lesson, Transform
 from laconic.recipe import ROLES, build, level_of, load_recipe, named, paths
 
-PLAINEST = {Transform: "quantize.round.rtn", Score: "prune.score.magnitude"}
+PLAINEST = {Transform: "quantize.round.rtn", Score: "prune.score.magnitude", Search: "search.allocate.uniform"}
 STATISTICS = (Gram(), Fisher(), CrossGram(), Lookups(), LookupFisher(), Norms(), Total("all"))
 
 

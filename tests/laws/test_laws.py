@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from laconic.core.errors import UserError
-from laconic.core.menu import Budget, Cost, Damage, Menu, Order, Row, Search, cheapest, plan_of, total
+from laconic.core.menu import Budget, Cost, Damage, Judge, Menu, Order, Row, Search, cheapest, plan_of, total
 from laconic.core.packed import Dense, Held, Product, Scaled, Sum, Transposed, restore
 from laconic.core.score import Across, Everywhere, NofM, PerRow, Score, Unit, keep_top
 from laconic.core.site import Conv, Group, IndexMap, Linear, Member, Norm, Site, TensorId
@@ -22,6 +22,7 @@ from laconic.core.transform import Cut
 from laconic.kernels.grids import Grid
 from laconic.methods.quantize.grid.grouped import Grouped
 from laconic.methods.quantize.round.rtn import RTN
+from laconic.methods.search.allocate.uniform import Uniform
 from laconic.recipe import paths
 
 _spec = importlib.util.spec_from_file_location("laws_found", Path(__file__).with_name("found.py"))
@@ -393,6 +394,36 @@ def menu(seed: int, sites: int = 7, choices: int = 6) -> Menu:
     return Menu(tuple(made), fixed=123)
 
 
+class Truth(Judge):
+    """What plans of a menu really lose: other damages than the menu predicts, with pairs that hurt together, seen through noise that
+    fewer rows leave larger. Keeps what it was asked."""
+
+    rows = 12
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.asked = seed, []
+
+    def __call__(self, plans, part=None):
+        part = list(range(self.rows)) if part is None else list(part)
+        assert part and sorted(set(part)) == part and part[-1] < self.rows, "rows of the search data, each once"
+        assert plans
+        self.asked.append((list(plans), part))
+        return [Damage(sum(self.seen(plan, row) for row in part) / len(part), "nats/token", "the output") for plan in plans]
+
+    def seen(self, plan, row):
+        levels = {r.site: r.level["bits"] for r in plan.rows}
+        of = torch.Generator().manual_seed(self.seed + 1000)
+        own = {site: float(torch.rand(1, generator=of)) * 8 for site in sorted(levels)}
+        value = sum(hurt * 3.0 ** -levels[site] for site, hurt in own.items())
+        value += sum(2.0 ** -(levels[f"s{i}"] + levels[f"s{i + 1}"]) for i in range(0, len(levels) - 1, 2))
+        noise = torch.rand(1, generator=torch.Generator().manual_seed(hash((row, *levels.values())) % 2**31))
+        return value * (0.8 + 0.4 * float(noise))
+
+
+def judge_of(search, seed):
+    return Truth(seed) if search.asks() is not None else None
+
+
 @pytest.mark.parametrize(("path", "search"), SEARCHES, ids=[p for p, _ in SEARCHES])
 @pytest.mark.parametrize("seed", range(4))
 def test_search_covers_exactly_within_budget(path, search, seed):
@@ -400,12 +431,33 @@ def test_search_covers_exactly_within_budget(path, search, seed):
     least = cheapest(m)
     for factor in (1.0, 1.2, 1.7, 2.5, 10.0):
         budget = Budget(bytes=round(least * factor))
-        plan = search(m, budget, judge=None, rng=torch.Generator(), log=lambda _: None)
+        judge = judge_of(search, seed)
+        plan = search(m, budget, judge=judge, rng=torch.Generator(), log=lambda _: None)
         assert plan.bytes <= budget.bytes
-        assert plan == plan_of(m, plan.rows)
-        assert sorted(name for row in plan.rows for name in row.covers) == sorted(m.tensors())
+        # and every plan that was looked at is a whole one
+        for one in [plan, *(p for plans, _ in (judge.asked if judge else ()) for p in plans)]:
+            assert one == plan_of(m, one.rows)
+            assert sorted(name for row in one.rows for name in row.covers) == sorted(m.tensors())
     with pytest.raises(UserError, match=f"{least:,}"):
-        search(m, Budget(bytes=least - 1), judge=None, rng=torch.Generator(), log=lambda _: None)
+        search(m, Budget(bytes=least - 1), judge=judge_of(search, seed), rng=torch.Generator(), log=lambda _: None)
+
+
+JUDGED = [(path, search) for path, search in SEARCHES if search.asks() is not None]
+
+
+@pytest.mark.parametrize(("path", "search"), JUDGED, ids=[p for p, _ in JUDGED])
+def test_a_search_that_measures_is_never_worse_than_uniform_and_gives_the_same_again(path, search):
+    for seed in range(3):
+        m = menu(seed)
+        budget = Budget(bytes=round(cheapest(m) * 1.7))
+        uniform = Uniform()(m, budget, judge=None, rng=torch.Generator(), log=lambda _: None)
+        runs = []
+        for _ in range(2):
+            judge = Truth(seed)
+            runs.append((search(m, budget, judge=judge, rng=torch.Generator().manual_seed(5), log=lambda _: None), judge.asked))
+        assert runs[0] == runs[1]
+        ours, theirs = Truth(seed)([runs[0][0], uniform])
+        assert ours.value <= theirs.value
 
 
 def test_unlike_damages_are_not_added():

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from laconic.calibration import Walk, observed, release
 from laconic.core.claim import Lab, Measurement, Verdict
+from laconic.core.menu import Damage, Judge, Plan
 from laconic.core.packed import Packed
 from laconic.core.site import Conv, Linear, Site
 from laconic.core.state import Ragged, State
@@ -405,24 +406,45 @@ def duel(
     return wrong, numbers
 
 
-# ---- cuts
+# ---- searches that measure
 
 
-class Notes:
-    """A journal that is only remembered."""
+class Remembering:
+    """A journal in memory, for what is tried and thrown away."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self.parts: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, folder: Path = Path()) -> None:
+        self.folder = folder
+        self.kept: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
 
-    def done(self, key: str) -> Any:
-        return self.values.get(key)
+    def done(self, key: str) -> dict[str, Any] | None:
+        """The value of a finished stage."""
+        return self.kept[key][0] if key in self.kept else None
 
-    def finish(self, key: str, value: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
-        self.values[key], self.parts[key] = value, dict(tensors or {})
+    def finish(self, key: str, value: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        """Kept as it is."""
+        self.kept[key] = value, tensors or {}
 
     def tensors(self, key: str) -> dict[str, Tensor]:
-        return self.parts[key]
+        """The tensors of a finished stage."""
+        return self.kept[key][1]
+
+
+class Reversed(Judge):
+    """The stand-in: the worse a plan is, the better it is said to be."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge, self.rows = judge, judge.rows
+
+    def __call__(self, plans: Sequence[Plan], part: Sequence[int] | None = None) -> list[Damage]:
+        return [damage._replace(value=-damage.value) for damage in self.judge(plans, part)]
+
+
+def honest(judge: Judge) -> Judge:
+    """The judge as it is."""
+    return judge
+
+
+# ---- cuts
 
 
 class Smaller(NamedTuple):
@@ -440,7 +462,7 @@ def cut(bench: Bench, method: Cut, keep: float, seed: int, inputs: Literal["data
     def make() -> Smaller:
         # the methods are given; the name is for plans
         cutting = Cutting(method="prune.cut.obspa", inputs=inputs)
-        seen, work, size = drawn(bench.source, bench.drawn(seed), cutting, seed), Notes(), bench.batch
+        seen, work, size = drawn(bench.source, bench.drawn(seed), cutting, seed), Remembering(), bench.batch
         weighed = weigh(bench.source, seen, cutting, method, batch=size, work=work, progress=quiet)
         gone = share(bench.source, weighed, int(keep * stored_bytes(bench.source, {})), even=True)
         groups = weighed.groups

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from laconic.core.errors import UserError
+from laconic.core.transform import Objective
 
 
 class Cost(NamedTuple):
@@ -102,15 +103,61 @@ def plan_of(menu: Menu, rows: Sequence[Row]) -> Plan:
     return Plan(tuple(rows), menu.fixed + sum(row.cost.bytes for row in rows), total(rows))
 
 
-Judge = Callable[[Plan], Damage]
+class Judge(ABC):
+    """Measures whole plans at the model's output on search data (dear). `rows`: how many pieces that data has; a search that looks at many
+    plans looks at few rows of each first."""
+
+    rows: int
+
+    @abstractmethod
+    def __call__(self, plans: Sequence[Plan], part: Sequence[int] | None = None) -> list[Damage]:
+        """The damage of each plan, over the rows of `part` (all when None). Plans are given together, since those that begin alike share
+        the work up to where they differ."""
+
+
+def silent(done: int, total: int, note: str) -> None:
+    """A progress that shows nothing."""
 
 
 class Search(ABC):
-    """Buys an exact cover within the budget. `judge` measures a whole plan at the model's output (dear); exact solvers need not ask it."""
+    """Buys an exact cover within the budget. What it does follows from its arguments alone, answers of the judge included, so that a search
+    that was cut off can be run again over recorded answers."""
+
+    def asks(self) -> Objective | None:
+        """What the judge is to measure; None where the search looks at the menu alone, and then no judge is made."""
+        return None
 
     @abstractmethod
-    def __call__(self, menu: Menu, budget: Budget, *, judge: Judge | None, rng: torch.Generator, log: Callable[[str], None]) -> Plan:
-        """Raises UserError naming the least possible bytes where nothing fits."""
+    def __call__(
+        self,
+        menu: Menu,
+        budget: Budget,
+        *,
+        judge: Judge | None,
+        rng: torch.Generator,
+        log: Callable[[str], None],
+        progress: Callable[[int, int, str], None] = silent,
+    ) -> Plan:
+        """Raises UserError naming the least possible bytes where nothing fits. progress(done, total, note): a long search says where it
+        stands."""
+
+
+def undominated(menu: Menu) -> list[int]:
+    """Indices of rows that no other row over the same tensors beats in bytes, examples and damage; rows bound to others always stay."""
+    bound = {i for row in menu.rows for i in (*row.requires, *row.excludes)}
+    groups: dict[frozenset[str], list[int]] = {}
+    for i, row in enumerate(menu.rows):
+        groups.setdefault(row.covers, []).append(i)
+    kept: list[int] = []
+    for members in groups.values():
+        best: dict[int, float] = {}
+        for i in sorted(members, key=lambda i: (menu.rows[i].cost.bytes, menu.rows[i].damage.value)):
+            row = menu.rows[i]
+            beaten = min((value for examples, value in best.items() if examples <= row.cost.examples), default=float("inf"))
+            if row.damage.value < beaten or i in bound or row.requires or row.excludes:
+                kept.append(i)
+                best[row.cost.examples] = min(best.get(row.cost.examples, float("inf")), row.damage.value)
+    return sorted(kept)
 
 
 # damages of a model that holds so many parts of each tensor, when one of the names alone gets one part more: one for each name
@@ -127,10 +174,21 @@ class Order(ABC):
 
 
 def cheapest(menu: Menu) -> int:
-    """The least bytes of any cover in which each tensor is settled by a row of its own: what "nearest possible" means in errors."""
-    least: dict[frozenset[str], int] = {}
+    """The least bytes of any cover: what "nearest possible" means in errors. Sets of rows are apart or nested in one another (a sub-layer
+    and its matrices); of nested ones the cheaper way counts."""
+    direct: dict[frozenset[str], int] = {}
     for row in menu.rows:
-        least[row.covers] = min(least.get(row.covers, row.cost.bytes), row.cost.bytes)
+        direct[row.covers] = min(direct.get(row.covers, row.cost.bytes), row.cost.bytes)
+    least: dict[frozenset[str], int] = {}
+    within: dict[str, frozenset[str]] = {}
+    for covers, size in sorted(direct.items(), key=lambda item: len(item[0])):
+        parts = {within[name] for name in covers if name in within}
+        if not all(part <= covers for part in parts):
+            raise ValueError(f"rows overlap and are not nested: {sorted(covers)[:3]}")
+        whole = sum(len(part) for part in parts) == len(covers)
+        cost = sum(least.pop(part) for part in parts)
+        least[covers] = min(size, cost) if whole else size
+        within.update(dict.fromkeys(covers, covers))
     return menu.fixed + sum(least.values())
 
 

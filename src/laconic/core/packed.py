@@ -145,6 +145,26 @@ class Dense(Packed):
         return cls(tensors["value"])
 
 
+class Absent(Packed):
+    """A tensor that is gone with the part it belonged to: nothing is stored, and where it is asked for it is zeros."""
+
+    form = "core.packed.Absent"
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def dense(self) -> Tensor:
+        return torch.zeros(self.shape)
+
+    def describe(self) -> dict[str, Any]:
+        return {"form": self.form, "shape": list(self.shape)}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        return cls(described["shape"])
+
+
 class Product(Packed):
     """left (n, r) times right (r, m): a low-rank matrix. left is held transposed, (r, n), so that both factors' scales run along
     their long side."""
@@ -333,13 +353,17 @@ def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
 
-def restore(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Packed:
-    """Any stored form again. `described["form"]` is a path: `core.packed.Sum`, or `quantize.grid.grouped.Grouped` below the methods."""
+def stored_class(path: str) -> Any:
+    """The class that a stored path names: `core.packed.Sum`, or `quantize.grid.grouped.Grouped` below the methods."""
     import importlib
 
-    path, _, name = str(described["form"]).rpartition(".")
-    module = importlib.import_module(f"laconic.{path}" if path.startswith("core.") else f"laconic.methods.{path}")
-    found: type[Packed] = getattr(module, name)
+    path, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"laconic.{path}" if path.startswith("core.") else f"laconic.methods.{path}"), name)
+
+
+def restore(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Packed:
+    """Any stored form again, by the path in `described["form"]`."""
+    found: type[Packed] = stored_class(str(described["form"]))
     return found.restore(described, tensors)
 
 

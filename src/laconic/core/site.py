@@ -56,7 +56,11 @@ class Heads(Kind):
 
 @dataclass(frozen=True)
 class Sublayer(Kind):
-    """An attention or feed-forward sub-layer with its residual connection."""
+    """An attention or feed-forward sub-layer with its residual connection. `tensors` are all that it stores, the norms that nothing else
+    reads included, by parameter; `shape` is (how many numbers these are,).
+
+    context: `norms` are the module paths of its norms, `writers` the sites that write its output, `outputs` how many values its module
+    returns (0: the output itself), `layer` its number."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,11 @@ class Site(NamedTuple):
     roles: Mapping[str, str] = {}
     context: Mapping[str, Any] = {}
     transposed: bool = False
+
+    @property
+    def covers(self) -> frozenset[str]:
+        """The stored tensors that a choice at this place settles."""
+        return frozenset(t.name for t in (self.tensors.values() if isinstance(self.kind, Sublayer) else (self.tensors["weight"],)))
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -262,6 +271,10 @@ class Anatomy(ABC):
     def why(self, tensor: str) -> str:
         """In a few words, why no site covers a stored tensor."""
         return "no site covers it"
+
+    def sublayers(self) -> tuple[Site, ...]:
+        """Sub-layers that can go as a whole, in order of execution; none where the anatomy does not know any."""
+        return ()
 
     def sites(self, *kinds: type[Kind]) -> Iterator[Site]:
         """All sites that a method may be offered, or those of the given kinds, in order of execution."""

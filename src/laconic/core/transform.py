@@ -19,9 +19,10 @@ Stats = Mapping[Statistic, Tensor]
 
 
 class Objective(ABC):
-    """What a Lesson makes small; `name` in notes."""
+    """What a Lesson makes small, and what a Judge measures; `name` in notes, `unit` of its values."""
 
     name: ClassVar[str]
+    unit: ClassVar[str] = "nats/token"
 
     @abstractmethod
     def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
@@ -84,7 +85,7 @@ class Lesson(ABC):
 @dataclass(frozen=True)
 class Change:
     """The edit. hold: a stored tensor now held so; fold: new values of other tensors; cut: groups and the indices that they keep;
-    place: runtime parts by module path; notes: sentences for the log (dead columns, added damping)."""
+    place: modules by path, a Part in another's place or one beside the model; notes: sentences for the log (dead columns, damping)."""
 
     hold: Mapping[TensorId, Packed] = field(default_factory=dict)
     fold: Mapping[TensorId, Tensor] = field(default_factory=dict)

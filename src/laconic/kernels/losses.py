@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from laconic.core.transform import Objective
@@ -31,4 +34,42 @@ class Divergence(Objective):
     def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         wanted = target.float().log_softmax(-1)
         each = (wanted.exp() * (wanted - output.float().log_softmax(-1))).sum(-1)
+        return each.mean() if mask is None else each[mask].mean()
+
+
+@dataclass(frozen=True)
+class JensenShannon(Objective):
+    """KL(target || mean) / 2 + KL(output || mean) / 2 in nats a prediction, `mean` half of each distribution: symmetric, at most log 2.
+    Both logits (..., classes)."""
+
+    name = "Jensen-Shannon divergence"
+
+    def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        p, q = target.float().log_softmax(-1), output.float().log_softmax(-1)
+        middle = torch.logaddexp(p, q) - math.log(2)
+        each = 0.5 * ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1))
+        return each.mean() if mask is None else each[mask].mean()
+
+
+@dataclass(frozen=True)
+class Angular(Objective):
+    """The angle between the logits of both, as a share of a half turn: arccos(cos(output, target)) / pi, 0 to 1."""
+
+    name = "angle"
+    unit: ClassVar[str] = "half turns"
+
+    def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        each = torch.cosine_similarity(output.double(), target.double(), -1).clamp(-1, 1).arccos() / math.pi
+        return each.mean() if mask is None else each[mask].mean()
+
+
+@dataclass(frozen=True)
+class Euclidean(Objective):
+    """The distance between the logits of both, the root of the summed squares of a prediction."""
+
+    name = "distance"
+    unit: ClassVar[str] = "logits"
+
+    def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        each = (output.float() - target.float()).norm(dim=-1)
         return each.mean() if mask is None else each[mask].mean()

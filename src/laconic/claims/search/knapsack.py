@@ -100,7 +100,7 @@ def _solved(bench: Bench, lab: Lab, spoil: Spoil, budget: int, seed: int) -> Pla
     return Knapsack()(menu, Budget(budget), judge=None, rng=torch.Generator(), log=lab.log)
 
 
-def _measured(bench: Bench, plan: Plan) -> Found:
+def measured(bench: Bench, plan: Plan) -> Found:
     """A plan at the output; equal plans are measured once."""
     key = tuple(sorted((row.site, *row.level.items()) for row in plan.rows))
     found: Found = bench.once(key, partial(run, bench, allocation(plan)))
@@ -113,14 +113,13 @@ def _against(bench: Bench, lab: Lab, rival: str, spoil: Spoil, seeds: Sequence[i
     for bits in (4, 3):
         uniform = one_for_all(bench, bits)
         budget = uniform.bytes
-        ours = [_measured(bench, _solved(bench, lab, spoil, budget, seed)) for seed in seeds]
+        ours = [measured(bench, _solved(bench, lab, spoil, budget, seed)) for seed in seeds]
         if rival == "uniform":
-            theirs = [_measured(bench, uniform)]
+            theirs = [measured(bench, uniform)]
         else:
             menus = [priced(bench, lab.scratch, seed) for seed in seeds]
             theirs = [
-                _measured(bench, dealt(menu, _solved(bench, lab, kept, budget, seed), seed))
-                for menu, seed in zip(menus, seeds, strict=True)
+                measured(bench, dealt(menu, _solved(bench, lab, kept, budget, seed), seed)) for menu, seed in zip(menus, seeds, strict=True)
             ]
         found = duel(f"bytes of uniform {bits} bits", ours, theirs, names=("knapsack", rival))
         wrong += found[0]

@@ -10,7 +10,7 @@ import torch
 
 from laconic.claims.lab import Bench, Choose, judged, on, run
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
-from laconic.core.menu import Budget, Judge, Menu, Plan, Row, Search, plan_of
+from laconic.core.menu import Budget, Judge, Menu, Plan, Row, Search, plan_of, silent
 from laconic.core.site import Site
 from laconic.core.transform import Level, Transform
 from laconic.methods.search.allocate.uniform import Uniform, by_level
@@ -27,7 +27,16 @@ RECIPE = Recipe(
 class Coarsest(Search):
     """The stand-in: the cheapest level that fits."""
 
-    def __call__(self, menu: Menu, budget: Budget, *, judge: Judge | None, rng: torch.Generator, log: Callable[[str], None]) -> Plan:
+    def __call__(
+        self,
+        menu: Menu,
+        budget: Budget,
+        *,
+        judge: Judge | None,
+        rng: torch.Generator,
+        log: Callable[[str], None],
+        progress: Callable[[int, int, str], None] = silent,
+    ) -> Plan:
         return plan_of(menu, min(by_level(menu).values(), key=lambda rows: sum(row.cost.bytes for row in rows)))
 
 

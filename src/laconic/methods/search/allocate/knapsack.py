@@ -13,27 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from laconic.core.claim import Card, Paper
-from laconic.core.menu import Budget, Judge, Menu, Plan, Row, Search, plan_of, refuse, spent, total
+from laconic.core.menu import Budget, Judge, Menu, Plan, Row, Search, plan_of, refuse, silent, spent, total, undominated
 
 CARD = Card(Paper("Yao et al.", 2021, "arXiv:2011.10680", "section 3.4"), catalogue="", sibling="search.allocate.uniform")
-
-
-def undominated(menu: Menu) -> list[int]:
-    """Indices of rows that no other row over the same tensors beats in bytes, examples and damage; rows bound to others always stay."""
-    bound = {i for row in menu.rows for i in (*row.requires, *row.excludes)}
-    groups: dict[frozenset[str], list[int]] = {}
-    for i, row in enumerate(menu.rows):
-        groups.setdefault(row.covers, []).append(i)
-    kept: list[int] = []
-    for members in groups.values():
-        best: dict[int, float] = {}
-        for i in sorted(members, key=lambda i: (menu.rows[i].cost.bytes, menu.rows[i].damage.value)):
-            row = menu.rows[i]
-            beaten = min((value for examples, value in best.items() if examples <= row.cost.examples), default=float("inf"))
-            if row.damage.value < beaten or i in bound or row.requires or row.excludes:
-                kept.append(i)
-                best[row.cost.examples] = min(best.get(row.cost.examples, float("inf")), row.damage.value)
-    return sorted(kept)
 
 
 @dataclass(frozen=True)
@@ -43,7 +25,16 @@ class Knapsack(Search):
 
     nodes: int = 50_000
 
-    def __call__(self, menu: Menu, budget: Budget, *, judge: Judge | None, rng: torch.Generator, log: Callable[[str], None]) -> Plan:
+    def __call__(
+        self,
+        menu: Menu,
+        budget: Budget,
+        *,
+        judge: Judge | None,
+        rng: torch.Generator,
+        log: Callable[[str], None],
+        progress: Callable[[int, int, str], None] = silent,
+    ) -> Plan:
         import highspy
 
         total(menu.rows)

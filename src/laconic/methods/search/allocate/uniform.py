@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from laconic.core.claim import Card, Paper
-from laconic.core.menu import Budget, Judge, Menu, Plan, Row, Search, plan_of, refuse, spent
+from laconic.core.menu import Budget, Judge, Menu, Plan, Row, Search, plan_of, refuse, silent, spent
 
 CARD = Card(Paper("Frantar et al.", 2023, "arXiv:2210.17323", "section 4"), catalogue="", sibling="search.allocate.knapsack")
 
@@ -40,7 +40,16 @@ def _fineness(rows: Sequence[Row]) -> tuple[float, float, int]:
 class Uniform(Search):
     """The finest single level that fits."""
 
-    def __call__(self, menu: Menu, budget: Budget, *, judge: Judge | None, rng: torch.Generator, log: Callable[[str], None]) -> Plan:
+    def __call__(
+        self,
+        menu: Menu,
+        budget: Budget,
+        *,
+        judge: Judge | None,
+        rng: torch.Generator,
+        log: Callable[[str], None],
+        progress: Callable[[int, int, str], None] = silent,
+    ) -> Plan:
         fits = [rows for rows in by_level(menu).values() if budget.allows(spent(menu, rows))]
         if not fits:
             raise refuse(menu, budget)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from laconic.core.claim import Card, Paper
-from laconic.core.menu import Budget, Cost, Judge, Menu, Plan, Row, Search, plan_of, refuse, spent, total
+from laconic.core.menu import Budget, Cost, Judge, Menu, Plan, Row, Search, plan_of, refuse, silent, spent, total
 
 CARD = Card(Paper("Kool et al.", 2019, "arXiv:1903.06059", "section 2.3"), catalogue="", sibling="search.allocate.knapsack")
 
@@ -28,7 +28,16 @@ class Gumbel(Search):
         if self.temperature < 0:
             raise ValueError(f"temperature {self.temperature} is below 0; 0 is plain top-k, 1 draws by exp(-damage)")
 
-    def __call__(self, menu: Menu, budget: Budget, *, judge: Judge | None, rng: torch.Generator, log: Callable[[str], None]) -> Plan:
+    def __call__(
+        self,
+        menu: Menu,
+        budget: Budget,
+        *,
+        judge: Judge | None,
+        rng: torch.Generator,
+        log: Callable[[str], None],
+        progress: Callable[[int, int, str], None] = silent,
+    ) -> Plan:
         total(menu.rows)
         if any(row.requires or row.excludes for row in menu.rows):
             raise ValueError("rows that are bound to others cannot be drawn one by one; use search.allocate.knapsack")

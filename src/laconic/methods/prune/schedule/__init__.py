@@ -1,0 +1,1 @@
+"""What goes, round by round."""

@@ -1,0 +1,1 @@
+"""Searching plans by mutation and selection, each judged whole."""
