@@ -473,6 +473,7 @@ def bench(
         compressed = load(path, dtype=dtype).eval()
         found = measurement.speed(original, compressed, prompt=prompt, new=new, repeats=repeats)
         progress("timing", 1, 1, "")
+    del original, compressed
     found["peak_memory_bytes"] = peak.bytes
     found["details"]["peak_memory_bytes"] = {"unit": "bytes", "n": 1, "what": "process tree of this bench, which holds both models"}
     found["hardware"] = measurement.hardware()
@@ -560,8 +561,8 @@ def _parts(model: Model, source: Any, chosen: Decoder | None, dtype: torch.dtype
     if parts and (own is None or _decoder(own[0]).tap != decoder.tap):
         name = type(decoder).__name__.lower()
         raise UserError(
-            f"{model or 'the embedded model'} holds no parts for {name}(tap={decoder.tap}); make them with "
-            f"`laconic compress MODEL --recipe {name} -o out`"
+            f"{model or 'the embedded model'} holds no parts for {name}(tap={decoder.tap}); make them with a recipe that names it under "
+            "`decode`, such as `laconic compress MODEL --recipe kangaroo -o out`"
         )
     for path, part in parts.items():
         values = {name: value.to(dtype) for name, value in below(stored, path).items()}

@@ -161,7 +161,7 @@ class Layers(Stack):
     def mix(self, part: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         cache, index = self.cache, len(self.layers) + part
         self.part_passes += 1
-        if not cache.length:
+        if not cache.length and index not in cache.waiting:
             cache.append(index, keys, values)
             return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
         if cache.state.steady:

@@ -345,18 +345,17 @@ def drafting(
         same += turns["drafted"].tokens == turns["plain"][0]
         rates["drafted"].append((new - 1) / ours[-1].seconds)
         rates["plain"].append((new - 1) / turns["plain"][1])
-    drafted, tokens = sum(one.drafted for one in ours), (new - 1) * len(ours)
-    found: dict[str, Any] = {
-        "drafts_accepted": sum(one.accepted for one in ours) / max(drafted, 1),
-        "tokens_per_pass": tokens / sum(one.passes for one in ours),
-        "layer_passes_per_token": sum(one.layer_passes for one in ours) / tokens,
-        "part_passes_per_token": sum(one.part_passes for one in ours) / tokens,
-        "drafted_same_as_plain": same / len(ours),
-        "drafted_tokens_per_s": statistics.median(rates["drafted"]),
+    drafted, tokens, prompts_seen = sum(one.drafted for one in ours), (new - 1) * len(ours), len(ours)
+    counted: dict[str, tuple[float, str, int]] = {
+        "drafts_accepted": (sum(one.accepted for one in ours) / max(drafted, 1), "share of drafted tokens", drafted),
+        "tokens_per_pass": (tokens / sum(one.passes for one in ours), "tokens", tokens),
+        "layer_passes_per_token": (sum(one.layer_passes for one in ours) / tokens, "passes/token", tokens),
+        "part_passes_per_token": (sum(one.part_passes for one in ours) / tokens, "passes/token", tokens),
+        "drafted_same_as_plain": (same / prompts_seen, "share of prompts", prompts_seen),
     }
-    units = {"drafts_accepted": ("share", drafted), "drafted_same_as_plain": ("share of prompts", len(ours))}
-    details = {key: {"unit": units.get(key, ("", 0))[0] or "per token", "n": units.get(key, ("", tokens))[1]} for key in found}
-    details["tokens_per_pass"]["unit"] = "tokens"
+    found: dict[str, Any] = {key: value for key, (value, _, _) in counted.items()}
+    details: dict[str, Any] = {key: {"unit": unit, "n": n} for key, (_, unit, n) in counted.items()}
+    found["drafted_tokens_per_s"] = statistics.median(rates["drafted"])
     ratio = statistics.median(a / b for a, b in zip(rates["drafted"], rates["plain"], strict=True))
     settings = {"prompt": prompts.shape[1], "new": new, "batch": 1, "threads": torch.get_num_threads(), "dtype": _dtype(model)}
     details["drafted_tokens_per_s"] = _rates(rates["drafted"]) | settings | {"ratio": ratio}

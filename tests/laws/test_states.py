@@ -104,10 +104,12 @@ def test_how_tokens_came_leaves_no_trace(make):
 
 @each
 def test_what_is_read_of_a_token_stays_where_a_state_says_so(make):
-    new = tokens(LONG + 30)
-    together, alone = filled(make, part(new, 0, LONG)), filled(make, part(new, 0, LONG))
-    seen, changed = together.append(0, part(new, LONG, LONG + 30), None, None), False
-    for at in range(LONG, LONG + 30):
+    # over the end of a block of the defaults
+    start, stop = 3 * 128 - 10, 3 * 128 + 10
+    new = tokens(stop)
+    together, alone = (filled(make, part(new, 0, start)) for _ in range(2))
+    seen, changed = together.append(0, part(new, start, stop), None, None), False
+    for at in range(start, stop):
         for all_at_once, one in zip(seen, fill(alone, part(new, at, at + 1)), strict=True):
             changed |= not torch.equal(all_at_once.data[:, :, : at + 1], one.data)
     assert changed != together.steady
