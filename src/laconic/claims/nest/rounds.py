@@ -98,14 +98,14 @@ SCALE = "nano, stacks of 3 blocks, trials on 2 x 512 tokens, 3 draws of the cali
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        says="Half through the second round, the order sorted by trial has a lower KL and perplexity than layer after layer at equal bytes.",
+        says="Half through the second round, what was sorted by trial has a lower KL and perplexity than layer by layer at equal bytes.",
         where=PAPER,
         scale=SCALE,
         check=partial(_between, 0.25, order=Rounds(), seeds=SEEDS),
         broken=partial(_between, 0.25, order=Backwards(), seeds=ONE),
     ),
     Claim(
-        says="Half through the third round, the order sorted by trial has a lower KL and perplexity than layer after layer at equal bytes.",
+        says="Half through the third round, what was sorted by trial has a lower KL and perplexity than layer by layer at equal bytes.",
         where=PAPER,
         scale=SCALE,
         check=partial(_between, 0.75, order=Rounds(), seeds=SEEDS),
