@@ -20,7 +20,7 @@ LAYERS = [
     ("kernels",),
     ("anatomy", "architectures", "experts", "models", "data", "calibration", "journal", "artifact", "plugin", "runtime", "methods"),
     ("zoo",),
-    ("budget", "recipe", "tuning", "pipeline", "measurement"),
+    ("budget", "recipe", "tuning", "reconstruction", "pipeline", "measurement"),
     ("job",),
     ("page", "serve"),
     ("catalogue",),
