@@ -244,13 +244,18 @@ def change(bench: Bench, choose: Choose, seed: int = 0) -> dict[str, Packed]:
     return forms
 
 
-def measure(bench: Bench, forms: Mapping[str, Packed]) -> Found:
-    """The model with these forms in place, on the certify part."""
-    model = bench.source.load(torch.float32)
+def put(bench: Bench, model: nn.Module, forms: Mapping[str, Packed]) -> None:
+    """Puts what forms hold in the place of a model's weights."""
     for name, parameter in model.named_parameters():
         stored = bench.source.tied.get(name, name)
         if stored in forms:
             parameter.data.copy_(forms[stored].dense().reshape(parameter.shape))
+
+
+def measure(bench: Bench, forms: Mapping[str, Packed]) -> Found:
+    """The model with these forms in place, on the certify part."""
+    model = bench.source.load(torch.float32)
+    put(bench, model, forms)
     return measured(bench, model, sum(form.nbytes for form in forms.values()))
 
 
@@ -353,6 +358,28 @@ def block_error(bench: Bench, forms: Mapping[str, Packed]) -> float:
         ours, theirs = (torch.cat(walk.hidden).double() for walk in walks)
         shares.append(float((ours - theirs).square().sum() / theirs.square().sum()))
     return statistics.fmean(shares)
+
+
+def site_error(bench: Bench, forms: Mapping[str, Packed]) -> float:
+    """As `block_error`, of every changed layer's own output: for a network without blocks."""
+    models = [bench.source.load(torch.float32) for _ in range(2)]
+    put(bench, models[0], forms)
+    sites = [site for site in bench.source.anatomy.sites() if site.tensors["weight"].name in forms]
+    seen: list[dict[str, Tensor]] = [{}, {}]
+    for model, outs in zip(models, seen, strict=True):
+        for site in sites:
+            model.get_submodule(site.name).register_forward_hook(
+                lambda module, args, output, outs=outs, name=site.name: outs.update({name: output.double()})
+            )
+    sums = {site.name: [0.0, 0.0] for site in sites}
+    for inputs in bench.certify.inputs.split(bench.batch):
+        with torch.inference_mode():
+            for model in models:
+                outputs(model)(inputs)
+        for name, total in sums.items():
+            total[0] += float((seen[0][name] - seen[1][name]).square().sum())
+            total[1] += float(seen[1][name].square().sum())
+    return statistics.fmean(error / whole for error, whole in sums.values())
 
 
 def layer_error(bench: Bench, forms: Mapping[str, Packed]) -> float:

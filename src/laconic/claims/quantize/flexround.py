@@ -17,10 +17,10 @@ from laconic.claims.lab import (
     block_error,
     held,
     judged,
-    layer_error,
     measure,
     on,
     seen,
+    site_error,
     spread,
     tuned,
 )
@@ -87,7 +87,7 @@ def learned(bench: Bench, lesson: Lesson, level: Grid, seed: int, quick: bool) -
 def error(bench: Bench, forms: dict[str, Packed]) -> float:
     """Of blocks where there are some, else of layers."""
     blocks = any(segment.name for segment in bench.source.anatomy.segments())
-    return block_error(bench, forms) if blocks else layer_error(bench, forms)
+    return block_error(bench, forms) if blocks else site_error(bench, forms)
 
 
 def after(bench: Bench, lesson: Lesson, level: Grid, seed: int, quick: bool) -> After:

@@ -107,8 +107,9 @@ ERROR = SquaredError()
 
 @dataclass(frozen=True)
 class AdaRound(Lesson):
-    """weigh: the paper's lambda. Defaults: 10,000 steps of 32 samples by Adam at a rate of 0.01, block by block (Li et al. 2021, BRECQ,
-    arXiv:2102.05426), as the authors' own toolkit learns layers."""
+    """weigh: lambda, in proportion to the squared error summed over channels. Defaults: 10,000 steps of 32 samples and lambda of 0.01, as
+    the paper and the authors' toolkit have them; Adam at a rate of 0.01; block by block, as Li et al. 2021 (BRECQ), arXiv:2102.05426, use
+    it, where the paper goes layer by layer (`scope=layer`). Fewer steps want a higher rate."""
 
     objective: Objective = ERROR
     rates: tuple[tuple[str, float], ...] = (("v", 1e-2),)
