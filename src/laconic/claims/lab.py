@@ -482,13 +482,13 @@ class Smaller(NamedTuple):
     original: int
 
 
-def cut(bench: Bench, method: Cut, keep: float, seed: int, inputs: Literal["data", "noise"]) -> Smaller:
+def cut(bench: Bench, method: Cut, keep: float, seed: int, inputs: Literal["data", "noise"], norms: bool = True) -> Smaller:
     """The model with as many channels gone of each group as leave it `keep` of its bytes, so that all methods cut the same shapes; what is
-    looked at is drawn by the seed, and norms move by it whatever the method."""
+    looked at is drawn by the seed, and norms move by it where they are to, whatever the method."""
 
     def make() -> Smaller:
         # the methods are given; the name is for plans
-        cutting = Cutting(method="prune.cut.obspa", inputs=inputs)
+        cutting = Cutting(method="prune.cut.obspa", inputs=inputs, norms=norms)
         seen, work, size = drawn(bench.source, bench.drawn(seed), cutting, seed), Remembering(), bench.batch
         weighed = weigh(bench.source, seen, cutting, method, batch=size, work=work, progress=quiet)
         gone = share(bench.source, weighed, int(keep * stored_bytes(bench.source, {})), even=True)
@@ -499,7 +499,7 @@ def cut(bench: Bench, method: Cut, keep: float, seed: int, inputs: Literal["data
         before = multiplications(bench.source.load(torch.float32), one)
         return Smaller(measured(bench, model, stored_bytes(bench.source, reduced.shapes)), multiplications(model, one), before)
 
-    made: Smaller = bench.once(("cut", method, keep, seed, inputs), make)
+    made: Smaller = bench.once(("cut", method, keep, seed, inputs, norms), make)
     return made
 
 
