@@ -23,13 +23,15 @@ from laconic.api import Talk
 from laconic.api import tokens as generated
 from laconic.architectures import DECODERS, WHY
 from laconic.calibration import Walk, drawn_loss
+from laconic.claims.lab import Notes
 from laconic.core.site import Edge, Group, Linear, Member, Norm, Rotate, Scale
 from laconic.core.statistic import Fisher, Gram
+from laconic.cutting import remove, share, stored_bytes, weigh
 from laconic.data import open_data
 from laconic.job import compress, plan
 from laconic.models import Source, open_model
 from laconic.pipeline import finished_logits
-from laconic.recipe import build, load_recipe
+from laconic.recipe import Cutting, build, load_recipe
 
 _spec = importlib.util.spec_from_file_location("groups", Path(__file__).with_name("groups.py"))
 assert _spec is not None
@@ -253,6 +255,33 @@ def test_masking_a_group_is_removing_it(opened: Callable[[str], Source], case: s
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     assert near(logits(small, ids()), logits(zeroed, ids()))
     assert not near(logits(model, ids()), logits(zeroed, ids()), 1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_groups_are_cut_for_good(opened: Callable[[str], Source], case: str) -> None:
+    """Each settled layer is compared with its smaller twin on the way; what cannot be cut is left with a reason."""
+    source = opened(case)
+    cutting = Cutting(method="prune.cut.obspa")
+    method, tokens, more = build(cutting.method), ids(4, 16), {"batch": 2, "work": Notes(), "progress": lambda *_: None}
+    weighed = weigh(source, tokens, cutting, method, **more)
+    parts = {member.site.roles["part"] for one in weighed.groups for member in one.group.members}
+    if case in SCANS:
+        assert not weighed.groups
+        assert "a state-space scan holds something for each of them" in weighed.left.values()
+        return
+    # Phi-3 slices its fused q, k and v by the config's number of heads
+    assert "down" in parts and ("o" in parts) == (case != "phi3")
+    gone = share(source, weighed, int(0.85 * stored_bytes(source, {})), even=True)
+    reduced = remove(source, tokens, cutting, method, weighed.groups, gone, prefix="cut", **more)
+    assert stored_bytes(source, reduced.shapes) <= 0.85 * stored_bytes(source, {})
+    assert torch.isfinite(logits(reduced.load(torch.float32), tokens)).all()
+    for site in reduced.anatomy.sites():
+        shape = reduced.infos[site.tensors["weight"].name].shape
+        assert site.shape == (shape[::-1] if site.transposed else shape)
+    # the groups of what is left have as many heads as it has
+    o = next(site for site in reduced.anatomy.sites() if site.roles["part"] == "o")
+    group = reduced.anatomy.coupled(o, 1)
+    assert sum(len(group.members[-1].index(i)) for i in range(group.width)) == o.shape[1]
 
 
 @pytest.mark.parametrize("case", sorted(SCANS))

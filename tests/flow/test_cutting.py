@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from laconic import artifact
+from laconic.claims.lab import Notes
 from laconic.core.errors import UserError
 from laconic.core.site import Group, Site
 from laconic.core.transform import Change, Cut
@@ -312,23 +313,6 @@ def test_a_convolutional_network_is_cut_and_loads(tmp_path: Path, method: str, i
     assert again["kl_mean"] == pytest.approx(certificate["quality"]["kl_mean"], rel=1e-3)
 
 
-class Kept:
-    """A journal in memory."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self.parts: dict[str, dict[str, Tensor]] = {}
-
-    def done(self, key: str) -> Any:
-        return self.values.get(key)
-
-    def finish(self, key: str, value: Any, tensors: Any = None) -> None:
-        self.values[key], self.parts[key] = value, dict(tensors or {})
-
-    def tensors(self, key: str) -> dict[str, Tensor]:
-        return self.parts[key]
-
-
 @pytest.mark.usefixtures("nets")
 def test_what_is_removed_computes_what_is_masked() -> None:
     """A network cut without making up for anything is the network with zeros in place of what reads the channels."""
@@ -338,7 +322,7 @@ def test_what_is_removed_computes_what_is_masked() -> None:
     assert set(left) == {"stem (its inputs)", "head"}
     gone = {one.name: [0, 3, 5] for one in found}
     x = split.certify.inputs[:8]
-    reduced = remove(source, x, cutting, build(cutting.method), found, gone, batch=4, prefix="cut", work=Kept(), progress=lambda *_: None)
+    reduced = remove(source, x, cutting, build(cutting.method), found, gone, batch=4, prefix="cut", work=Notes(), progress=lambda *_: None)
     masked = source.load(torch.float32)
     for one in found:
         for member in one.group.members:
@@ -375,7 +359,7 @@ def test_a_cut_at_unlike_indices_is_found_out() -> None:
     with pytest.raises(ValueError, match="computes something else"):
         remove(
             source, split.calibrate.inputs[:8], cutting, Astray(), found, {"conv1": [0, 1, 5]},
-            batch=8, prefix="cut", work=Kept(), progress=lambda *_: None,
+            batch=8, prefix="cut", work=Notes(), progress=lambda *_: None,
         )  # fmt: skip
 
 
@@ -384,7 +368,7 @@ def test_a_width_that_the_forward_fixes_is_left_by_name() -> None:
     source, split = network("rigid")
     cutting = Cutting(method="prune.cut.obspa")
     weighed = weigh(
-        source, split.calibrate.inputs[:16], cutting, build(cutting.method), batch=8, work=Kept(), progress=lambda *_: None
+        source, split.calibrate.inputs[:16], cutting, build(cutting.method), batch=8, work=Notes(), progress=lambda *_: None
     )  # fmt: skip
     assert {one.name for one in weighed.groups} == {"stem", "point"}
     assert weighed.left["conv1"] == "the module does not run without some of them (RuntimeError)"
@@ -411,12 +395,12 @@ def test_no_matrix_loses_all_of_its_channels() -> None:
     source.trace(torch.randn(2, 4))
     cutting = Cutting(method="prune.cut.spa(score=prune.score.magnitude)")
     method, x = build(cutting.method), torch.randn(16, 4)
-    weighed = weigh(source, x, cutting, method, batch=8, work=Kept(), progress=lambda *_: None)
+    weighed = weigh(source, x, cutting, method, batch=8, work=Notes(), progress=lambda *_: None)
     (one,) = weighed.groups
     assert one.group.width == 12
     for even in (True, False):
         gone = share(source, weighed, int(0.2 * stored_bytes(source, {})), even=even)
-        reduced = remove(source, x, cutting, method, weighed.groups, gone, batch=8, prefix="cut", work=Kept(), progress=lambda *_: None)
+        reduced = remove(source, x, cutting, method, weighed.groups, gone, batch=8, prefix="cut", work=Notes(), progress=lambda *_: None)
         model = reduced.load(torch.float32)
         assert len(model.a.weight) >= 1 and len(model.b.weight) >= 1
         assert logits(model, x).shape == (16, 2)
@@ -429,7 +413,7 @@ def test_running_statistics_move_with_the_cut() -> None:
     x = split.calibrate.inputs[:64]
     cutting = Cutting(method="prune.cut.obspa")
     found, _ = groups_of(source, cutting)
-    same = remove(source, x, cutting, build(cutting.method), found, {}, batch=32, prefix="cut", work=Kept(), progress=lambda *_: None)
+    same = remove(source, x, cutting, build(cutting.method), found, {}, batch=32, prefix="cut", work=Notes(), progress=lambda *_: None)
     for name, value in source.load(torch.float32).state_dict().items():
         assert torch.allclose(same.load(torch.float32).state_dict()[name].float(), value.float(), atol=1e-5), name
     moved = remove(
@@ -441,7 +425,7 @@ def test_running_statistics_move_with_the_cut() -> None:
         {"conv1": [1, 2, 3]},
         batch=32,
         prefix="cut",
-        work=Kept(),
+        work=Notes(),
         progress=lambda *_: None,
     )
     a, b = source.load(torch.float32), moved.load(torch.float32)
