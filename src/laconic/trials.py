@@ -22,7 +22,8 @@ from laconic.core.transform import Objective
 from laconic.tuning import Targets
 
 Product = Callable[[Tensor], Tensor]
-
+# hidden states of the plans that go through the model together take at most this many bytes
+HELD = 1024**3
 
 # the method of a row that leaves its tensor as it is
 AS_IS = "kept"
@@ -56,6 +57,17 @@ class Trials(Judge):
 
     def __call__(self, plans: Sequence[Plan], part: Sequence[int] | None = None) -> list[Damage]:
         part = range(self.rows) if part is None else part
+        size = max(1, HELD // sum(self._states(self.inputs[i]) for i in part))
+        return [damage for i in range(0, len(plans), size) for damage in self._together(plans[i : i + size], part)]
+
+    def _states(self, row: Tensor) -> int:
+        """Bytes of a row's hidden states."""
+        anatomy = self.source.anatomy
+        width = next((site.matrix[1] for segment in anatomy.segments() if segment.name for site in segment.sites), 1)
+        tokens = row.numel() if self.source.task == "text" else row.shape[0] * getattr(anatomy, "positions", 1)
+        return 4 * tokens * width
+
+    def _together(self, plans: Sequence[Plan], part: Sequence[int]) -> list[Damage]:
         if self._wanted is None:
             self._wanted = self._original()
         rows = [self.inputs[i] for i in part]

@@ -79,7 +79,7 @@ def test_the_recipe_runs_and_keeps_its_promises(small, tmp_path, recipe):
     artifact.verify_hashes(out)
 
 
-def test_a_trial_is_the_model_with_those_forms(small, tmp_path, recipe):
+def test_a_trial_is_the_model_with_those_forms(small, tmp_path, recipe, monkeypatch):
     """Of plans that begin alike, that differ in the table, and on part of the rows: as the whole model says that holds them."""
     source, split = opened(small)
     wanted = load_recipe(recipe)
@@ -112,6 +112,10 @@ def test_a_trial_is_the_model_with_those_forms(small, tmp_path, recipe):
                 assert damage.value == pytest.approx(float(kl), rel=2e-3, abs=1e-6)
             assert found[0] == found[4]
             assert found[3].value < found[0].value
+        # plans that do not fit beside each other go one after another, and say the same
+        monkeypatch.setattr(trials, "HELD", 1)
+        alone = judge([Plan(tuple(plan.values()), 0, coarse["model.embed_tokens"].damage) for plan in plans], [1, 3])
+        assert alone == found
 
 
 def test_what_begins_alike_is_run_once(small, tmp_path, recipe, monkeypatch):

@@ -142,3 +142,14 @@ def test_what_went_can_stand_beside_bits(small, tmp_path):
 def test_a_budget_below_what_may_go_is_refused(small, tmp_path):
     with pytest.raises(laconic.core.errors.UserError, match="below what recipe"):
         run(small, tmp_path / "out", "finercut", "size=1%")
+
+
+def test_a_report_shows_what_went_and_what_stayed(small, cut, tmp_path):
+    page = Path(laconic.report(cut, extras=False)).read_text()
+    assert "model.layers.0.self_attn" in page or "sublayer" in page
+    # and where all may stay
+    out = tmp_path / "out"
+    certificate = run(small, out, "finercut", "size=100%")
+    assert certificate["quality"]["kl_mean"] == 0
+    assert json.loads((out / "plan.json").read_text())["choices"] == []
+    assert "<html" in Path(laconic.report(out, extras=False)).read_text()

@@ -29,6 +29,23 @@ class Gone:
     """The one level: all of it."""
 
 
+@dataclass(frozen=True)
+class DropSublayer(Transform):
+    """Nothing of the sub-layer stays."""
+
+    acts_on = (Sublayer,)
+    level = Gone
+
+    def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Gone) -> Change:
+        attends = site.roles.get("part") == "attention"
+        place: dict[str, Part] = {name: Passed() for name in site.context.get("norms", ())}
+        place[site.name] = Skipped(site.context.get("outputs", 0), site.context["layer"] if attends else None)
+        return Change(hold={site.tensors[role]: Absent(weight.shape) for role, weight in weights.items()}, place=place)
+
+    def stored(self, site: Site, level: Gone) -> int:
+        return 0
+
+
 class Skipped(Part):
     """Stands for a sub-layer: zeros as wide as its input x (b, t, d). outputs: how many values the sub-layer gave, 0 for the output itself;
     layer: its number in the KV cache, None where it has no part in it."""
@@ -71,20 +88,3 @@ class Passed(Part):
     @classmethod
     def restore(cls, described: Mapping[str, Any]) -> Self:
         return cls()
-
-
-@dataclass(frozen=True)
-class DropSublayer(Transform):
-    """Nothing of the sub-layer stays."""
-
-    acts_on = (Sublayer,)
-    level = Gone
-
-    def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: Gone) -> Change:
-        attends = site.roles.get("part") == "attention"
-        place: dict[str, Part] = {name: Passed() for name in site.context.get("norms", ())}
-        place[site.name] = Skipped(site.context.get("outputs", 0), site.context["layer"] if attends else None)
-        return Change(hold={site.tensors[role]: Absent(weight.shape) for role, weight in weights.items()}, place=place)
-
-    def stored(self, site: Site, level: Gone) -> int:
-        return 0
