@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from laconic.core.errors import UserError
 from laconic.core.packed import Soft
 from laconic.core.transform import Lesson
 
@@ -59,6 +60,10 @@ def tune(
     named = [(name.rpartition(".")[2], p) for form in forms.values() for name, p in form.named_parameters()]
     groups = [{"params": [p for name, p in named if name == learned], "lr": rate} for learned, rate in lesson.rates]
     groups = [group for group in groups if group["params"]]
+    if not groups:
+        have = ", ".join(sorted({name for name, _ in named})) or "nothing"
+        said = ", ".join(name for name, _ in lesson.rates) or "nothing"
+        raise UserError(f"{type(lesson).__name__} has rates for {said}, but what can be learned here is {have}: give rates for that")
     optimiser: torch.optim.Optimizer = Signed(groups) if lesson.optimiser == "signed" else torch.optim.Adam(groups, betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimiser.param_groups]
     parts = [part for soft in forms.values() for part in soft.modules() if isinstance(part, Soft)]

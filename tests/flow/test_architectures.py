@@ -23,7 +23,7 @@ from laconic.api import Talk
 from laconic.api import tokens as generated
 from laconic.architectures import DECODERS, WHY
 from laconic.calibration import Walk, drawn_loss
-from laconic.claims.lab import Notes
+from laconic.claims.lab import Remembering
 from laconic.core.site import Edge, Group, Linear, Member, Norm, Rotate, Scale
 from laconic.core.statistic import Fisher, Gram
 from laconic.cutting import remove, share, stored_bytes, weigh
@@ -262,7 +262,7 @@ def test_groups_are_cut_for_good(opened: Callable[[str], Source], case: str) -> 
     """Each settled layer is compared with its smaller twin on the way; what cannot be cut is left with a reason."""
     source = opened(case)
     cutting = Cutting(method="prune.cut.obspa")
-    method, tokens, more = build(cutting.method), ids(4, 16), {"batch": 2, "work": Notes(), "progress": lambda *_: None}
+    method, tokens, more = build(cutting.method), ids(4, 16), {"batch": 2, "work": Remembering(), "progress": lambda *_: None}
     weighed = weigh(source, tokens, cutting, method, **more)
     parts = {member.site.roles["part"] for one in weighed.groups for member in one.group.members}
     if case in SCANS:

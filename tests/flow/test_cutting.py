@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from laconic import artifact
-from laconic.claims.lab import Notes
+from laconic.claims.lab import Remembering
 from laconic.core.errors import UserError
 from laconic.core.site import Group, Site
 from laconic.core.transform import Change, Cut
@@ -186,7 +186,7 @@ def test_mistakes_are_one_sentence(small: tuple[Path, Path], tmp_path: Path) -> 
     with pytest.raises(UserError, match="cuts no channels"):
         load_recipe(str(tmp_path / "bad.yaml"))
     (tmp_path / "bad.yaml").write_text("says: nothing at all")
-    with pytest.raises(UserError, match="at least one, or a cut"):
+    with pytest.raises(UserError, match="changes nothing"):
         load_recipe(str(tmp_path / "bad.yaml"))
 
 
@@ -322,7 +322,9 @@ def test_what_is_removed_computes_what_is_masked() -> None:
     assert set(left) == {"stem (its inputs)", "head"}
     gone = {one.name: [0, 3, 5] for one in found}
     x = split.certify.inputs[:8]
-    reduced = remove(source, x, cutting, build(cutting.method), found, gone, batch=4, prefix="cut", work=Notes(), progress=lambda *_: None)
+    reduced = remove(
+        source, x, cutting, build(cutting.method), found, gone, batch=4, prefix="cut", work=Remembering(), progress=lambda *_: None
+    )
     masked = source.load(torch.float32)
     for one in found:
         for member in one.group.members:
@@ -359,7 +361,7 @@ def test_a_cut_at_unlike_indices_is_found_out() -> None:
     with pytest.raises(ValueError, match="computes something else"):
         remove(
             source, split.calibrate.inputs[:8], cutting, Astray(), found, {"conv1": [0, 1, 5]},
-            batch=8, prefix="cut", work=Notes(), progress=lambda *_: None,
+            batch=8, prefix="cut", work=Remembering(), progress=lambda *_: None,
         )  # fmt: skip
 
 
@@ -368,7 +370,7 @@ def test_a_width_that_the_forward_fixes_is_left_by_name() -> None:
     source, split = network("rigid")
     cutting = Cutting(method="prune.cut.obspa")
     weighed = weigh(
-        source, split.calibrate.inputs[:16], cutting, build(cutting.method), batch=8, work=Notes(), progress=lambda *_: None
+        source, split.calibrate.inputs[:16], cutting, build(cutting.method), batch=8, work=Remembering(), progress=lambda *_: None
     )  # fmt: skip
     assert {one.name for one in weighed.groups} == {"stem", "point"}
     assert weighed.left["conv1"] == "the module does not run without some of them (RuntimeError)"
@@ -395,12 +397,14 @@ def test_no_matrix_loses_all_of_its_channels() -> None:
     source.trace(torch.randn(2, 4))
     cutting = Cutting(method="prune.cut.spa(score=prune.score.magnitude)")
     method, x = build(cutting.method), torch.randn(16, 4)
-    weighed = weigh(source, x, cutting, method, batch=8, work=Notes(), progress=lambda *_: None)
+    weighed = weigh(source, x, cutting, method, batch=8, work=Remembering(), progress=lambda *_: None)
     (one,) = weighed.groups
     assert one.group.width == 12
     for even in (True, False):
         gone = share(source, weighed, int(0.2 * stored_bytes(source, {})), even=even)
-        reduced = remove(source, x, cutting, method, weighed.groups, gone, batch=8, prefix="cut", work=Notes(), progress=lambda *_: None)
+        reduced = remove(
+            source, x, cutting, method, weighed.groups, gone, batch=8, prefix="cut", work=Remembering(), progress=lambda *_: None
+        )
         model = reduced.load(torch.float32)
         assert len(model.a.weight) >= 1 and len(model.b.weight) >= 1
         assert logits(model, x).shape == (16, 2)
@@ -413,7 +417,9 @@ def test_running_statistics_move_with_the_cut() -> None:
     x = split.calibrate.inputs[:64]
     cutting = Cutting(method="prune.cut.obspa")
     found, _ = groups_of(source, cutting)
-    same = remove(source, x, cutting, build(cutting.method), found, {}, batch=32, prefix="cut", work=Notes(), progress=lambda *_: None)
+    same = remove(
+        source, x, cutting, build(cutting.method), found, {}, batch=32, prefix="cut", work=Remembering(), progress=lambda *_: None
+    )
     for name, value in source.load(torch.float32).state_dict().items():
         assert torch.allclose(same.load(torch.float32).state_dict()[name].float(), value.float(), atol=1e-5), name
     moved = remove(
@@ -425,7 +431,7 @@ def test_running_statistics_move_with_the_cut() -> None:
         {"conv1": [1, 2, 3]},
         batch=32,
         prefix="cut",
-        work=Notes(),
+        work=Remembering(),
         progress=lambda *_: None,
     )
     a, b = source.load(torch.float32), moved.load(torch.float32)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from laconic.core.errors import UserError
 from laconic.core.site import Linear, Site, TensorId
 from laconic.data import open_data
 from laconic.job import compress
@@ -90,8 +91,6 @@ def test_what_is_too_large_is_left_out_aloud(small, tmp_path, monkeypatch):
     compress(source, split, budget=["bits=8"], recipe=recipe(LEARNED), out=tmp_path / "out", log=said.append)
     assert any("was left out" in line and "1,000 weights" in line for line in said)
 
-
-def test_a_recipe_whose_tune_is_no_lesson_is_refused():
     from laconic.core.errors import UserError
 
     with pytest.raises(UserError, match="is no lesson"):
@@ -138,3 +137,8 @@ def test_batches_are_drawn_each_once_a_pass():
     drawn = list(islice(shuffled(5, torch.Generator().manual_seed(0)), 15))
     assert all(sorted(drawn[i : i + 5]) == list(range(5)) for i in (0, 5, 10))
     assert drawn[:5] != drawn[5:10]
+
+
+def test_rates_for_nothing_that_is_learned_are_refused(small, tmp_path):
+    with pytest.raises(UserError, match="Straight has rates for s2, but what can be learned here is position, step"):
+        run(small, tmp_path / "out", "quantize.train.straight(steps=2, rates=(('s2', 1e-2),))")
