@@ -40,12 +40,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
         from laconic.zoo import corpus, nano
 
         folder = tmp_path_factory.mktemp("tiny")
-        config = LlamaConfig(
-            vocab_size=4096, hidden_size=32, intermediate_size=72, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=8, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, **more,
-        )  # fmt: skip
+        sizes = {"hidden_size": 32, "intermediate_size": 72, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+        sizes |= {"vocab_size": 4096, "max_position_embeddings": 128, "num_hidden_layers": layers, "bos_token_id": 0, "eos_token_id": 0}
         torch.manual_seed(0)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+        LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **{**sizes, **more})).to(torch.bfloat16).save_pretrained(folder / "model")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (folder / "model" / name).write_bytes((nano.path() / name).read_bytes())
         texts = "\n\n".join(text for _, text in corpus.named("search")).split("\n\n")

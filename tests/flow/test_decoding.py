@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import laconic
 from laconic import api, artifact
@@ -87,22 +88,9 @@ def test_recipes_with_decoders_are_checked() -> None:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tied Llama of 3 layers with nano's tokenizer, and text for it."""
-    from laconic.zoo import corpus, nano
-
-    folder = tmp_path_factory.mktemp("decoded")
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "model" / name).write_bytes((nano.path() / name).read_bytes())
-    blocks = "\n\n".join(text for _, text in corpus.named("search")).split("\n\n")
-    (folder / "text.txt").write_text("\n\n".join(blocks[:200]), encoding="utf-8")
-    return folder / "model", folder / "text.txt"
+def small(tiny: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
+    """A Llama of 3 layers with large weights, and text for it."""
+    return tiny(layers=3, blocks=200, initializer_range=0.2)
 
 
 def run(small: tuple[Path, Path], out: Path, recipe: Recipe, budget: tuple[str, ...] = (), **more: object) -> dict:

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import laconic
 from laconic import artifact, elastic, models
@@ -26,22 +27,9 @@ SAYS = {"log": lambda line: None}
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tied Llama of two layers with nano's tokenizer, wild enough that its blocks matter, and text for it."""
-    from laconic.zoo import corpus, nano
-
-    folder = tmp_path_factory.mktemp("small")
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "model" / name).write_bytes((nano.path() / name).read_bytes())
-    blocks = "\n\n".join(text for _, text in corpus.named("search")).split("\n\n")
-    (folder / "text.txt").write_text("\n\n".join(blocks[:200]), encoding="utf-8")
-    return folder / "model", folder / "text.txt"
+def small(tiny: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
+    """A Llama of two layers, wild enough that its blocks matter, and text for it."""
+    return tiny(layers=2, blocks=200, intermediate_size=80, initializer_range=0.3)
 
 
 def split_of(small: tuple[Path, Path]):
