@@ -129,9 +129,9 @@ def opening(start: Search, menu: Menu, budget: Budget, rng: torch.Generator, log
 @dataclass(frozen=True)
 class EvoPress(Search):
     """start: buys the first parent: `search.allocate.uniform` in the paper; with `search.allocate.knapsack` it ends no worse than that.
-    Where it finds nothing that fits, evolution begins at the cheapest cover. survivors and rows: of each step of selection, rows of the search
-    data (of text 512 tokens). switches: the most that one mutation makes. The paper takes 150 generations of 128 for bits, with 2,048,
-    16,384 and 131,072 tokens; the defaults are sized for minutes on two cores at 10 M weights."""
+    Where it finds nothing that fits, evolution begins at the cheapest cover. survivors and rows: of each step of selection, rows of the
+    search data (of text 512 tokens). switches: the most that one mutation makes. The paper takes 150 generations of 128 for bits, with
+    2,048, 16,384 and 131,072 tokens; the defaults are sized for minutes on two cores at 10 M weights."""
 
     start: Search
     generations: int = 40
