@@ -96,7 +96,7 @@ def test_our_rows_depend_on_what_their_recipes_reach() -> None:
         "pipeline.py",
     } <= found
     assert {"methods/search/allocate/knapsack.py", "methods/quantize/train/straight.py", "recipes/auto.yaml"} <= found
-    assert not {"core/state.py", "methods/prune/score/magnitude.py", "page.py", "cli.py"} & found
+    assert not {"methods/cache/store/kivi.py", "methods/prune/score/magnitude.py", "page.py", "cli.py"} & found
 
 
 def test_settings_of_the_peers() -> None:
