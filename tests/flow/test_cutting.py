@@ -37,7 +37,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An untied Llama of 2 layers with 3 KV heads and nano's tokenizer, and text for it."""
+    """A tied Llama of 2 layers with 3 KV heads and nano's tokenizer, and text for it."""
     from laconic.zoo import corpus, nano
 
     folder = tmp_path_factory.mktemp("small")

@@ -5,14 +5,15 @@ Calibration rows are drawn by a seed from the calibration part; the certify part
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ from laconic.zoo import corpus, nano
 SEEDS = (0, 1, 2)
 # a claim fails where one draw does, so one draw that fails is enough for a stand-in
 ONE = SEEDS[:1]
+P = ParamSpec("P")
+# what is wrong with a comparison, and its numbers
+Duel = tuple[list[str], dict[str, Measurement]]
 # what happens at a site: a method and how far it goes, or nothing
 Choose = Callable[[Site], "tuple[Transform, Level] | None"]
 
@@ -411,9 +415,7 @@ def _grams(bench: Bench) -> dict[str, Tensor]:
     return found
 
 
-def duel(
-    label: str, ours: Sequence[Found], theirs: Sequence[Found], *, names: tuple[str, str], factor: float = 1.0
-) -> tuple[list[str], dict[str, Measurement]]:
+def duel(label: str, ours: Sequence[Found], theirs: Sequence[Found], *, names: tuple[str, str], factor: float = 1.0) -> Duel:
     """What is wrong with "ours has a lower KL, by `factor`, and a lower perplexity than theirs, in every seed", and the numbers.
     What has no chance in it is given once."""
     count = max(len(ours), len(theirs))
@@ -431,6 +433,21 @@ def duel(
     if any(a.loss >= b.loss for a, b in pairs):
         wrong.append(f"{label}: perplexity of {names[0]} is not below that of {names[1]}")
     return wrong, numbers
+
+
+def gathered(check: Callable[P, Iterable[Duel]]) -> Callable[P, Verdict]:
+    """A check that yields what each of its duels came to, as one verdict; it may yield further numbers beside an empty list."""
+
+    @functools.wraps(check)
+    def whole(*args: P.args, **kwargs: P.kwargs) -> Verdict:
+        wrong: list[str] = []
+        numbers: dict[str, Measurement] = {}
+        for said, found in check(*args, **kwargs):
+            wrong += said
+            numbers |= found
+        return judged(wrong, numbers)
+
+    return whole
 
 
 # ---- searches that measure

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Found, duel, held, judged, measure, on, run
-from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Found, duel, gathered, held, measure, on, run
+from laconic.core.claim import Claim, Lab, Paper, Verdict
 from laconic.core.packed import Dense, Packed, Product, Scaled, Sum
 from laconic.core.site import Linear, Site
 from laconic.core.statistic import Norms
@@ -129,16 +129,12 @@ Rival = Callable[[Bench, int, int], Found]
 
 
 def _against(name: str, rival: Rival, counts: Sequence[int], lab: Lab, ours: Transform, seeds: Sequence[int]) -> Verdict:
-    def check(bench: Bench) -> Verdict:
-        wrong: list[str] = []
-        numbers: dict[str, Measurement] = {}
+    @gathered
+    def check(bench: Bench) -> Iterator[Duel]:
         for count in counts:
             label = f"{count} block" + ("s" if count > 1 else "")
             pairs = [(stacked(bench, ours, count, seed), rival(bench, count, seed)) for seed in seeds]
-            found = duel(label, [pair[0] for pair in pairs], [pair[1] for pair in pairs], names=("BitStack", name))
-            wrong += found[0]
-            numbers |= found[1]
-        return judged(wrong, numbers)
+            yield duel(label, [pair[0] for pair in pairs], [pair[1] for pair in pairs], names=("BitStack", name))
 
     return on(lab, "nano", check)
 

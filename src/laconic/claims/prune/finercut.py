@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Found, Remembering, Reversed, duel, honest, judged, measure, on, spread
-from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Found, Remembering, Reversed, duel, gathered, honest, measure, on, spread
+from laconic.core.claim import Claim, Lab, Paper, Verdict
 from laconic.core.menu import Budget, Judge, Menu, Plan, Row, plan_of
 from laconic.core.packed import Absent, Dense, Packed
 from laconic.kernels.losses import JensenShannon
@@ -118,9 +118,8 @@ def greedy(bench: Bench, lab: Lab, spoil: Callable[[Judge], Judge], bytes: int, 
     return FinerCut(rows=judge.rows)(menu, Budget(bytes), judge=spoil(judge), rng=torch.Generator().manual_seed(seed), log=lambda _: None)
 
 
-def _against(bench: Bench, lab: Lab, rival: str, spoil: Callable[[Judge], Judge], seeds: Sequence[int]) -> Verdict:
-    wrong: list[str] = []
-    numbers: dict[str, Measurement] = {}
+@gathered
+def _against(bench: Bench, lab: Lab, rival: str, spoil: Callable[[Judge], Judge], seeds: Sequence[int]) -> Iterator[Duel]:
     seeds = seeds[:1] if lab.quick and bench.name == "nano" else seeds
     count = len(blocks(opened(bench, lab, 0)[0]))
     # 1, 2 and 3 of nano's 8 blocks are 12, 25 and 37 % of them
@@ -132,13 +131,10 @@ def _against(bench: Bench, lab: Lab, rival: str, spoil: Callable[[Judge], Judge]
             pairs.append((greedy(bench, lab, spoil, size, seed), _rival(bench, menu, judge, rival, size, seed)))
         label = f"{share:.1%} of the blocks' parameters gone"
         ours, theirs = ([found_of(bench, plan) for plan in plans] for plans in zip(*pairs, strict=True))
-        found = duel(label, ours, theirs, names=("FinerCut", rival))
-        wrong += found[0]
-        numbers |= found[1]
-        attention = [sum("attn" in row.site for row in plan.rows) for plan, _ in pairs]
-        numbers[f"{label}: attention sub-layers among those gone"] = spread([float(n) for n in attention], "sub-layers")
-        numbers[f"{label}: sub-layers gone"] = spread([float(sum(bool(row.site) for row in plan.rows)) for plan, _ in pairs], "sub-layers")
-    return judged(wrong, numbers)
+        yield duel(label, ours, theirs, names=("FinerCut", rival))
+        for kind, word in (("attention sub-layers among those", "attn"), ("sub-layers", "")):
+            count_of = [float(sum(bool(row.site) and word in row.site for row in plan.rows)) for plan, _ in pairs]
+            yield [], {f"{label}: {kind} gone": spread(count_of, "sub-layers")}
 
 
 def _rival(bench: Bench, menu: Menu, judge: Judge, name: str, bytes: int, seed: int) -> Plan:

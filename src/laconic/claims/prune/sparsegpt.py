@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Found, duel, judged, on, run, seen
-from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Found, duel, gathered, judged, on, run, seen
+from laconic.core.claim import Claim, Lab, Paper, Verdict
 from laconic.core.site import Conv, Linear, Site
 from laconic.core.statistic import Gram
 from laconic.core.transform import Change, Stats, Transform
@@ -58,16 +58,12 @@ class Afterwards(Transform):
         return SparseGPT(RTN()).stored(site, level)
 
 
-def _below(bench: Bench, ours: Transform, theirs: Drop, seeds: Sequence[int], levels: Mapping[str, Sparsity]) -> Verdict:
-    wrong: list[str] = []
-    numbers: dict[str, Measurement] = {}
+@gathered
+def _below(bench: Bench, ours: Transform, theirs: Drop, seeds: Sequence[int], levels: Mapping[str, Sparsity]) -> Iterator[Duel]:
     for label, level in levels.items():
         rival = [seen(bench, theirs, level, seed) for seed in (seeds if theirs.wants else ONE)]
         name = type(theirs.score).__name__
-        found = duel(label, [seen(bench, ours, level, seed) for seed in seeds], rival, names=("SparseGPT", name))
-        wrong += found[0]
-        numbers |= found[1]
-    return judged(wrong, numbers)
+        yield duel(label, [seen(bench, ours, level, seed) for seed in seeds], rival, names=("SparseGPT", name))
 
 
 def _on(name: str, rival: Drop, levels: Mapping[str, Sparsity], ours: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:
@@ -97,16 +93,12 @@ def _bits_on(name: str, group: int | None, ours: Transform, seeds: Sequence[int]
     return on(lab, name, lambda bench: _bits(bench, ours, group, seeds))
 
 
-def _joint(bench: Bench, ours: Transform, seeds: Sequence[int]) -> Verdict:
-    wrong: list[str] = []
-    numbers: dict[str, Measurement] = {}
+@gathered
+def _joint(bench: Bench, ours: Transform, seeds: Sequence[int]) -> Iterator[Duel]:
     for label, level in {"50 % of each row": Sparsity(0.5), "2 of each 4": Sparsity(0.5, 4)}.items():
         joint = Sparsity(level.keep, level.run, Grid(3, 64))
         pairs = [[seen(bench, method, joint, seed) for seed in seeds] for method in (ours, Afterwards())]
-        found = duel(f"{label} in 3 bits", *pairs, names=("jointly", "one after the other"))
-        wrong += found[0]
-        numbers |= found[1]
-    return judged(wrong, numbers)
+        yield duel(f"{label} in 3 bits", *pairs, names=("jointly", "one after the other"))
 
 
 PAPER = Paper("Frantar and Alistarh", 2023, "arXiv:2301.00774", "section 4")

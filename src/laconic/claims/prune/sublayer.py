@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Reversed, duel, honest, judged, on
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Reversed, duel, gathered, honest, on
 from laconic.claims.prune.finercut import blocks, found_of, gone, opened, ranked, without
-from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.core.claim import Claim, Lab, Paper, Verdict
 from laconic.core.menu import Judge
 
 
-def _finer(bench: Bench, lab: Lab, spoil: Callable[[Judge], Judge], seeds: Sequence[int]) -> Verdict:
-    wrong: list[str] = []
-    numbers: dict[str, Measurement] = {}
+@gathered
+def _finer(bench: Bench, lab: Lab, spoil: Callable[[Judge], Judge], seeds: Sequence[int]) -> Iterator[Duel]:
     for count in (1, 2):
         ours, theirs = [], []
         for seed in seeds[:1] if lab.quick else seeds:
@@ -22,10 +21,7 @@ def _finer(bench: Bench, lab: Lab, spoil: Callable[[Judge], Judge], seeds: Seque
             ours.append(found_of(bench, ranked(menu, spoil(judge), [(name,) for name in gone(menu)], size)))
             theirs.append(found_of(bench, ranked(menu, judge, blocks(menu), size)))
         label = f"the parameters of {count} block{'s' if count > 1 else ''} gone"
-        found = duel(label, ours, theirs, names=("sub-layers", "whole blocks"))
-        wrong += found[0]
-        numbers |= found[1]
-    return judged(wrong, numbers)
+        yield duel(label, ours, theirs, names=("sub-layers", "whole blocks"))
 
 
 def _on(name: str, spoil: Callable[[Judge], Judge], seeds: Sequence[int], lab: Lab) -> Verdict:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
-from laconic.claims.lab import ONE, SEEDS, Bench, duel, judged, on, seen
-from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, duel, gathered, on, seen
+from laconic.core.claim import Claim, Lab, Paper, Verdict
 from laconic.core.score import Score, Unit
 from laconic.core.statistic import Gram, Statistic
 from laconic.methods.prune.cut.drop import Drop, Sparsity
@@ -27,16 +27,12 @@ class Inverse(Score):
         return unit.weight.abs() / stats[Gram()].diagonal().clamp(min=1e-12).sqrt()
 
 
-def _below(bench: Bench, score: Score, seeds: Sequence[int], levels: Mapping[str, Sparsity]) -> Verdict:
-    wrong: list[str] = []
-    numbers: dict[str, Measurement] = {}
+@gathered
+def _below(bench: Bench, score: Score, seeds: Sequence[int], levels: Mapping[str, Sparsity]) -> Iterator[Duel]:
     for label, level in levels.items():
         theirs = seen(bench, Drop(Magnitude()), level)
         ours = [seen(bench, Drop(score), level, seed) for seed in seeds]
-        found = duel(label, ours, [theirs], names=("Wanda", "magnitude"))
-        wrong += found[0]
-        numbers |= found[1]
-    return judged(wrong, numbers)
+        yield duel(label, ours, [theirs], names=("Wanda", "magnitude"))
 
 
 def _on(name: str, levels: Mapping[str, Sparsity], score: Score, seeds: Sequence[int], lab: Lab) -> Verdict:

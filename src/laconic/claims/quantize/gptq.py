@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from laconic.claims.lab import ONE, SEEDS, Bench, duel, judged, on, seen
-from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, duel, gathered, on, seen
+from laconic.core.claim import Claim, Lab, Paper, Verdict
 from laconic.core.site import Linear, Site
 from laconic.core.statistic import Gram
 from laconic.core.transform import Change, Stats, Transform
@@ -36,17 +36,13 @@ class Misled(Transform):
         return GPTQ().stored(site, level)
 
 
-def _compare(bench: Bench, transform: Transform, seeds: Sequence[int], levels: Sequence[Grid], factor: float) -> Verdict:
-    wrong: list[str] = []
-    numbers: dict[str, Measurement] = {}
+@gathered
+def _compare(bench: Bench, transform: Transform, seeds: Sequence[int], levels: Sequence[Grid], factor: float) -> Iterator[Duel]:
     for level in levels:
         label = f"{level.bits} bits, {'one scale a row' if level.group is None else f'groups of {level.group}'}"
         nearest = seen(bench, RTN(), level)
         ours = [seen(bench, transform, level, seed) for seed in seeds]
-        found = duel(label, ours, [nearest], names=("GPTQ", "round to nearest"), factor=factor)
-        wrong += found[0]
-        numbers |= found[1]
-    return judged(wrong, numbers)
+        yield duel(label, ours, [nearest], names=("GPTQ", "round to nearest"), factor=factor)
 
 
 def _below(name: str, transform: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:

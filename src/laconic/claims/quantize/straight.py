@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Found, duel, held, judged, measure, on, seen, tuned
-from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Found, duel, gathered, held, measure, on, seen, tuned
+from laconic.core.claim import Claim, Lab, Paper, Verdict
 from laconic.core.transform import Lesson
 from laconic.kernels.grids import Grid
 from laconic.methods.quantize.round.gptq import GPTQ
@@ -28,19 +28,15 @@ def _after(bench: Bench, level: Grid, lesson: Lesson, seed: int, astray: bool) -
     return found
 
 
-def _against(bench: Bench, rival: str, levels: Sequence[Grid], seeds: Sequence[int], astray: bool) -> Verdict:
-    wrong: list[str] = []
-    numbers: dict[str, Measurement] = {}
+@gathered
+def _against(bench: Bench, rival: str, levels: Sequence[Grid], seeds: Sequence[int], astray: bool) -> Iterator[Duel]:
     for level in levels:
         ours = [_after(bench, level, Straight(), seed, astray) for seed in seeds]
         if rival == "GPTQ":
             theirs = [seen(bench, FIRST, level, seed) for seed in seeds]
         else:
             theirs = [_after(bench, level, STEPS_ALONE, seed, False) for seed in seeds]
-        found = duel(f"{level.bits} bits, groups of {level.group}", ours, theirs, names=("tuned", rival))
-        wrong += found[0]
-        numbers |= found[1]
-    return judged(wrong, numbers)
+        yield duel(f"{level.bits} bits, groups of {level.group}", ours, theirs, names=("tuned", rival))
 
 
 def _on(name: str, rival: str, seeds: Sequence[int], astray: bool, lab: Lab) -> Verdict:

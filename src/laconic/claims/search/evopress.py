@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Remembering, Reversed, duel, honest, judged, on, spread
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Remembering, Reversed, duel, gathered, honest, on, spread
 from laconic.claims.search.knapsack import measured
 from laconic.claims.search.uniform import RECIPE, one_for_all
-from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.core.claim import Claim, Lab, Paper, Verdict
 from laconic.core.menu import Budget, Damage, Judge, Menu, Plan
 from laconic.kernels.losses import Divergence
 from laconic.methods.search.allocate.knapsack import Knapsack
@@ -89,21 +89,17 @@ def _rival(bench: Bench, lab: Lab, name: str, budget: int, seed: int) -> Plan:
     return found
 
 
-def _against(bench: Bench, lab: Lab, rival: str, spoil: Callable[[Judge], Judge], seeds: Sequence[int]) -> Verdict:
-    wrong: list[str] = []
-    numbers: dict[str, Measurement] = {}
+@gathered
+def _against(bench: Bench, lab: Lab, rival: str, spoil: Callable[[Judge], Judge], seeds: Sequence[int]) -> Iterator[Duel]:
     # one budget and, of the model that takes minutes, one draw are what a quick check has room for
     seeds = seeds[:1] if lab.quick and bench.name == "nano" else seeds
     for bits in (3,) if lab.quick else (4, 3):
         budget = one_for_all(bench, bits).bytes
         ours = [measured(bench, evolved(bench, lab, spoil, budget, seed)[0]) for seed in seeds]
         theirs = [measured(bench, _rival(bench, lab, rival, budget, seed)) for seed in seeds]
-        found = duel(f"bytes of uniform {bits} bits", ours, theirs, names=("evolved", rival))
-        wrong += found[0]
-        numbers |= found[1]
+        yield duel(f"bytes of uniform {bits} bits", ours, theirs, names=("evolved", rival))
         run = [float(evolved(bench, lab, spoil, budget, seed)[1]) for seed in seeds]
-        numbers[f"bytes of uniform {bits} bits: rows that the judge has run"] = spread(run, "rows")
-    return judged(wrong, numbers)
+        yield [], {f"bytes of uniform {bits} bits: rows that the judge has run": spread(run, "rows")}
 
 
 def _on(name: str, rival: str, spoil: Callable[[Judge], Judge], seeds: Sequence[int], lab: Lab) -> Verdict:

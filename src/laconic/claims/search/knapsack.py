@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Found, duel, judged, on, run
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Found, duel, gathered, on, run
 from laconic.claims.search.uniform import RECIPE, allocation, one_for_all
-from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
+from laconic.core.claim import Claim, Lab, Paper, Verdict
 from laconic.core.menu import Budget, Menu, Plan, Row, plan_of
 from laconic.methods.search.allocate.knapsack import Knapsack
 from laconic.pipeline import price, quiet
@@ -107,9 +107,8 @@ def measured(bench: Bench, plan: Plan) -> Found:
     return found
 
 
-def _against(bench: Bench, lab: Lab, rival: str, spoil: Spoil, seeds: Sequence[int]) -> Verdict:
-    wrong: list[str] = []
-    numbers: dict[str, Measurement] = {}
+@gathered
+def _against(bench: Bench, lab: Lab, rival: str, spoil: Spoil, seeds: Sequence[int]) -> Iterator[Duel]:
     for bits in (4, 3):
         uniform = one_for_all(bench, bits)
         budget = uniform.bytes
@@ -121,10 +120,7 @@ def _against(bench: Bench, lab: Lab, rival: str, spoil: Spoil, seeds: Sequence[i
             theirs = [
                 measured(bench, dealt(menu, _solved(bench, lab, kept, budget, seed), seed)) for menu, seed in zip(menus, seeds, strict=True)
             ]
-        found = duel(f"bytes of uniform {bits} bits", ours, theirs, names=("knapsack", rival))
-        wrong += found[0]
-        numbers |= found[1]
-    return judged(wrong, numbers)
+        yield duel(f"bytes of uniform {bits} bits", ours, theirs, names=("knapsack", rival))
 
 
 def _on(name: str, rival: str, spoil: Spoil, seeds: Sequence[int], lab: Lab) -> Verdict:
