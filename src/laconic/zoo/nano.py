@@ -5,7 +5,7 @@ Llama architecture, 7.3 M parameters, byte-level BPE of 4,096, context 2,048, tr
 linear decay to zero. Progress is the larger of tokens over their target and time over its limit, so either can end
 a run; a file FINISH in the scratch folder starts the decay at once, and it then takes a third of the tokens seen.
 The scratch folder holds train.log and, written every five minutes, model/, a folder that `--resume` accepts.
-Without `--quick` or `--hours` a run sees 100 M tokens, which takes two idle cores with AVX-512 bf16 about eight hours.
+Without `--quick` or `--hours` a run sees 100 M tokens, which takes two idle cores with AVX-512 about eight hours.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ class Recipe:
 
     tokens: int = FULL
     hours: float = math.inf
-    batch: int = 8192
+    batch: int = 16384
     short: int = 256
-    micro: int = 512
-    muon: float = 0.008
+    micro: int = 2048
+    muon: float = 0.01
     adamw: float = 0.002
     weight_decay: float = 0.05
     warmup: int = 100
     decay_at: float = 0.75
-    long_at: float = 0.88
+    long_at: float = 0.92
 
 
 def rate(progress: float, step: int, recipe: Recipe) -> float:
