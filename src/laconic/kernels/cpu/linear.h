@@ -1,0 +1,95 @@
+// Products with matrices of grouped integer codes, read as they are stored. The layout is that of kernels/grids.py and kernels/bits.py:
+// row i of `codes` begins at i * stride, code j fills bits j*bits .. (j+1)*bits of it, w = (code - zero) * scale, one scale (and zero) a group.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define LACONIC_X86
+#endif
+#if defined(LACONIC_X86) && !defined(__clang__) && defined(__gnu_linux__)
+// compiled for several processors, chosen when the library is loaded
+#define LACONIC_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define LACONIC_CLONES
+#endif
+
+namespace laconic {
+
+struct Weight {
+    const uint8_t* codes;
+    size_t stride;          // bytes of a row of codes
+    const uint16_t* scales; // bf16, groups of a row one after the other
+    const uint8_t* zeros;   // packed as codes are; null where all are 2^(bits-1)
+    size_t zero_stride;
+    int64_t n, m;           // rows, columns
+    int64_t group, groups;  // weights of a group, groups of a row
+    int bits;
+};
+
+// x (rows, m), one row after the other, fp32 or bf16; out (rows, n) fp32
+struct Product {
+    Weight w;
+    const void* x;
+    bool bf16;
+    int64_t rows;
+    float* out;
+    int threads;
+};
+
+inline float from_bf16(uint16_t value) {
+    uint32_t wide = uint32_t(value) << 16;
+    float out;
+    std::memcpy(&out, &wide, 4);
+    return out;
+}
+
+// one code of a packed row; never reads behind the byte that the code ends in
+inline int code_at(const uint8_t* row, int64_t index, int bits) {
+    int64_t first = index * bits;
+    int shift = int(first & 7);
+    int word = row[first >> 3];
+    if (shift + bits > 8) word |= row[(first >> 3) + 1] << 8;
+    return (word >> shift) & ((1 << bits) - 1);
+}
+
+// Planes: bytes of codes are taken apart by shifts alone, so plane p of byte j is code per * j + p.
+inline int planes(int bits) { return bits == 4 ? 2 : bits == 2 ? 4 : 1; }
+
+// Rows of x that share one unpacking of codes.
+constexpr int TOGETHER = 4;
+
+// x as integers of 16 bits, in two bytes, block by block; a block is what one load of codes stands for: 64 * planes columns.
+// value = (high * 256 + low) * scale. Rows stand in bunches of 4, then of 2 and 1, each bunch as [block][row][plane]: 64 high bytes, 64
+// low ones; scales as [block][row].
+struct Prepared {
+    int64_t blocks, groups, padded; // padded: groups, up to a multiple of 16
+    int per;                        // planes
+    int8_t* x;
+    float* scale;
+    float* sums; // [row][padded]: of x over each group of w's columns
+};
+
+// rows of the bunch that begins at row r
+inline int64_t bunch(int64_t rows, int64_t r) {
+    const int64_t rest = rows - r;
+    return rest >= TOGETHER ? TOGETHER : rest >= 2 ? 2 : 1;
+}
+
+// whether the vector kernels know these groups
+inline bool regular(const Weight& w) {
+    const int64_t lane = 4 * planes(w.bits), block = 64 * planes(w.bits);
+    return w.group >= w.m || w.group % block == 0 || (block % w.group == 0 && w.group % lane == 0);
+}
+
+void product_plain(const Product& p);
+void dense_plain(const Weight& w, float* out, int threads);
+#if defined(LACONIC_X86)
+// false where a row holds NaN or an infinity
+bool prepare_avx512(const Product& p, const Prepared& q);
+void product_avx512(const Product& p, const Prepared& q);
+void dense_avx512(const Weight& w, float* out, int threads);
+#endif
+
+} // namespace laconic
