@@ -1,4 +1,4 @@
-"""Products with a matrix of grouped codes as it is stored: `grouped_linear`, and `grouped_dense`, the matrix itself. Also torch.ops.laconic.
+"""Products with a matrix of grouped codes as it is stored: `grouped_linear`; `grouped_dense`: the matrix itself. Both in torch.ops.laconic.
 
 The native kernel holds x in 16 bits for each run of 64 to 256 columns, scaled to their greatest, multiplies codes in exact integers and
 adds runs in fp32. So it differs from the product in fp32 by about 2^-16 of a run's greatest entry, far below bf16's 2^-9 of each."""
@@ -15,10 +15,10 @@ from laconic.kernels.bits import packed_width, unpack
 from laconic.kernels.grids import Grid, decode
 from laconic.kernels.native import native
 
-# more rows of x than this are quicker over dense rows, made PANEL weights at a time: by bits, where shifts alone take codes apart, for other
-# widths, and for any where there is no vector kernel
-MANY = {2: 512, 4: 256}
-SEVERAL = 48
+# more rows of x than this are quicker over dense rows, made PANEL weights at a time: by bits where shifts alone take codes apart, for other
+# widths, and for any without a vector kernel
+MANY = {2: 256, 4: 192}
+SEVERAL = 96
 FEW = 4
 PANEL = 1 << 20
 

@@ -1,1 +1,1 @@
-"""Kernels in C++ for the processor, one file an instruction set; `kernels.native` says what there is, the kernels' own modules call them."""
+"""Kernels in C++ for the processor, a file for each instruction set; `kernels.native` says what there is."""

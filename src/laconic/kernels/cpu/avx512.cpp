@@ -1,5 +1,4 @@
-// AVX-512 with VNNI and VBMI. A load of 64 bytes (of 8 * bits bytes for widths that are no power of two) gives planes of 64 codes, each a byte;
-// products with the two bytes of x are exact in 32 bits, and become fp32 once a block, times both scales.
+// AVX-512 with VNNI and VBMI. Products of codes with x's 16 bits are exact in 32 bits, and become fp32 once a block, times both scales.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -12,8 +11,7 @@ namespace laconic {
 
 namespace {
 
-// widest range whose upper byte, after the lower one was taken off with its sign, still fits
-constexpr float TOP = 127.0f * 256.0f;
+constexpr float TOP = 32767.0f;
 // rows of the weight that stay in the nearest caches while bunches of x pass by
 constexpr int64_t NEAR = 16;
 // bytes of codes that are asked for ahead of their use
@@ -24,14 +22,15 @@ constexpr int SIDE = 4;
 // the lowest `count` bits, which may be over 64
 inline __mmask64 first(int64_t count) { return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1; }
 
-// NATURAL: codes in their order, one plane, whatever the width
-template <int BITS, bool NATURAL = false>
-struct Codes {
-    static constexpr int PLANES = NATURAL ? 1 : BITS == 4 ? 2 : BITS == 2 ? 4 : 1;
-    static constexpr int BYTES = BITS == 8 || PLANES > 1 ? 64 : 8 * BITS;
+inline __mmask64 low_bits(int bytes) { return bytes == 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1; }
+
+// 64 codes in their order, a byte each, whatever the width
+template <int BITS>
+struct Bytes {
+    static constexpr int BYTES = 8 * BITS;
     __m512i spread, shifts;
 
-    Codes() {
+    Bytes() {
         // eight codes are BITS bytes: into a word of 64 bits each, then a window of 8 bits at every BITS-th bit
         alignas(64) uint8_t from[64], by[64];
         for (int i = 0; i < 64; i++) {
@@ -42,40 +41,38 @@ struct Codes {
         shifts = _mm512_load_si512(by);
     }
 
-    // a block whose bytes may end early
-    void load(const uint8_t* at, int64_t available, __m512i (&out)[PLANES]) const {
-        take(_mm512_maskz_loadu_epi8(first(std::min<int64_t>(available, BYTES)), at), out);
+    __m512i of(__m512i v) const {
+        if constexpr (BITS == 8) return v;
+        else return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, v)), _mm512_set1_epi8((1 << BITS) - 1));
     }
 
-    // a block that is there whole
-    void load(const uint8_t* at, __m512i (&out)[PLANES]) const {
-        if constexpr (BYTES == 64) take(_mm512_loadu_si512(at), out);
-        else take(_mm512_maskz_loadu_epi8((__mmask64(1) << BYTES) - 1, at), out);
+    // available: bytes of the row from here on
+    __m512i load(const uint8_t* at, int64_t available) const {
+        return of(_mm512_maskz_loadu_epi8(first(std::min<int64_t>(available, BYTES)), at));
     }
+};
 
-    void take(__m512i v, __m512i (&out)[PLANES]) const {
-        if constexpr (BITS == 8) {
-            out[0] = v;
-        } else if constexpr (PLANES == 2) {
-            const __m512i mask = _mm512_set1_epi8(0x0F);
-            out[0] = _mm512_and_si512(v, mask);
-            out[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-        } else if constexpr (PLANES == 4) {
-            const __m512i mask = _mm512_set1_epi8(0x03);
-            out[0] = _mm512_and_si512(v, mask);
-            out[1] = _mm512_and_si512(_mm512_srli_epi16(v, 2), mask);
-            out[2] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-            out[3] = _mm512_and_si512(_mm512_srli_epi16(v, 6), mask);
-        } else {
-            const __m512i wide = _mm512_permutexvar_epi8(spread, v);
-            out[0] = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, wide), _mm512_set1_epi8((1 << BITS) - 1));
-        }
+// a block of codes as words, plane by plane
+template <int BITS>
+struct Codes {
+    static constexpr int PLANES = BITS == 4 ? 4 : BITS == 2 ? 8 : 2;
+    static constexpr int BYTES = BITS == 4 || BITS == 2 ? 64 : 8 * BITS;
+    Bytes<BITS> bytes;
+
+    void load(const uint8_t* at, __mmask64 there, __m512i (&out)[PLANES]) const {
+        __m512i v = BYTES == 64 && there == ~__mmask64(0) ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(there, at);
+        constexpr int STEP = 16 / PLANES;
+        if constexpr (PLANES == 2) v = bytes.of(v);
+        const __m512i mask = _mm512_set1_epi16((1 << STEP) - 1);
+#pragma GCC unroll 8
+        for (int k = 0; k < PLANES - 1; k++) out[k] = _mm512_and_si512(k ? _mm512_srli_epi16(v, STEP * k) : v, mask);
+        out[PLANES - 1] = _mm512_srli_epi16(v, 16 - STEP);
     }
 };
 
 inline __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 
-// Scales of a row, block by block: one for all of a block, or, where a block holds several groups, a lane for each run of 4 * planes columns.
+// Scales of a row, block by block: one for all of a block, or, where a block holds several groups, a lane for each run of 2 * planes columns.
 struct Scales {
     int64_t share;  // groups of a block; 0: a group is a block or more
     int64_t blocks; // blocks of a group
@@ -116,21 +113,19 @@ struct Running {
 
 // zeros of 64 groups from a row of packed ones, as bytes
 template <int BITS>
-inline __m512i zeros_of(const Weight& w, const Codes<BITS, true>& natural, int64_t row, int64_t group) {
+inline __m512i zeros_of(const Weight& w, const Bytes<BITS>& bytes, int64_t row, int64_t group) {
     const int64_t at = group / 8 * BITS;
-    __m512i out[1];
-    natural.load(w.zeros + row * w.zero_stride + at, int64_t(w.zero_stride) - at, out);
-    return out[0];
+    return bytes.load(w.zeros + row * w.zero_stride + at, int64_t(w.zero_stride) - at);
 }
 
 // scale * zero of each group of a row
 template <int BITS>
-void offsets(const Weight& w, const Codes<BITS, true>& natural, int64_t row, int64_t padded, float* out) {
+void offsets(const Weight& w, const Bytes<BITS>& bytes, int64_t row, int64_t padded, float* out) {
     const uint16_t* scales = w.scales + row * w.groups;
     alignas(64) uint8_t zeros[64];
     std::fill(zeros, zeros + 64, uint8_t(1 << (BITS - 1)));
     for (int64_t g = 0; g < padded; g += 16) {
-        if (w.zeros && g % 64 == 0) _mm512_store_si512(zeros, zeros_of<BITS>(w, natural, row, g));
+        if (w.zeros && g % 64 == 0) _mm512_store_si512(zeros, zeros_of<BITS>(w, bytes, row, g));
         const __mmask16 there = __mmask16(first(std::max<int64_t>(0, w.groups - g)));
         const __m512 scale = widen(_mm256_maskz_loadu_epi16(there, scales + g));
         const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(zeros + g % 64));
@@ -140,17 +135,13 @@ void offsets(const Weight& w, const Codes<BITS, true>& natural, int64_t row, int
 
 // the same columns of one row of the weight and of a bunch of x
 template <int P, int ROWS>
-inline void step(const __m512i (&plane)[P], __m512 scale, const int8_t* x, const float* of, __m512 (&total)[ROWS]) {
+inline void step(const __m512i (&plane)[P], __m512 scale, const int16_t* x, const float* of, __m512 (&total)[ROWS]) {
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
-        __m512i high = _mm512_setzero_si512(), low = _mm512_setzero_si512();
-#pragma GCC unroll 4
-        for (int k = 0; k < P; k++) {
-            high = _mm512_dpbusd_epi32(high, plane[k], _mm512_load_si512(x + (i * P + k) * 128));
-            low = _mm512_dpbusd_epi32(low, plane[k], _mm512_load_si512(x + (i * P + k) * 128 + 64));
-        }
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
-        total[i] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(of[i])), total[i]);
+        __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 8
+        for (int k = 0; k < P; k++) sum = _mm512_dpwssd_epi32(sum, plane[k], _mm512_load_si512(x + (i * P + k) * 32));
+        total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(of[i])), total[i]);
     }
 }
 
@@ -165,7 +156,7 @@ inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
 
 // N rows of the weight from `row` on times a bunch: x and of are the bunch's, sums those of its first row
 template <int BITS, int N, int ROWS, bool SHARED>
-inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, const Scales& scales, int64_t row, const int8_t* x, const float* of,
+inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, const Scales& scales, int64_t row, const int16_t* x, const float* of,
                  const float* sums, const float* offset, float* out) {
     constexpr int P = Codes<BITS>::PLANES, BYTES = Codes<BITS>::BYTES;
     const uint8_t *at = w.codes + row * w.stride, *end = at + w.stride;
@@ -178,12 +169,12 @@ inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, c
     // the same place of the next rows, or further where rows are short
     const size_t ahead = std::max(2 * N * w.stride, AHEAD);
     __m512i plane[P];
-    for (; at + BYTES <= end; at += BYTES, x += ROWS * P * 128, of += ROWS) {
+    for (; at + BYTES <= end; at += BYTES, x += ROWS * P * 32, of += ROWS) {
         scale.next(of_row);
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
             _mm_prefetch(reinterpret_cast<const char*>(at + n * w.stride + ahead), _MM_HINT_T0);
-            codes.load(at + n * w.stride, plane);
+            codes.load(at + n * w.stride, low_bits(BYTES), plane);
             step<P, ROWS>(plane, of_row[n], x, of, total[n]);
         }
     }
@@ -191,7 +182,7 @@ inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, c
         scale.next(of_row);
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
-            codes.load(at + n * w.stride, end - at, plane);
+            codes.load(at + n * w.stride, first(end - at), plane);
             step<P, ROWS>(plane, of_row[n], x, of, total[n]);
         }
     }
@@ -214,18 +205,17 @@ template <int BITS, bool SHARED>
 void product(const Product& p, const Prepared& q, const Scales& scales) {
     const Weight& w = p.w;
     const Codes<BITS> codes;
-    const Codes<BITS, true> natural;
-    constexpr int64_t WIDTH = 64 * Codes<BITS>::PLANES;
+    constexpr int64_t WIDTH = 32 * Codes<BITS>::PLANES;
 #pragma omp parallel num_threads(p.threads)
     {
         std::vector<float> offset(size_t(NEAR * q.padded));
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < (w.n + NEAR - 1) / NEAR; block++) {
             const int64_t begin = block * NEAR, end = std::min(w.n, begin + NEAR);
-            for (int64_t i = begin; i < end; i++) offsets<BITS>(w, natural, i, q.padded, offset.data() + (i - begin) * q.padded);
+            for (int64_t i = begin; i < end; i++) offsets<BITS>(w, codes.bytes, i, q.padded, offset.data() + (i - begin) * q.padded);
             for (int64_t r = 0, size; r < p.rows; r += size) {
                 size = bunch(p.rows, r);
-                const int8_t* x = q.x + r * q.blocks * WIDTH * 2;
+                const int16_t* x = q.x + r * q.blocks * WIDTH;
                 const float *of = q.scale + r * q.blocks, *sums = q.sums + r * q.padded;
                 for (int64_t i = begin, number; i < end; i += number) {
                     number = end - i >= SIDE ? SIDE : 1;
@@ -247,7 +237,7 @@ void product(const Product& p, const Prepared& q, const Scales& scales) {
 
 template <int BITS>
 void product(const Product& p, const Prepared& q) {
-    const Scales scales(p.w, 64 * Codes<BITS>::PLANES);
+    const Scales scales(p.w, 32 * Codes<BITS>::PLANES);
     if (scales.share) product<BITS, true>(p, q, scales);
     else product<BITS, false>(p, q, scales);
 }
@@ -255,7 +245,7 @@ void product(const Product& p, const Prepared& q) {
 // (code - zero) * scale, in that order: the same numbers as the reference to the last bit
 template <int BITS>
 void dense(const Weight& w, float* out, int threads) {
-    const Codes<BITS, true> natural;
+    const Bytes<BITS> bytes;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < w.n; i++) {
         const uint8_t* at = w.codes + i * w.stride;
@@ -264,15 +254,13 @@ void dense(const Weight& w, float* out, int threads) {
         alignas(64) uint8_t codes[64], zeros[64];
         __m512 scale = _mm512_setzero_ps(), zero = _mm512_set1_ps(float(1 << (BITS - 1)));
         for (int64_t j = 0; j < w.m; j += 64, at += 8 * BITS, left -= 8 * BITS) {
-            __m512i plane[1];
-            natural.load(at, left, plane);
-            _mm512_store_si512(codes, plane[0]);
+            _mm512_store_si512(codes, bytes.load(at, left));
             for (int64_t k = 0; k < 64 && j + k < w.m; k += 16) {
                 if ((j + k) / w.group != group) {
                     group = (j + k) / w.group;
                     scale = _mm512_set1_ps(from_bf16(scales[group]));
                     if (w.zeros) {
-                        if (group % 64 == 0) _mm512_store_si512(zeros, zeros_of<BITS>(w, natural, i, group));
+                        if (group % 64 == 0) _mm512_store_si512(zeros, zeros_of<BITS>(w, bytes, i, group));
                         zero = _mm512_set1_ps(float(zeros[group % 64]));
                     }
                 }
@@ -284,24 +272,18 @@ void dense(const Weight& w, float* out, int threads) {
     }
 }
 
-// bytes in their order -> planes of every P-th byte
+// P vectors of words in their order -> planes of every P-th word
 template <int P>
-inline void deal(__m512i (&bytes)[P], __m512i even, __m512i odd) {
+inline void deal(__m512i* words, __m512i even, __m512i odd) {
     if constexpr (P > 1) {
         __m512i half[P];
         for (int i = 0; i < P; i += 2) {
-            half[i / 2] = _mm512_permutex2var_epi8(bytes[i], even, bytes[i + 1]);
-            half[P / 2 + i / 2] = _mm512_permutex2var_epi8(bytes[i], odd, bytes[i + 1]);
+            half[i / 2] = _mm512_permutex2var_epi16(words[i], even, words[i + 1]);
+            half[P / 2 + i / 2] = _mm512_permutex2var_epi16(words[i], odd, words[i + 1]);
         }
-        if constexpr (P == 4) {
-            // even columns are planes 0 and 2, odd ones 1 and 3
-            bytes[0] = _mm512_permutex2var_epi8(half[0], even, half[1]);
-            bytes[2] = _mm512_permutex2var_epi8(half[0], odd, half[1]);
-            bytes[1] = _mm512_permutex2var_epi8(half[2], even, half[3]);
-            bytes[3] = _mm512_permutex2var_epi8(half[2], odd, half[3]);
-        } else {
-            bytes[0] = half[0], bytes[1] = half[1];
-        }
+        deal<P / 2>(half, even, odd);
+        deal<P / 2>(half + P / 2, even, odd);
+        for (int i = 0; i < P / 2; i++) words[2 * i] = half[i], words[2 * i + 1] = half[P / 2 + i];
     }
 }
 
@@ -309,22 +291,22 @@ inline void deal(__m512i (&bytes)[P], __m512i even, __m512i odd) {
 template <int P>
 bool prepare_row(const Product& p, const Prepared& q, int64_t r) {
     const Weight& w = p.w;
-    constexpr int64_t WIDTH = 64 * P;
+    constexpr int64_t WIDTH = 32 * P;
     // the bunch of this row
     int64_t begin = r / TOGETHER * TOGETHER, size = bunch(p.rows, begin);
     while (r >= begin + size) begin += size, size = bunch(p.rows, begin);
-    alignas(64) uint8_t at[64];
-    for (int i = 0; i < 64; i++) at[i] = uint8_t(2 * i);
-    const __m512i even = _mm512_load_si512(at), odd = _mm512_add_epi8(even, _mm512_set1_epi8(1));
+    alignas(64) uint16_t at[32];
+    for (int i = 0; i < 32; i++) at[i] = uint16_t(2 * i);
+    const __m512i even = _mm512_load_si512(at), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
     float* sums = q.sums + r * q.padded;
     std::fill(sums, sums + q.padded, 0.0f);
     const float* wide = static_cast<const float*>(p.x) + r * w.m;
     const uint16_t* narrow = static_cast<const uint16_t*>(p.x) + r * w.m;
     for (int64_t b = 0; b < q.blocks; b++) {
         const int64_t from = b * WIDTH, count = std::min(WIDTH, w.m - from);
-        __m512 part[4 * P], most = _mm512_setzero_ps();
+        __m512 part[2 * P], most = _mm512_setzero_ps();
         __mmask16 wrong = 0;
-        for (int i = 0; i < 4 * P; i++) {
+        for (int i = 0; i < 2 * P; i++) {
             const __mmask16 there = __mmask16(first(std::max<int64_t>(0, count - 16 * i)));
             part[i] = p.bf16 ? widen(_mm256_maskz_loadu_epi16(there, narrow + from + 16 * i)) : _mm512_maskz_loadu_ps(there, wide + from + 16 * i);
             // quiet and signalling NaN, both infinities
@@ -336,22 +318,15 @@ bool prepare_row(const Product& p, const Prepared& q, int64_t r) {
         // below this the inverse would be infinite: as good as zero
         const float scale = peak < 1e-33f ? 0.0f : peak / TOP;
         const __m512 inverse = _mm512_set1_ps(scale == 0.0f ? 0.0f : 1.0f / scale);
-        alignas(64) int32_t whole[WIDTH];
-        alignas(64) int8_t bytes[2][WIDTH];
-        for (int i = 0; i < 4 * P; i++) {
-            const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse));
-            const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(value, 24), 24);
-            _mm512_store_si512(whole + 16 * i, value);
-            _mm_store_si128(reinterpret_cast<__m128i*>(bytes[0] + 16 * i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(value, low), 8)));
-            _mm_store_si128(reinterpret_cast<__m128i*>(bytes[1] + 16 * i), _mm512_cvtepi32_epi8(low));
-        }
+        alignas(64) int16_t whole[WIDTH];
+        // a product rounded up may come to one more than the greatest: saturated
+        for (int i = 0; i < 2 * P; i++)
+            _mm256_store_si256(reinterpret_cast<__m256i*>(whole + 16 * i), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse))));
         const int64_t place = begin * q.blocks + b * size + r - begin;
-        for (int k = 0; k < 2; k++) {
-            __m512i plane[P];
-            for (int i = 0; i < P; i++) plane[i] = _mm512_load_si512(bytes[k] + 64 * i);
-            deal<P>(plane, even, odd);
-            for (int i = 0; i < P; i++) _mm512_store_si512(q.x + place * WIDTH * 2 + 128 * i + 64 * k, plane[i]);
-        }
+        __m512i words[P];
+        for (int i = 0; i < P; i++) words[i] = _mm512_load_si512(whole + 32 * i);
+        deal<P>(words, even, odd);
+        for (int i = 0; i < P; i++) _mm512_store_si512(q.x + place * WIDTH + 32 * i, words[i]);
         q.scale[place] = scale;
         for (int64_t i = 0; i < count;) {
             const int64_t g = (from + i) / w.group, end = std::min(count, (g + 1) * w.group - from);
@@ -369,7 +344,7 @@ bool prepare_avx512(const Product& p, const Prepared& q) {
     bool finite = true;
 #pragma omp parallel for num_threads(p.threads) reduction(&& : finite) schedule(static) if (p.rows > 1)
     for (int64_t r = 0; r < p.rows; r++)
-        finite = (q.per == 4 ? prepare_row<4>(p, q, r) : q.per == 2 ? prepare_row<2>(p, q, r) : prepare_row<1>(p, q, r)) && finite;
+        finite = (q.planes == 8 ? prepare_row<8>(p, q, r) : q.planes == 4 ? prepare_row<4>(p, q, r) : prepare_row<2>(p, q, r)) && finite;
     return finite;
 }
 

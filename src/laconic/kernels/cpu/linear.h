@@ -54,19 +54,19 @@ inline int code_at(const uint8_t* row, int64_t index, int bits) {
     return (word >> shift) & ((1 << bits) - 1);
 }
 
-// Planes: bytes of codes are taken apart by shifts alone, so plane p of byte j is code per * j + p.
-inline int planes(int bits) { return bits == 4 ? 2 : bits == 2 ? 4 : 1; }
+// Codes become words of 16 bits by shifts alone: plane p of word j is code planes * j + p of a block. A block is what one load of codes stands for,
+// 64 bytes where a width divides 8, else 8 * bits bytes.
+inline int planes(int bits) { return bits == 4 ? 4 : bits == 2 ? 8 : 2; }
 
 // Rows of x that share one unpacking of codes.
 constexpr int TOGETHER = 4;
 
-// x as integers of 16 bits, in two bytes, block by block; a block is what one load of codes stands for: 64 * planes columns.
-// value = (high * 256 + low) * scale. Rows stand in bunches of 4, then of 2 and 1, each bunch as [block][row][plane]: 64 high bytes, 64
-// low ones; scales as [block][row].
+// x as integers of 16 bits, block by block; value = integer * scale. Rows stand in bunches of 4, then of 2 and 1, each bunch as
+// [block][row][plane][32]; scales as [block][row].
 struct Prepared {
     int64_t blocks, groups, padded; // padded: groups, up to a multiple of 16
-    int per;                        // planes
-    int8_t* x;
+    int planes;
+    int16_t* x;
     float* scale;
     float* sums; // [row][padded]: of x over each group of w's columns
 };
@@ -79,7 +79,7 @@ inline int64_t bunch(int64_t rows, int64_t r) {
 
 // whether the vector kernels know these groups
 inline bool regular(const Weight& w) {
-    const int64_t lane = 4 * planes(w.bits), block = 64 * planes(w.bits);
+    const int64_t lane = 2 * planes(w.bits), block = 32 * planes(w.bits);
     return w.group >= w.m || w.group % block == 0 || (block % w.group == 0 && w.group % lane == 0);
 }
 

@@ -65,14 +65,14 @@ bool linear(uintptr_t x, bool bf16, int64_t rows, uintptr_t codes, size_t stride
     if (with == "avx512" && regular(p.w)) {
         thread_local Room room;
         Prepared q;
-        q.per = planes(bits);
-        const int64_t width = 64 * q.per;
+        q.planes = planes(bits);
+        const int64_t width = 32 * q.planes;
         q.blocks = (m + width - 1) / width;
         q.groups = p.w.groups;
         q.padded = (q.groups + 15) / 16 * 16;
         const size_t bytes = size_t(rows * q.blocks * width), scale = size_t(rows * q.blocks + 15) / 16 * 64;
         uint8_t* at = room.of(2 * bytes + scale + size_t(rows * q.padded) * 4);
-        q.x = reinterpret_cast<int8_t*>(at);
+        q.x = reinterpret_cast<int16_t*>(at);
         q.scale = reinterpret_cast<float*>(at + 2 * bytes);
         q.sums = reinterpret_cast<float*>(at + 2 * bytes + scale);
         if (!prepare_avx512(p, q)) return false;
