@@ -113,7 +113,7 @@ def test_rows_do_not_depend_on_each_other_or_on_threads(level: str) -> None:
     together = grouped_linear(x, *stored, grid)
     alone = torch.cat([grouped_linear(row[None], *stored, grid) for row in x])
     # sums of 512 terms in another order where many rows go another way
-    torch.testing.assert_close(together, alone, rtol=0, atol=0 if level == "avx512" else 1e-4)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4 if level == "plain" else 0)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2 if before == 1 else 1)
@@ -184,7 +184,8 @@ for turn in range(int(sys.argv[3])):
     at, stride = (zeros.ctypes.data, zeros.shape[1]) if draw.integers(2) else (0, 0)
     stored = (codes.ctypes.data, codes.shape[1], scales.ctypes.data, at, stride, n, m, bits, group)
     found = []
-    for level in dict.fromkeys(["plain", module.best()]):
+    levels = ["plain", "avx2", "avx512"]
+    for level in levels[: levels.index(module.best()) + 1]:
         out, dense = np.full((rows, n), np.nan, np.float32), np.full((n, m), np.nan, np.float32)
         assert module.linear(given.ctypes.data, bf16, rows, *stored, out.ctypes.data, 2, level)
         module.dense(*stored, dense.ctypes.data, 2, level)
@@ -207,7 +208,7 @@ def test_fuzz_with_sanitizers(tmp_path: Path) -> None:
     (built,) = tmp_path.glob("_native*.so")
     asan = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout.strip()
     done = subprocess.run(
-        [sys.executable, "-c", FUZZ, str(built), "0", "400"],
+        [sys.executable, "-c", FUZZ, str(built), "0", "200"],
         env={**os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0"},
         capture_output=True,
         text=True,

@@ -15,11 +15,9 @@ from laconic.kernels.bits import packed_width, unpack
 from laconic.kernels.grids import Grid, decode
 from laconic.kernels.native import native
 
-# more rows of x than this are quicker over dense rows, made PANEL weights at a time: by bits where shifts alone take codes apart, for other
-# widths, and for any without a vector kernel
-MANY = {2: 256, 4: 192}
-SEVERAL = 96
-FEW = 4
+# more rows of x than this are quicker over dense rows, made PANEL weights at a time: by the kernel, and by bits where it has a quicker way
+ROWS: dict[str, dict[int, int]] = {"plain": {}, "avx2": {}, "avx512": {2: 256, 4: 192}}
+OTHER = {"plain": 4, "avx2": 16, "avx512": 96}
 PANEL = 1 << 20
 
 _OPS = torch.library.Library("laconic", "DEF")
@@ -95,7 +93,7 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits
     rows = x.numel() // m if m else 0
     if there is None or not rows or not n:
         return reference_linear(x, codes, scales, zeros, grid)
-    if rows > (FEW if there.level == "plain" else MANY.get(bits, SEVERAL)):
+    if rows > ROWS[there.level].get(bits, OTHER[there.level]):
         return _by_panels(x, codes, scales, zeros, grid)
     given = (x if x.dtype != torch.float16 else x.float()).contiguous()
     out = torch.empty(*x.shape[:-1], n, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """The native kernels: whether they were built, and what this processor can run of them.
 
-LACONIC_KERNELS chooses: `avx512`, `plain` (C++ for any processor) or `reference` (torch alone); the best of what is there otherwise."""
+LACONIC_KERNELS chooses: `avx512`, `avx2`, `plain` (C++ for any processor) or `reference` (torch alone); the best that is there otherwise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 # torch first: the native library then shares its threads
 import torch  # noqa: F401
 
-LEVELS = ("reference", "plain", "avx512")
+LEVELS = ("reference", "plain", "avx2", "avx512")
 
 
 class Native(NamedTuple):

@@ -86,6 +86,11 @@ inline bool regular(const Weight& w) {
 void product_plain(const Product& p);
 void dense_plain(const Weight& w, float* out, int threads);
 #if defined(LACONIC_X86)
+// whether AVX2 knows these groups
+inline bool regular_avx2(const Weight& w) { return w.group >= w.m || w.group % 16 == 0; }
+// false where x holds NaN or an infinity
+bool product_avx2(const Product& p);
+void dense_avx2(const Weight& w, float* out, int threads);
 // false where a row holds NaN or an infinity
 bool prepare_avx512(const Product& p, const Prepared& q);
 void product_avx512(const Product& p, const Prepared& q);

@@ -20,6 +20,7 @@ std::string best() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
         return "avx512";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
 #endif
     return "plain";
 }
@@ -80,6 +81,7 @@ bool linear(uintptr_t x, bool bf16, int64_t rows, uintptr_t codes, size_t stride
         room.shrink();
         return true;
     }
+    if (with == "avx2" && regular_avx2(p.w)) return product_avx2(p);
 #endif
     product_plain(p);
     return true;
@@ -92,6 +94,7 @@ void dense(uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros, si
     float* to = reinterpret_cast<float*>(out);
 #if defined(LACONIC_X86)
     if (with == "avx512" && (w.group % 16 == 0 || w.group >= w.m)) return dense_avx512(w, to, threads);
+    if (with == "avx2" && regular_avx2(w)) return dense_avx2(w, to, threads);
 #endif
     dense_plain(w, to, threads);
 }
