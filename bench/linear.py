@@ -1,9 +1,9 @@
 """Speed of products with compressed matrices: ratios in one run, over weights that no cache holds.
 
-    python -m bench.linear [--shape 5632x2048] [--rows 1,8,32,128,512] [--threads N] [--pool GB] [--rounds N] [--out FILE]
+    python -m bench.linear [--shape 5632x2048] [--rows 1,8,32,128,512] [--inputs bf16|fp32] [--threads N] [--pool GB] [--rounds N] [--out FILE]
 
 Every form has a pool of distinct matrices of at least --pool gigabytes; forms take turns, a few matrices each, so that a slow moment of the
-machine is nobody's. Bandwidth is that of a sum over a pool of fp32 vectors, taken in the same turns. A form whose products are not equal to
+machine is nobody's. Inputs are of one dtype for all but torch's fp32. Bandwidth is that of a sum over a pool of fp32 vectors, taken in the same turns. A form whose products are not equal to
 the reference's is printed without figures, and the exit code is 1."""
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", default="5632x2048", help="outputs x inputs (default %(default)s)")
     parser.add_argument("--rows", default="1,8,32,128,512", help="rows of x (default %(default)s)")
+    parser.add_argument("--inputs", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pool", type=float, default=1.0, help="gigabytes of each form (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=30)
@@ -120,7 +121,7 @@ def main() -> None:
     n, m = (int(part) for part in a.shape.split("x"))
     there = native()
     result: dict[str, Any] = {
-        "shape": [n, m], "threads": a.threads, "pool_gb": a.pool, "kernels": there.level if there else "reference",
+        "shape": [n, m], "inputs": a.inputs, "threads": a.threads, "pool_gb": a.pool, "kernels": there.level if there else "reference",
         "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "rows": {},
     }  # fmt: skip
     wrong = sorted({label for rows in (1, 5, 300) for label in equal(m, rows)})
@@ -128,9 +129,10 @@ def main() -> None:
         made = {label: form for label, form in forms(n, m, a.pool).items() if label not in wrong}
         for rows in (int(r) for r in a.rows.split(",")):
             # fewer turns where a product takes long
-            took = timed(made, torch.randn(rows, m), max(3, a.rounds // max(1, rows // 32)))
+            x = torch.randn(rows, m).to(torch.bfloat16 if a.inputs == "bf16" else torch.float32)
+            took = timed(made, x, max(3, a.rounds // max(1, rows // 32)))
             bandwidth = made[READ].nbytes / took[READ]
-            print(f"\n{n} x {m}, {rows} rows, {a.threads} threads, {result['kernels']}; read {bandwidth / 1e9:.1f} GB/s")
+            print(f"\n{n} x {m}, {rows} rows of {a.inputs}, {a.threads} threads, {result['kernels']}; read {bandwidth / 1e9:.1f} GB/s")
             table = result["rows"][rows] = {}
             for label, form in made.items():
                 if label == READ:

@@ -1,7 +1,8 @@
 """Products with a matrix of grouped codes as it is stored: `grouped_linear`; `grouped_dense`: the matrix itself. Both in torch.ops.laconic.
 
-The native kernel holds x in 16 bits for each run of 64 to 256 columns, scaled to their greatest, multiplies codes in exact integers and
-adds runs in fp32. So it differs from the product in fp32 by about 2^-16 of a run's greatest entry, far below bf16's 2^-9 of each."""
+The native kernels multiply codes with integers: an entry of x in fp32 becomes two of 16 bits, in steps of the greatest of its run of 16 to
+256 columns, and loses nothing that a sum in fp32 would keep; one in bf16 becomes one, wrong by at most 2^-16 of the greatest. Runs are added
+in fp32."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The native kernels: whether they were built, and what this processor can run of them.
 
-LACONIC_KERNELS chooses: `avx512`, `avx2`, `plain` (C++ for any processor) or `reference` (torch alone); the best that is there otherwise."""
+LACONIC_KERNELS chooses: `avx512`, `avx2`, `plain` (C++ for any processor) or `reference` (torch alone); otherwise the best there is."""
 
 from __future__ import annotations
 

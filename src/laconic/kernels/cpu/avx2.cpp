@@ -12,7 +12,6 @@ namespace laconic {
 
 namespace {
 
-constexpr float TOP = 32767.0f;
 constexpr int64_t NEAR = 16;
 
 template <int BITS>
@@ -54,7 +53,8 @@ inline float sum_of(__m256 v) {
 // what x is in whole numbers, one scale for each run of STEP columns that no group's end divides
 struct Whole {
     int64_t step, steps, wide; // wide: columns, up to a multiple of 16
-    std::vector<int16_t> x;    // [row][wide]
+    int terms;
+    std::vector<int16_t> x;    // [row][term][wide], terms as in Prepared
     std::vector<float> scale;  // [row][steps]
     std::vector<float> sums;   // [row][groups]
 };
@@ -65,7 +65,8 @@ bool prepare(const Product& p, Whole& q) {
     while (w.group < w.m && w.group % q.step) q.step -= 16;
     q.wide = (w.m + 15) / 16 * 16;
     q.steps = (w.m + q.step - 1) / q.step;
-    q.x.assign(size_t(p.rows * q.wide), 0);
+    q.terms = p.bf16 ? 1 : 2;
+    q.x.assign(size_t(p.rows * q.terms * q.wide), 0);
     q.scale.assign(size_t(p.rows * q.steps), 0.0f);
     q.sums.assign(size_t(p.rows * w.groups), 0.0f);
     for (int64_t r = 0; r < p.rows; r++)
@@ -82,21 +83,27 @@ bool prepare(const Product& p, Whole& q) {
             // 0 only where all are finite
             if (!(odd == 0.0f)) return false;
             const float scale = peak < 1e-33f ? 0.0f : peak / TOP, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-            int16_t* to = q.x.data() + r * q.wide + first;
-            int32_t sum = 0;
+            int16_t* to = q.x.data() + r * q.terms * q.wide + first;
+            int32_t sum = 0, rest = 0;
             for (int64_t i = 0; i < count; i++) {
-                const int32_t value = std::min(32767, std::max(-32767, int32_t(std::nearbyint(part[i] * inverse))));
+                const float exact = part[i] * inverse, near = std::nearbyint(exact);
+                const int32_t value = std::min(32767, std::max(-32767, int32_t(near)));
                 to[i] = int16_t(value);
                 sum += value;
+                if (q.terms == 2) {
+                    const int32_t finer = int32_t(std::nearbyint((exact - near) * FINER));
+                    to[q.wide + i] = int16_t(finer);
+                    rest += finer;
+                }
             }
             q.scale[size_t(r * q.steps + s)] = scale;
-            q.sums[size_t(r * w.groups + first / w.group)] += float(sum) * scale;
+            q.sums[size_t(r * w.groups + first / w.group)] += (float(sum) + float(rest) / FINER) * scale;
         }
     return true;
 }
 
 // one row of the weight times ROWS rows of x, from `begin` on
-template <int BITS, int ROWS>
+template <int BITS, int ROWS, int TERMS>
 void row(const Weight& w, const Whole& q, const Words<BITS>& words, int64_t n, const uint8_t* codes, int64_t begin, float* out) {
     const uint16_t* scales = w.scales + n * w.groups;
     __m256 total[ROWS];
@@ -105,17 +112,22 @@ void row(const Weight& w, const Whole& q, const Words<BITS>& words, int64_t n, c
     for (int64_t s = 0; s < q.steps; s++) {
         const int64_t first = s * q.step, end = std::min(q.wide, first + q.step);
         const float scale = from_bf16(scales[first / w.group]);
-        __m256i sum[ROWS];
-        for (int i = 0; i < ROWS; i++) sum[i] = _mm256_setzero_si256();
+        __m256i sum[ROWS][TERMS];
+        for (int i = 0; i < ROWS; i++)
+            for (int t = 0; t < TERMS; t++) sum[i][t] = _mm256_setzero_si256();
         for (int64_t j = first; j < end; j += 16) {
             const __m256i code = words.load(codes + j / 8 * BITS);
-            for (int i = 0; i < ROWS; i++) {
-                const int16_t* x = q.x.data() + (begin + i) * q.wide + j;
-                sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(code, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
-            }
+            for (int i = 0; i < ROWS; i++)
+                for (int t = 0; t < TERMS; t++) {
+                    const int16_t* x = q.x.data() + ((begin + i) * TERMS + t) * q.wide + j;
+                    sum[i][t] = _mm256_add_epi32(sum[i][t], _mm256_madd_epi16(code, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+                }
         }
-        for (int i = 0; i < ROWS; i++)
-            total[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i]), _mm256_set1_ps(scale * q.scale[size_t((begin + i) * q.steps + s)]), total[i]);
+        for (int i = 0; i < ROWS; i++) {
+            __m256 value = _mm256_cvtepi32_ps(sum[i][0]);
+            if constexpr (TERMS == 2) value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i][1]), _mm256_set1_ps(1.0f / FINER), value);
+            total[i] = _mm256_fmadd_ps(value, _mm256_set1_ps(scale * q.scale[size_t((begin + i) * q.steps + s)]), total[i]);
+        }
     }
     for (int64_t g = 0; g < w.groups; g++) {
         const float zero = w.zeros ? float(code_at(w.zeros + n * w.zero_stride, g, BITS)) : float(1 << (BITS - 1));
@@ -125,7 +137,7 @@ void row(const Weight& w, const Whole& q, const Words<BITS>& words, int64_t n, c
     for (int i = 0; i < ROWS; i++) out[i * w.n] = sum_of(total[i]) - away[i];
 }
 
-template <int BITS>
+template <int BITS, int TERMS>
 void product(const Product& p, const Whole& q) {
     const Weight& w = p.w;
     const Words<BITS> words;
@@ -142,9 +154,9 @@ void product(const Product& p, const Whole& q) {
                         std::copy_n(codes, w.stride, copy.data());
                         codes = copy.data();
                     }
-                    if (p.rows - r >= 4) row<BITS, 4>(w, q, words, n, codes, r, p.out + r * w.n + n);
+                    if (p.rows - r >= 4) row<BITS, 4, TERMS>(w, q, words, n, codes, r, p.out + r * w.n + n);
                     else
-                        for (int64_t i = r; i < p.rows; i++) row<BITS, 1>(w, q, words, n, codes, i, p.out + i * w.n + n);
+                        for (int64_t i = r; i < p.rows; i++) row<BITS, 1, TERMS>(w, q, words, n, codes, i, p.out + i * w.n + n);
                 }
     }
 }
@@ -206,7 +218,7 @@ void by_bits(int bits, A&&... a) {
 
 template <int BITS>
 struct Multiply {
-    static void run(const Product& p, const Whole& q) { product<BITS>(p, q); }
+    static void run(const Product& p, const Whole& q) { q.terms == 2 ? product<BITS, 2>(p, q) : product<BITS, 1>(p, q); }
 };
 
 template <int BITS>

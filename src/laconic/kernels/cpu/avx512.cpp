@@ -11,7 +11,6 @@ namespace laconic {
 
 namespace {
 
-constexpr float TOP = 32767.0f;
 // rows of the weight that stay in the nearest caches while bunches of x pass by
 constexpr int64_t NEAR = 16;
 // bytes of codes that are asked for ahead of their use
@@ -134,14 +133,20 @@ void offsets(const Weight& w, const Bytes<BITS>& bytes, int64_t row, int64_t pad
 }
 
 // the same columns of one row of the weight and of a bunch of x
-template <int P, int ROWS>
+template <int P, int ROWS, int TERMS>
 inline void step(const __m512i (&plane)[P], __m512 scale, const int16_t* x, const float* of, __m512 (&total)[ROWS]) {
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
-        __m512i sum = _mm512_setzero_si512();
+        __m512i sum[TERMS];
+#pragma GCC unroll 2
+        for (int t = 0; t < TERMS; t++) {
+            sum[t] = _mm512_setzero_si512();
 #pragma GCC unroll 8
-        for (int k = 0; k < P; k++) sum = _mm512_dpwssd_epi32(sum, plane[k], _mm512_load_si512(x + (i * P + k) * 32));
-        total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(of[i])), total[i]);
+            for (int k = 0; k < P; k++) sum[t] = _mm512_dpwssd_epi32(sum[t], plane[k], _mm512_load_si512(x + ((i * TERMS + t) * P + k) * 32));
+        }
+        __m512 value = _mm512_cvtepi32_ps(sum[0]);
+        if constexpr (TERMS == 2) value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[1]), _mm512_set1_ps(1.0f / FINER), value);
+        total[i] = _mm512_fmadd_ps(value, _mm512_mul_ps(scale, _mm512_set1_ps(of[i])), total[i]);
     }
 }
 
@@ -155,7 +160,7 @@ inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
 }
 
 // N rows of the weight from `row` on times a bunch: x and of are the bunch's, sums those of its first row
-template <int BITS, int N, int ROWS, bool SHARED>
+template <int BITS, int N, int ROWS, int TERMS, bool SHARED>
 inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, const Scales& scales, int64_t row, const int16_t* x, const float* of,
                  const float* sums, const float* offset, float* out) {
     constexpr int P = Codes<BITS>::PLANES, BYTES = Codes<BITS>::BYTES;
@@ -169,13 +174,13 @@ inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, c
     // the same place of the next rows, or further where rows are short
     const size_t ahead = std::max(2 * N * w.stride, AHEAD);
     __m512i plane[P];
-    for (; at + BYTES <= end; at += BYTES, x += ROWS * P * 32, of += ROWS) {
+    for (; at + BYTES <= end; at += BYTES, x += ROWS * TERMS * P * 32, of += ROWS) {
         scale.next(of_row);
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
             _mm_prefetch(reinterpret_cast<const char*>(at + n * w.stride + ahead), _MM_HINT_T0);
             codes.load(at + n * w.stride, low_bits(BYTES), plane);
-            step<P, ROWS>(plane, of_row[n], x, of, total[n]);
+            step<P, ROWS, TERMS>(plane, of_row[n], x, of, total[n]);
         }
     }
     if (at < end) {
@@ -183,7 +188,7 @@ inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, c
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
             codes.load(at + n * w.stride, first(end - at), plane);
-            step<P, ROWS>(plane, of_row[n], x, of, total[n]);
+            step<P, ROWS, TERMS>(plane, of_row[n], x, of, total[n]);
         }
     }
     for (int64_t g = 0; g < q.padded; g += 16)
@@ -201,7 +206,7 @@ inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, c
     }
 }
 
-template <int BITS, bool SHARED>
+template <int BITS, int TERMS, bool SHARED>
 void product(const Product& p, const Prepared& q, const Scales& scales) {
     const Weight& w = p.w;
     const Codes<BITS> codes;
@@ -215,7 +220,7 @@ void product(const Product& p, const Prepared& q, const Scales& scales) {
             for (int64_t i = begin; i < end; i++) offsets<BITS>(w, codes.bytes, i, q.padded, offset.data() + (i - begin) * q.padded);
             for (int64_t r = 0, size; r < p.rows; r += size) {
                 size = bunch(p.rows, r);
-                const int16_t* x = q.x + r * q.blocks * WIDTH;
+                const int16_t* x = q.x + r * q.blocks * WIDTH * TERMS;
                 const float *of = q.scale + r * q.blocks, *sums = q.sums + r * q.padded;
                 for (int64_t i = begin, number; i < end; i += number) {
                     number = end - i >= SIDE ? SIDE : 1;
@@ -223,8 +228,8 @@ void product(const Product& p, const Prepared& q, const Scales& scales) {
                     float* out = p.out + r * w.n + i;
                     const auto run = [&](auto rows) {
                         constexpr int ROWS = decltype(rows)::value;
-                        if (number == SIDE) some<BITS, SIDE, ROWS, SHARED>(w, q, codes, scales, i, x, of, sums, away, out);
-                        else some<BITS, 1, ROWS, SHARED>(w, q, codes, scales, i, x, of, sums, away, out);
+                        if (number == SIDE) some<BITS, SIDE, ROWS, TERMS, SHARED>(w, q, codes, scales, i, x, of, sums, away, out);
+                        else some<BITS, 1, ROWS, TERMS, SHARED>(w, q, codes, scales, i, x, of, sums, away, out);
                     };
                     if (size == TOGETHER) run(std::integral_constant<int, TOGETHER>());
                     else if (size == 2) run(std::integral_constant<int, 2>());
@@ -238,8 +243,13 @@ void product(const Product& p, const Prepared& q, const Scales& scales) {
 template <int BITS>
 void product(const Product& p, const Prepared& q) {
     const Scales scales(p.w, 32 * Codes<BITS>::PLANES);
-    if (scales.share) product<BITS, true>(p, q, scales);
-    else product<BITS, false>(p, q, scales);
+    if (q.terms == 2) {
+        if (scales.share) product<BITS, 2, true>(p, q, scales);
+        else product<BITS, 2, false>(p, q, scales);
+    } else {
+        if (scales.share) product<BITS, 1, true>(p, q, scales);
+        else product<BITS, 1, false>(p, q, scales);
+    }
 }
 
 // (code - zero) * scale, in that order: the same numbers as the reference to the last bit
@@ -318,21 +328,28 @@ bool prepare_row(const Product& p, const Prepared& q, int64_t r) {
         // below this the inverse would be infinite: as good as zero
         const float scale = peak < 1e-33f ? 0.0f : peak / TOP;
         const __m512 inverse = _mm512_set1_ps(scale == 0.0f ? 0.0f : 1.0f / scale);
-        alignas(64) int16_t whole[WIDTH];
-        // a product rounded up may come to one more than the greatest: saturated
-        for (int i = 0; i < 2 * P; i++)
-            _mm256_store_si256(reinterpret_cast<__m256i*>(whole + 16 * i), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse))));
+        alignas(64) int16_t whole[2][WIDTH];
+        for (int i = 0; i < 2 * P; i++) {
+            // a product rounded up may come to one more than the greatest: saturated
+            const __m512 exact = _mm512_mul_ps(part[i], inverse);
+            const __m512 rest = _mm512_sub_ps(exact, _mm512_roundscale_ps(exact, 0));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(whole[0] + 16 * i), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(exact)));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(whole[1] + 16 * i),
+                               _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps(FINER)))));
+        }
         const int64_t place = begin * q.blocks + b * size + r - begin;
-        __m512i words[P];
-        for (int i = 0; i < P; i++) words[i] = _mm512_load_si512(whole + 32 * i);
-        deal<P>(words, even, odd);
-        for (int i = 0; i < P; i++) _mm512_store_si512(q.x + place * WIDTH + 32 * i, words[i]);
+        for (int t = 0; t < q.terms; t++) {
+            __m512i words[P];
+            for (int i = 0; i < P; i++) words[i] = _mm512_load_si512(whole[t] + 32 * i);
+            deal<P>(words, even, odd);
+            for (int i = 0; i < P; i++) _mm512_store_si512(q.x + ((place * q.terms + t) * P + i) * 32, words[i]);
+        }
         q.scale[place] = scale;
         for (int64_t i = 0; i < count;) {
             const int64_t g = (from + i) / w.group, end = std::min(count, (g + 1) * w.group - from);
-            int32_t sum = 0;
-            for (; i < end; i++) sum += whole[i];
-            sums[g] += float(sum) * scale;
+            int32_t sum = 0, rest = 0;
+            for (; i < end; i++) sum += whole[0][i], rest += whole[1][i];
+            sums[g] += (float(sum) + (q.terms == 2 ? float(rest) / FINER : 0.0f)) * scale;
         }
     }
     return true;

@@ -61,15 +61,17 @@ inline int planes(int bits) { return bits == 4 ? 4 : bits == 2 ? 8 : 2; }
 // Rows of x that share one unpacking of codes.
 constexpr int TOGETHER = 4;
 
-// x as integers of 16 bits, block by block; value = integer * scale. Rows stand in bunches of 4, then of 2 and 1, each bunch as
-// [block][row][plane][32]; scales as [block][row].
+// x as integers of 16 bits, block by block. Entries of bf16 take one, in steps of a 32767th of the block's greatest; entries of fp32 take a second one
+// for what the first leaves, in steps 2^15 times as fine, so that nothing of them is lost that a sum in fp32 would keep.
+// Rows stand in bunches of 4, then of 2 and 1, each bunch as [block][row][term][plane][32]; scales as [block][row].
 struct Prepared {
     int64_t blocks, groups, padded; // padded: groups, up to a multiple of 16
-    int planes;
+    int planes, terms;
     int16_t* x;
     float* scale;
     float* sums; // [row][padded]: of x over each group of w's columns
 };
+constexpr float TOP = 32767.0f, FINER = 32768.0f;
 
 // rows of the bunch that begins at row r
 inline int64_t bunch(int64_t rows, int64_t r) {

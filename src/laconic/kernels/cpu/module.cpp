@@ -71,11 +71,12 @@ bool linear(uintptr_t x, bool bf16, int64_t rows, uintptr_t codes, size_t stride
         q.blocks = (m + width - 1) / width;
         q.groups = p.w.groups;
         q.padded = (q.groups + 15) / 16 * 16;
-        const size_t bytes = size_t(rows * q.blocks * width), scale = size_t(rows * q.blocks + 15) / 16 * 64;
-        uint8_t* at = room.of(2 * bytes + scale + size_t(rows * q.padded) * 4);
+        q.terms = bf16 ? 1 : 2;
+        const size_t bytes = size_t(rows * q.blocks * width) * 2 * size_t(q.terms), scale = size_t(rows * q.blocks + 15) / 16 * 64;
+        uint8_t* at = room.of(bytes + scale + size_t(rows * q.padded) * 4);
         q.x = reinterpret_cast<int16_t*>(at);
-        q.scale = reinterpret_cast<float*>(at + 2 * bytes);
-        q.sums = reinterpret_cast<float*>(at + 2 * bytes + scale);
+        q.scale = reinterpret_cast<float*>(at + bytes);
+        q.sums = reinterpret_cast<float*>(at + bytes + scale);
         if (!prepare_avx512(p, q)) return false;
         product_avx512(p, q);
         room.shrink();
