@@ -1,8 +1,8 @@
 """Products with a matrix of grouped codes as it is stored: `grouped_linear`; `grouped_dense`: the matrix itself. Both in torch.ops.laconic.
 
-The native kernels multiply codes with integers: an entry of x in fp32 becomes two of 16 bits, in steps of the greatest of its run of 16 to
-256 columns, and loses nothing that a sum in fp32 would keep; one in bf16 becomes one, wrong by at most 2^-16 of the greatest. Runs are added
-in fp32."""
+The native kernels multiply codes with integers: an entry of x in fp32 becomes two of 16 bits, in steps of the greatest of its run of 16
+to 256 columns, and loses nothing that a sum in fp32 would keep; one in bf16 becomes one, wrong by at most 2^-16 of the greatest. Runs are
+added in fp32."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from laconic.kernels.bits import packed_width, unpack
 from laconic.kernels.grids import Grid, decode
 from laconic.kernels.native import native
 
-# more rows of x than this are quicker over dense rows, made PANEL weights at a time: by the kernel, and by bits where it has a quicker way
+# more rows of bf16 than this are quicker over dense rows, made PANEL weights at a time: by the kernel, and by bits where it has a quicker way;
+# rows of fp32 are more work
 ROWS: dict[str, dict[int, int]] = {"plain": {}, "avx2": {}, "avx512": {2: 256, 4: 192}}
 OTHER = {"plain": 4, "avx2": 16, "avx512": 96}
+FP32 = 4
 PANEL = 1 << 20
 
 _OPS = torch.library.Library("laconic", "DEF")
@@ -94,7 +96,8 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits
     rows = x.numel() // m if m else 0
     if there is None or not rows or not n:
         return reference_linear(x, codes, scales, zeros, grid)
-    if rows > ROWS[there.level].get(bits, OTHER[there.level]):
+    most = ROWS[there.level].get(bits, OTHER[there.level])
+    if rows > (most if x.dtype == torch.bfloat16 else most // FP32):
         return _by_panels(x, codes, scales, zeros, grid)
     given = (x if x.dtype != torch.float16 else x.float()).contiguous()
     out = torch.empty(*x.shape[:-1], n, dtype=torch.float32)
