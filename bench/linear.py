@@ -3,8 +3,8 @@
     python -m bench.linear [--shape 5632x2048] [--rows 1,8,32,128,512] [--inputs bf16|fp32] [--threads N] [--pool GB] [--out FILE]
 
 Every form has a pool of distinct matrices of at least --pool gigabytes; forms take turns, a few matrices each, so that a slow moment of the
-machine is nobody's. torch's products have inputs of their own dtype, all others those of --inputs. Bandwidth is that of a sum over a pool of
-fp32 vectors, taken in the same turns. A form whose products are not equal to the reference's is printed without figures, exit code 1."""
+machine is nobody's. torch's products have inputs of their own dtype, all others those of --inputs. Bandwidth is that of a sum over a pool
+of fp32 vectors, taken in the same turns. A form whose products are not equal to the reference's has no figures; exit code 1."""
 
 from __future__ import annotations
 

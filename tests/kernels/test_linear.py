@@ -109,7 +109,7 @@ def test_extreme_values(level: str) -> None:
 
 def test_rows_do_not_depend_on_each_other_or_on_threads(level: str) -> None:
     grid = Grid(4, 64)
-    stored, x = held(40, 512, grid), torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
+    stored, x = held(40, 512, grid), torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
     together = grouped_linear(x, *stored, grid)
     alone = torch.cat([grouped_linear(row[None], *stored, grid) for row in x])
     # sums of 512 terms in another order where many rows go another way

@@ -16,8 +16,8 @@ from laconic.kernels.bits import packed_width, unpack
 from laconic.kernels.grids import Grid, decode
 from laconic.kernels.native import native
 
-# more rows of bf16 than this are quicker over dense rows, made PANEL weights at a time: by the kernel, and by bits where it has a quicker way;
-# rows of fp32 are more work
+# more rows of bf16 than this are quicker over dense rows, made PANEL weights at a time: by the kernel, and by bits where it has a quicker
+# way; rows of fp32 are more work
 ROWS: dict[str, dict[int, int]] = {"plain": {}, "avx2": {}, "avx512": {2: 256, 4: 192}}
 OTHER = {"plain": 4, "avx2": 16, "avx512": 96}
 FP32 = 4
