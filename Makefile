@@ -20,7 +20,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make size   how large the house is"
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/laconic/kernels/cpu/*.cpp src/laconic/kernels/cpu/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "laconic needs Python 3.10 or newer; run: make PYTHON=/path/to/python3"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt "$(TORCH)"

@@ -14,7 +14,8 @@ from typing_extensions import Self
 
 from laconic.core.packed import Packed, Soft, Way
 from laconic.kernels.bits import pack, packed_width, unpack
-from laconic.kernels.grids import Grid, as_stored, decode, grouped, through, ungrouped
+from laconic.kernels.grids import Grid, as_stored, grouped, through, ungrouped
+from laconic.kernels.linear import grouped_dense, grouped_linear
 
 
 class Grouped(Packed):
@@ -54,7 +55,11 @@ class Grouped(Packed):
         return codes, scale, unpack(self.zeros[index], self.grid.bits, scale.shape[1]).float()
 
     def rows(self, index: Tensor | slice) -> Tensor:
-        return decode(*self.plain(index), self.grid)
+        zeros = None if self.grid.symmetric else self.zeros[index]
+        return grouped_dense(self.codes[index], self.scales[index], zeros, self.grid, self.matrix[1])
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return grouped_linear(x, self.codes, self.scales, None if self.grid.symmetric else self.zeros, self.grid)
 
     def dense(self) -> Tensor:
         return self.rows(slice(None)).reshape(self.shape)

@@ -1,0 +1,158 @@
+"""Speed of products with compressed matrices: ratios in one run, over weights that no cache holds.
+
+    python -m bench.linear [--shape 5632x2048] [--rows 1,8,32,128,512] [--inputs bf16|fp32] [--threads N] [--pool GB] [--out FILE]
+
+Every form has a pool of distinct matrices of at least --pool gigabytes; forms take turns, a few matrices each, so that a slow moment of the
+machine is nobody's. torch's products have inputs of their own dtype, all others those of --inputs. Bandwidth is that of a sum over a pool
+of fp32 vectors, taken in the same turns. A form whose products are not equal to the reference's has no figures; exit code 1."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from laconic.kernels.bits import packed_width
+from laconic.kernels.grids import Grid
+from laconic.kernels.linear import grouped_linear, reference_linear
+from laconic.kernels.native import native
+
+GRIDS = [
+    Grid(8, 128, True), Grid(6, 64), Grid(4, 128, True), Grid(4, 64), Grid(4, 32, True),
+    Grid(3, 128, True), Grid(3, 64), Grid(2, 128, True), Grid(2, 64),
+]  # fmt: skip
+# error against the product in fp32, as a share of the greatest result
+NEAR = 1e-3
+TURN = 4
+READ, BF16, FP32 = "read", "torch bf16", "torch fp32"
+
+
+class Form(NamedTuple):
+    """Matrices of one kind: how many bytes each has, all of them, and the product of one with x (None: no product, bytes are only read)."""
+
+    nbytes: int
+    pool: list[Any]
+    product: Callable[[Tensor, Any], Tensor]
+
+
+def name(grid: Grid) -> str:
+    """int4 g128, with `z` where there are zero points."""
+    return f"int{grid.bits} g{grid.group}{'' if grid.symmetric else 'z'}"
+
+
+def codes(n: int, m: int, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Any codes with scales of about a weight's size."""
+    g = grid.count(m)
+    zeros = None if grid.symmetric else torch.randint(0, 256, (n, packed_width(g, grid.bits)), dtype=torch.uint8)
+    return (
+        torch.randint(0, 256, (n, packed_width(m, grid.bits)), dtype=torch.uint8),
+        (torch.rand(n, g) * 0.1 / 2**grid.bits).bfloat16(),
+        zeros,
+    )
+
+
+def forms(n: int, m: int, gigabytes: float) -> dict[str, Form]:
+    """All that is compared."""
+
+    def pool(make: Callable[[], Any], nbytes: int) -> list[Any]:
+        return [make() for _ in range(max(2, -(-int(gigabytes * 1e9) // nbytes)))]
+
+    made = {READ: Form(1 << 24, pool(lambda: torch.ones(1 << 22), 1 << 24), lambda x, w: w.sum())}
+    for label, dtype in ((BF16, torch.bfloat16), (FP32, torch.float32)):
+        size = n * m * dtype.itemsize
+        made[label] = Form(size, pool(lambda dtype=dtype: torch.randn(n, m).to(dtype), size), lambda x, w: F.linear(x.to(w.dtype), w))
+    for grid in GRIDS:
+        size = sum(t.numel() * t.element_size() for t in codes(n, m, grid) if t is not None)
+        made[name(grid)] = Form(size, pool(lambda grid=grid: codes(n, m, grid), size), lambda x, w, grid=grid: grouped_linear(x, *w, grid))
+    return made
+
+
+def equal(m: int, rows: int) -> list[str]:
+    """Grids whose products are wrong, over a few outputs."""
+    x, bad = torch.randn(rows, m), []
+    for grid in GRIDS:
+        w = codes(37, m, grid)
+        right = reference_linear(x, *w, grid)
+        if float((grouped_linear(x, *w, grid) - right).abs().max() / right.abs().max()) > NEAR:
+            bad.append(name(grid))
+    return bad
+
+
+def timed(made: dict[str, Form], x: Tensor, rounds: int) -> dict[str, float]:
+    """Median seconds of a product, by form."""
+    took: dict[str, list[float]] = {label: [] for label in made}
+    at = dict.fromkeys(made, 0)
+    for turn in range(rounds + 1):
+        for label, form in made.items():
+            for _ in range(TURN):
+                w = form.pool[at[label] % len(form.pool)]
+                at[label] += 1
+                began = time.perf_counter()
+                form.product(x, w)
+                if turn:
+                    took[label].append(time.perf_counter() - began)
+    return {label: statistics.median(times) for label, times in took.items()}
+
+
+def main() -> None:
+    """Prints a table for each number of rows, and one JSON object with all of it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.linear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="5632x2048", help="outputs x inputs (default %(default)s)")
+    parser.add_argument("--rows", default="1,8,32,128,512", help="rows of x (default %(default)s)")
+    parser.add_argument("--inputs", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--pool", type=float, default=1.0, help="gigabytes of each form (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--out", type=Path)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    n, m = (int(part) for part in a.shape.split("x"))
+    there = native()
+    result: dict[str, Any] = {
+        "shape": [n, m], "inputs": a.inputs, "threads": a.threads, "pool_gb": a.pool, "kernels": there.level if there else "reference",
+        "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "rows": {},
+    }  # fmt: skip
+    wrong = sorted({label for rows in (1, 5, 300) for label in equal(m, rows)})
+    with torch.inference_mode():
+        made = {label: form for label, form in forms(n, m, a.pool).items() if label not in wrong}
+        for rows in (int(r) for r in a.rows.split(",")):
+            # fewer turns where a product takes long
+            x = torch.randn(rows, m).to(torch.bfloat16 if a.inputs == "bf16" else torch.float32)
+            took = timed(made, x, max(3, a.rounds // max(1, rows // 32)))
+            bandwidth = made[READ].nbytes / took[READ]
+            print(f"\n{n} x {m}, {rows} rows of {a.inputs}, {a.threads} threads, {result['kernels']}; read {bandwidth / 1e9:.1f} GB/s")
+            table = result["rows"][rows] = {}
+            for label, form in made.items():
+                if label == READ:
+                    continue
+                t = took[label]
+                table[label] = {
+                    "ms": t * 1e3, "against_bf16": took[BF16] / t, "against_fp32": took[FP32] / t,
+                    "share_of_bandwidth": form.nbytes / t / bandwidth, "gflops": 2 * n * m * rows / t / 1e9,
+                }  # fmt: skip
+                print(
+                    f"{label:11s} {t * 1e3:8.3f} ms  {took[BF16] / t:5.2f}x bf16  {took[FP32] / t:5.2f}x fp32  "
+                    f"{form.nbytes / t / bandwidth:4.0%} of bandwidth  {2 * n * m * rows / t / 1e9:6.0f} GFLOP/s",
+                    flush=True,
+                )
+    for label in wrong:
+        print(f"{label}: NOT EQUAL to the reference")
+    if a.out:
+        a.out.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

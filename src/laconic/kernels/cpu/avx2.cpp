@@ -1,0 +1,240 @@
+// AVX2: the same products as in avx512.cpp without its instructions. Sixteen codes at a time, in their order, whatever the width: each word gets the
+// two bytes that its code lies in, and a multiplication and a shift cut it out.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "linear.h"
+
+namespace laconic {
+
+namespace {
+
+constexpr int64_t NEAR = 16;
+
+template <int BITS>
+struct Words {
+    __m256i bytes, factors;
+
+    Words() {
+        alignas(32) uint8_t from[32];
+        alignas(32) uint16_t by[16];
+        for (int j = 0; j < 16; j++) {
+            // eight codes for each half, which has its own bytes
+            const int bit = j % 8 * BITS, shift = bit & 7;
+            from[2 * j] = uint8_t(bit >> 3);
+            from[2 * j + 1] = uint8_t((bit >> 3) + 1);
+            by[j] = uint16_t(1u << (16 - BITS - shift));
+        }
+        bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+        factors = _mm256_load_si256(reinterpret_cast<const __m256i*>(by));
+    }
+
+    // sixteen codes from 2 * BITS bytes; reads 16 bytes from `at` and from at + BITS
+    __m256i load(const uint8_t* at) const {
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + BITS));
+        const __m256i two = _mm256_shuffle_epi8(_mm256_set_m128i(high, low), bytes);
+        return _mm256_srli_epi16(_mm256_mullo_epi16(two, factors), 16 - BITS);
+    }
+};
+
+// bytes behind the last that a load at the end of a row may touch
+constexpr int64_t OVER = 32;
+
+inline float sum_of(__m256 v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// what x is in whole numbers, one scale for each run of STEP columns that no group's end divides
+struct Whole {
+    int64_t step, steps, wide; // wide: columns, up to a multiple of 16
+    int terms;
+    std::vector<int16_t> x;    // [row][term][wide], terms as in Prepared
+    std::vector<float> scale;  // [row][steps]
+    std::vector<float> sums;   // [row][groups]
+};
+
+bool prepare(const Product& p, Whole& q) {
+    const Weight& w = p.w;
+    q.step = w.group >= w.m ? 64 : std::min<int64_t>(w.group, 64);
+    while (w.group < w.m && w.group % q.step) q.step -= 16;
+    q.wide = (w.m + 15) / 16 * 16;
+    q.steps = (w.m + q.step - 1) / q.step;
+    q.terms = p.bf16 ? 1 : 2;
+    q.x.assign(size_t(p.rows * q.terms * q.wide), 0);
+    q.scale.assign(size_t(p.rows * q.steps), 0.0f);
+    q.sums.assign(size_t(p.rows * w.groups), 0.0f);
+    for (int64_t r = 0; r < p.rows; r++)
+        for (int64_t s = 0; s < q.steps; s++) {
+            float part[64];
+            const int64_t first = s * q.step, count = std::min(q.step, w.m - first);
+            float peak = 0.0f, odd = 0.0f;
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t at = r * w.m + first + i;
+                part[i] = p.bf16 ? from_bf16(static_cast<const uint16_t*>(p.x)[at]) : static_cast<const float*>(p.x)[at];
+                peak = std::max(peak, std::fabs(part[i]));
+                odd += part[i] * 0.0f;
+            }
+            // 0 only where all are finite
+            if (!(odd == 0.0f)) return false;
+            const float scale = peak < 1e-33f ? 0.0f : peak / TOP, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+            int16_t* to = q.x.data() + r * q.terms * q.wide + first;
+            int32_t sum = 0, rest = 0;
+            for (int64_t i = 0; i < count; i++) {
+                const float exact = part[i] * inverse, near = std::nearbyint(exact);
+                const int32_t value = std::min(32767, std::max(-32767, int32_t(near)));
+                to[i] = int16_t(value);
+                sum += value;
+                if (q.terms == 2) {
+                    const int32_t finer = int32_t(std::nearbyint((exact - near) * FINER));
+                    to[q.wide + i] = int16_t(finer);
+                    rest += finer;
+                }
+            }
+            q.scale[size_t(r * q.steps + s)] = scale;
+            q.sums[size_t(r * w.groups + first / w.group)] += (float(sum) + float(rest) / FINER) * scale;
+        }
+    return true;
+}
+
+// one row of the weight times ROWS rows of x, from `begin` on
+template <int BITS, int ROWS, int TERMS>
+void row(const Weight& w, const Whole& q, const Words<BITS>& words, int64_t n, const uint8_t* codes, int64_t begin, float* out) {
+    const uint16_t* scales = w.scales + n * w.groups;
+    __m256 total[ROWS];
+    float away[ROWS] = {};
+    for (int i = 0; i < ROWS; i++) total[i] = _mm256_setzero_ps();
+    for (int64_t s = 0; s < q.steps; s++) {
+        const int64_t first = s * q.step, end = std::min(q.wide, first + q.step);
+        const float scale = from_bf16(scales[first / w.group]);
+        __m256i sum[ROWS][TERMS];
+        for (int i = 0; i < ROWS; i++)
+            for (int t = 0; t < TERMS; t++) sum[i][t] = _mm256_setzero_si256();
+        for (int64_t j = first; j < end; j += 16) {
+            const __m256i code = words.load(codes + j / 8 * BITS);
+            for (int i = 0; i < ROWS; i++)
+                for (int t = 0; t < TERMS; t++) {
+                    const int16_t* x = q.x.data() + ((begin + i) * TERMS + t) * q.wide + j;
+                    sum[i][t] = _mm256_add_epi32(sum[i][t], _mm256_madd_epi16(code, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+                }
+        }
+        for (int i = 0; i < ROWS; i++) {
+            __m256 value = _mm256_cvtepi32_ps(sum[i][0]);
+            if constexpr (TERMS == 2) value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i][1]), _mm256_set1_ps(1.0f / FINER), value);
+            total[i] = _mm256_fmadd_ps(value, _mm256_set1_ps(scale * q.scale[size_t((begin + i) * q.steps + s)]), total[i]);
+        }
+    }
+    for (int64_t g = 0; g < w.groups; g++) {
+        const float zero = w.zeros ? float(code_at(w.zeros + n * w.zero_stride, g, BITS)) : float(1 << (BITS - 1));
+        const float offset = from_bf16(scales[g]) * zero;
+        for (int i = 0; i < ROWS; i++) away[i] += offset * q.sums[size_t((begin + i) * w.groups + g)];
+    }
+    for (int i = 0; i < ROWS; i++) out[i * w.n] = sum_of(total[i]) - away[i];
+}
+
+template <int BITS, int TERMS>
+void product(const Product& p, const Whole& q) {
+    const Weight& w = p.w;
+    const Words<BITS> words;
+#pragma omp parallel num_threads(p.threads)
+    {
+        // the last rows are copied, so that no load goes behind the codes
+        std::vector<uint8_t> copy(size_t(w.stride) + OVER + 16, 0);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < (w.n + NEAR - 1) / NEAR; block++)
+            for (int64_t r = 0; r < p.rows; r += 4)
+                for (int64_t n = block * NEAR; n < std::min(w.n, (block + 1) * NEAR); n++) {
+                    const uint8_t* codes = w.codes + n * w.stride;
+                    if (int64_t(w.n - n - 1) * int64_t(w.stride) < OVER + 16) {
+                        std::copy_n(codes, w.stride, copy.data());
+                        codes = copy.data();
+                    }
+                    if (p.rows - r >= 4) row<BITS, 4, TERMS>(w, q, words, n, codes, r, p.out + r * w.n + n);
+                    else
+                        for (int64_t i = r; i < p.rows; i++) row<BITS, 1, TERMS>(w, q, words, n, codes, i, p.out + i * w.n + n);
+                }
+    }
+}
+
+// numbers of one row of codes, 16 at a time into `out`, which has room for a multiple of 16
+template <int BITS>
+void decode(const Weight& w, const Words<BITS>& words, int64_t n, const uint8_t* codes, float* out) {
+    for (int64_t j = 0; j < w.m; j += 16) {
+        const __m256i code = words.load(codes + j / 8 * BITS);
+        const int64_t g = j / w.group;
+        const float zero = w.zeros ? float(code_at(w.zeros + n * w.zero_stride, g, BITS)) : float(1 << (BITS - 1));
+        const __m256 away = _mm256_set1_ps(zero), scale = _mm256_set1_ps(from_bf16(w.scales[n * w.groups + g]));
+        const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(code)));
+        const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(code, 1)));
+        _mm256_storeu_ps(out + j, _mm256_mul_ps(_mm256_sub_ps(low, away), scale));
+        _mm256_storeu_ps(out + j + 8, _mm256_mul_ps(_mm256_sub_ps(high, away), scale));
+    }
+}
+
+template <int BITS>
+void dense(const Weight& w, float* out, int threads) {
+    const Words<BITS> words;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<uint8_t> copy(size_t(w.stride) + OVER + 16, 0);
+        std::vector<float> last(size_t(w.m) + 16);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < w.n; n++) {
+            const uint8_t* codes = w.codes + n * w.stride;
+            const bool ends = int64_t(w.n - n - 1) * int64_t(w.stride) < OVER + 16;
+            if (ends) {
+                std::copy_n(codes, w.stride, copy.data());
+                codes = copy.data();
+            }
+            // a row that is no multiple of 16 would run into the next one
+            if (w.m % 16) {
+                decode<BITS>(w, words, n, codes, last.data());
+                std::copy_n(last.data(), w.m, out + n * w.m);
+            } else {
+                decode<BITS>(w, words, n, codes, out + n * w.m);
+            }
+        }
+    }
+}
+
+template <template <int> class F, class... A>
+void by_bits(int bits, A&&... a) {
+    switch (bits) {
+    case 1: return F<1>::run(a...);
+    case 2: return F<2>::run(a...);
+    case 3: return F<3>::run(a...);
+    case 4: return F<4>::run(a...);
+    case 5: return F<5>::run(a...);
+    case 6: return F<6>::run(a...);
+    case 7: return F<7>::run(a...);
+    default: return F<8>::run(a...);
+    }
+}
+
+template <int BITS>
+struct Multiply {
+    static void run(const Product& p, const Whole& q) { q.terms == 2 ? product<BITS, 2>(p, q) : product<BITS, 1>(p, q); }
+};
+
+template <int BITS>
+struct Decode {
+    static void run(const Weight& w, float* out, int threads) { dense<BITS>(w, out, threads); }
+};
+
+} // namespace
+
+bool product_avx2(const Product& p) {
+    Whole q;
+    if (!prepare(p, q)) return false;
+    by_bits<Multiply>(p.w.bits, p, q);
+    return true;
+}
+
+void dense_avx2(const Weight& w, float* out, int threads) { by_bits<Decode>(w.bits, w, out, threads); }
+
+} // namespace laconic

@@ -1,0 +1,394 @@
+// AVX-512 with VNNI and VBMI. Products of codes with x's 16 bits are exact in 32 bits, and become fp32 once a block, times both scales.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "linear.h"
+
+namespace laconic {
+
+namespace {
+
+// rows of the weight that stay in the nearest caches while bunches of x pass by
+constexpr int64_t NEAR = 16;
+// bytes of codes that are asked for ahead of their use
+constexpr size_t AHEAD = 4096;
+// rows of the weight that are read side by side, so that one does not wait for another
+constexpr int SIDE = 4;
+
+// the lowest `count` bits, which may be over 64
+inline __mmask64 first(int64_t count) { return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1; }
+
+inline __mmask64 low_bits(int bytes) { return bytes == 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1; }
+
+// 64 codes in their order, a byte each, whatever the width
+template <int BITS>
+struct Bytes {
+    static constexpr int BYTES = 8 * BITS;
+    __m512i spread, shifts;
+
+    Bytes() {
+        // eight codes are BITS bytes: into a word of 64 bits each, then a window of 8 bits at every BITS-th bit
+        alignas(64) uint8_t from[64], by[64];
+        for (int i = 0; i < 64; i++) {
+            from[i] = uint8_t(std::min(i / 8 * BITS + std::min(i % 8, BITS - 1), 63));
+            by[i] = uint8_t(i % 8 * BITS);
+        }
+        spread = _mm512_load_si512(from);
+        shifts = _mm512_load_si512(by);
+    }
+
+    __m512i of(__m512i v) const {
+        if constexpr (BITS == 8) return v;
+        else return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, v)), _mm512_set1_epi8((1 << BITS) - 1));
+    }
+
+    // available: bytes of the row from here on
+    __m512i load(const uint8_t* at, int64_t available) const {
+        return of(_mm512_maskz_loadu_epi8(first(std::min<int64_t>(available, BYTES)), at));
+    }
+};
+
+// a block of codes as words, plane by plane
+template <int BITS>
+struct Codes {
+    static constexpr int PLANES = BITS == 4 ? 4 : BITS == 2 ? 8 : 2;
+    static constexpr int BYTES = BITS == 4 || BITS == 2 ? 64 : 8 * BITS;
+    Bytes<BITS> bytes;
+
+    void load(const uint8_t* at, __mmask64 there, __m512i (&out)[PLANES]) const {
+        __m512i v = BYTES == 64 && there == ~__mmask64(0) ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(there, at);
+        constexpr int STEP = 16 / PLANES;
+        if constexpr (PLANES == 2) v = bytes.of(v);
+        const __m512i mask = _mm512_set1_epi16((1 << STEP) - 1);
+#pragma GCC unroll 8
+        for (int k = 0; k < PLANES - 1; k++) out[k] = _mm512_and_si512(k ? _mm512_srli_epi16(v, STEP * k) : v, mask);
+        out[PLANES - 1] = _mm512_srli_epi16(v, 16 - STEP);
+    }
+};
+
+inline __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
+
+// Scales of a row, block by block: one for all of a block, or, where a block holds several groups, a lane for each run of 2 * planes columns.
+struct Scales {
+    int64_t share;  // groups of a block; 0: a group is a block or more
+    int64_t blocks; // blocks of a group
+    __m512i lanes;
+
+    Scales(const Weight& w, int64_t width) {
+        share = w.group < w.m && w.group < width ? width / w.group : 0;
+        blocks = share ? 1 : w.group >= w.m ? w.m / width + 1 : w.group / width;
+        alignas(64) int32_t at[16];
+        for (int i = 0; i < 16; i++) at[i] = int32_t(i * share / 16);
+        lanes = _mm512_load_si512(at);
+    }
+};
+
+template <bool SHARED, int N>
+struct Running {
+    const Scales& scales;
+    const uint16_t* row;
+    const int64_t stride; // groups of a row
+    int64_t groups, left = 0;
+
+    // of the next block of N rows
+    void next(__m512 (&out)[N]) {
+        if constexpr (SHARED) {
+            const __mmask16 there = __mmask16(first(std::min(scales.share, groups)));
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++)
+                out[n] = _mm512_permutexvar_ps(scales.lanes, widen(_mm256_maskz_loadu_epi16(there, row + n * stride)));
+            row += scales.share, groups -= scales.share;
+        } else if (left-- == 0) {
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) out[n] = _mm512_set1_ps(from_bf16(row[n * stride]));
+            row++;
+            left = scales.blocks - 1;
+        }
+    }
+};
+
+// zeros of 64 groups from a row of packed ones, as bytes
+template <int BITS>
+inline __m512i zeros_of(const Weight& w, const Bytes<BITS>& bytes, int64_t row, int64_t group) {
+    const int64_t at = group / 8 * BITS;
+    return bytes.load(w.zeros + row * w.zero_stride + at, int64_t(w.zero_stride) - at);
+}
+
+// scale * zero of each group of a row
+template <int BITS>
+void offsets(const Weight& w, const Bytes<BITS>& bytes, int64_t row, int64_t padded, float* out) {
+    const uint16_t* scales = w.scales + row * w.groups;
+    alignas(64) uint8_t zeros[64];
+    std::fill(zeros, zeros + 64, uint8_t(1 << (BITS - 1)));
+    for (int64_t g = 0; g < padded; g += 16) {
+        if (w.zeros && g % 64 == 0) _mm512_store_si512(zeros, zeros_of<BITS>(w, bytes, row, g));
+        const __mmask16 there = __mmask16(first(std::max<int64_t>(0, w.groups - g)));
+        const __m512 scale = widen(_mm256_maskz_loadu_epi16(there, scales + g));
+        const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(zeros + g % 64));
+        _mm512_storeu_ps(out + g, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part))));
+    }
+}
+
+// the same columns of one row of the weight and of a bunch of x
+template <int P, int ROWS, int TERMS>
+inline void step(const __m512i (&plane)[P], __m512 scale, const int16_t* x, const float* of, __m512 (&total)[ROWS]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) {
+        __m512i sum[TERMS];
+#pragma GCC unroll 2
+        for (int t = 0; t < TERMS; t++) {
+            sum[t] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+            for (int k = 0; k < P; k++) sum[t] = _mm512_dpwssd_epi32(sum[t], plane[k], _mm512_load_si512(x + ((i * TERMS + t) * P + k) * 32));
+        }
+        __m512 value = _mm512_cvtepi32_ps(sum[0]);
+        if constexpr (TERMS == 2) value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[1]), _mm512_set1_ps(1.0f / FINER), value);
+        total[i] = _mm512_fmadd_ps(value, _mm512_mul_ps(scale, _mm512_set1_ps(of[i])), total[i]);
+    }
+}
+
+// sums of four vectors
+inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// N rows of the weight from `row` on times a bunch: x and of are the bunch's, sums those of its first row
+template <int BITS, int N, int ROWS, int TERMS, bool SHARED>
+inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, const Scales& scales, int64_t row, const int16_t* x, const float* of,
+                 const float* sums, const float* offset, float* out) {
+    constexpr int P = Codes<BITS>::PLANES, BYTES = Codes<BITS>::BYTES;
+    const uint8_t *at = w.codes + row * w.stride, *end = at + w.stride;
+    Running<SHARED, N> scale{scales, w.scales + row * w.groups, w.groups, w.groups};
+    __m512 total[N][ROWS], of_row[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) total[n][i] = _mm512_setzero_ps();
+    // the same place of the next rows, or further where rows are short
+    const size_t ahead = std::max(2 * N * w.stride, AHEAD);
+    __m512i plane[P];
+    for (; at + BYTES <= end; at += BYTES, x += ROWS * TERMS * P * 32, of += ROWS) {
+        scale.next(of_row);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+            _mm_prefetch(reinterpret_cast<const char*>(at + n * w.stride + ahead), _MM_HINT_T0);
+            codes.load(at + n * w.stride, low_bits(BYTES), plane);
+            step<P, ROWS, TERMS>(plane, of_row[n], x, of, total[n]);
+        }
+    }
+    if (at < end) {
+        scale.next(of_row);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+            codes.load(at + n * w.stride, first(end - at), plane);
+            step<P, ROWS, TERMS>(plane, of_row[n], x, of, total[n]);
+        }
+    }
+    for (int64_t g = 0; g < q.padded; g += 16)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+            const __m512 away = _mm512_loadu_ps(offset + n * q.padded + g);
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; i++) total[n][i] = _mm512_fnmadd_ps(away, _mm512_loadu_ps(sums + i * q.padded + g), total[n][i]);
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) {
+        if constexpr (N == 4) _mm_storeu_ps(out + i * w.n, sums_of(total[0][i], total[1][i], total[2][i], total[3][i]));
+        else
+            for (int n = 0; n < N; n++) out[i * w.n + n] = _mm512_reduce_add_ps(total[n][i]);
+    }
+}
+
+template <int BITS, int TERMS, bool SHARED>
+void product(const Product& p, const Prepared& q, const Scales& scales) {
+    const Weight& w = p.w;
+    const Codes<BITS> codes;
+    constexpr int64_t WIDTH = 32 * Codes<BITS>::PLANES;
+#pragma omp parallel num_threads(p.threads)
+    {
+        std::vector<float> offset(size_t(NEAR * q.padded));
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < (w.n + NEAR - 1) / NEAR; block++) {
+            const int64_t begin = block * NEAR, end = std::min(w.n, begin + NEAR);
+            for (int64_t i = begin; i < end; i++) offsets<BITS>(w, codes.bytes, i, q.padded, offset.data() + (i - begin) * q.padded);
+            for (int64_t r = 0, size; r < p.rows; r += size) {
+                size = bunch(p.rows, r);
+                const int16_t* x = q.x + r * q.blocks * WIDTH * TERMS;
+                const float *of = q.scale + r * q.blocks, *sums = q.sums + r * q.padded;
+                for (int64_t i = begin, number; i < end; i += number) {
+                    number = end - i >= SIDE ? SIDE : 1;
+                    const float* away = offset.data() + (i - begin) * q.padded;
+                    float* out = p.out + r * w.n + i;
+                    const auto run = [&](auto rows) {
+                        constexpr int ROWS = decltype(rows)::value;
+                        if (number == SIDE) some<BITS, SIDE, ROWS, TERMS, SHARED>(w, q, codes, scales, i, x, of, sums, away, out);
+                        else some<BITS, 1, ROWS, TERMS, SHARED>(w, q, codes, scales, i, x, of, sums, away, out);
+                    };
+                    if (size == TOGETHER) run(std::integral_constant<int, TOGETHER>());
+                    else if (size == 2) run(std::integral_constant<int, 2>());
+                    else run(std::integral_constant<int, 1>());
+                }
+            }
+        }
+    }
+}
+
+template <int BITS>
+void product(const Product& p, const Prepared& q) {
+    const Scales scales(p.w, 32 * Codes<BITS>::PLANES);
+    if (q.terms == 2) {
+        if (scales.share) product<BITS, 2, true>(p, q, scales);
+        else product<BITS, 2, false>(p, q, scales);
+    } else {
+        if (scales.share) product<BITS, 1, true>(p, q, scales);
+        else product<BITS, 1, false>(p, q, scales);
+    }
+}
+
+// (code - zero) * scale, in that order: the same numbers as the reference to the last bit
+template <int BITS>
+void dense(const Weight& w, float* out, int threads) {
+    const Bytes<BITS> bytes;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < w.n; i++) {
+        const uint8_t* at = w.codes + i * w.stride;
+        const uint16_t* scales = w.scales + i * w.groups;
+        int64_t left = int64_t(w.stride), group = -1;
+        alignas(64) uint8_t codes[64], zeros[64];
+        __m512 scale = _mm512_setzero_ps(), zero = _mm512_set1_ps(float(1 << (BITS - 1)));
+        for (int64_t j = 0; j < w.m; j += 64, at += 8 * BITS, left -= 8 * BITS) {
+            _mm512_store_si512(codes, bytes.load(at, left));
+            for (int64_t k = 0; k < 64 && j + k < w.m; k += 16) {
+                if ((j + k) / w.group != group) {
+                    group = (j + k) / w.group;
+                    scale = _mm512_set1_ps(from_bf16(scales[group]));
+                    if (w.zeros) {
+                        if (group % 64 == 0) _mm512_store_si512(zeros, zeros_of<BITS>(w, bytes, i, group));
+                        zero = _mm512_set1_ps(float(zeros[group % 64]));
+                    }
+                }
+                const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + k))));
+                const __m512 value = _mm512_mul_ps(_mm512_sub_ps(code, zero), scale);
+                _mm512_mask_storeu_ps(out + i * w.m + j + k, __mmask16(first(w.m - j - k)), value);
+            }
+        }
+    }
+}
+
+// P vectors of words in their order -> planes of every P-th word
+template <int P>
+inline void deal(__m512i* words, __m512i even, __m512i odd) {
+    if constexpr (P > 1) {
+        __m512i half[P];
+        for (int i = 0; i < P; i += 2) {
+            half[i / 2] = _mm512_permutex2var_epi16(words[i], even, words[i + 1]);
+            half[P / 2 + i / 2] = _mm512_permutex2var_epi16(words[i], odd, words[i + 1]);
+        }
+        deal<P / 2>(half, even, odd);
+        deal<P / 2>(half + P / 2, even, odd);
+        for (int i = 0; i < P / 2; i++) words[2 * i] = half[i], words[2 * i + 1] = half[P / 2 + i];
+    }
+}
+
+// one row of x, see Prepared; false where it holds NaN or an infinity
+template <int P>
+bool prepare_row(const Product& p, const Prepared& q, int64_t r) {
+    const Weight& w = p.w;
+    constexpr int64_t WIDTH = 32 * P;
+    // the bunch of this row
+    int64_t begin = r / TOGETHER * TOGETHER, size = bunch(p.rows, begin);
+    while (r >= begin + size) begin += size, size = bunch(p.rows, begin);
+    alignas(64) uint16_t at[32];
+    for (int i = 0; i < 32; i++) at[i] = uint16_t(2 * i);
+    const __m512i even = _mm512_load_si512(at), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    float* sums = q.sums + r * q.padded;
+    std::fill(sums, sums + q.padded, 0.0f);
+    const float* wide = static_cast<const float*>(p.x) + r * w.m;
+    const uint16_t* narrow = static_cast<const uint16_t*>(p.x) + r * w.m;
+    for (int64_t b = 0; b < q.blocks; b++) {
+        const int64_t from = b * WIDTH, count = std::min(WIDTH, w.m - from);
+        __m512 part[2 * P], most = _mm512_setzero_ps();
+        __mmask16 wrong = 0;
+        for (int i = 0; i < 2 * P; i++) {
+            const __mmask16 there = __mmask16(first(std::max<int64_t>(0, count - 16 * i)));
+            part[i] = p.bf16 ? widen(_mm256_maskz_loadu_epi16(there, narrow + from + 16 * i)) : _mm512_maskz_loadu_ps(there, wide + from + 16 * i);
+            // quiet and signalling NaN, both infinities
+            wrong |= _mm512_fpclass_ps_mask(part[i], 0x99);
+            most = _mm512_max_ps(most, _mm512_abs_ps(part[i]));
+        }
+        if (wrong) return false;
+        const float peak = _mm512_reduce_max_ps(most);
+        // below this the inverse would be infinite: as good as zero
+        const float scale = peak < 1e-33f ? 0.0f : peak / TOP;
+        const __m512 inverse = _mm512_set1_ps(scale == 0.0f ? 0.0f : 1.0f / scale);
+        alignas(64) int16_t whole[2][WIDTH];
+        for (int i = 0; i < 2 * P; i++) {
+            // a product rounded up may come to one more than the greatest: saturated
+            const __m512 exact = _mm512_mul_ps(part[i], inverse);
+            const __m512 rest = _mm512_sub_ps(exact, _mm512_roundscale_ps(exact, 0));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(whole[0] + 16 * i), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(exact)));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(whole[1] + 16 * i),
+                               _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps(FINER)))));
+        }
+        const int64_t place = begin * q.blocks + b * size + r - begin;
+        for (int t = 0; t < q.terms; t++) {
+            __m512i words[P];
+            for (int i = 0; i < P; i++) words[i] = _mm512_load_si512(whole[t] + 32 * i);
+            deal<P>(words, even, odd);
+            for (int i = 0; i < P; i++) _mm512_store_si512(q.x + ((place * q.terms + t) * P + i) * 32, words[i]);
+        }
+        q.scale[place] = scale;
+        for (int64_t i = 0; i < count;) {
+            const int64_t g = (from + i) / w.group, end = std::min(count, (g + 1) * w.group - from);
+            int32_t sum = 0, rest = 0;
+            for (; i < end; i++) sum += whole[0][i], rest += whole[1][i];
+            sums[g] += (float(sum) + (q.terms == 2 ? float(rest) / FINER : 0.0f)) * scale;
+        }
+    }
+    return true;
+}
+
+} // namespace
+
+bool prepare_avx512(const Product& p, const Prepared& q) {
+    bool finite = true;
+#pragma omp parallel for num_threads(p.threads) reduction(&& : finite) schedule(static) if (p.rows > 1)
+    for (int64_t r = 0; r < p.rows; r++)
+        finite = (q.planes == 8 ? prepare_row<8>(p, q, r) : q.planes == 4 ? prepare_row<4>(p, q, r) : prepare_row<2>(p, q, r)) && finite;
+    return finite;
+}
+
+void dense_avx512(const Weight& w, float* out, int threads) {
+    switch (w.bits) {
+    case 1: return dense<1>(w, out, threads);
+    case 2: return dense<2>(w, out, threads);
+    case 3: return dense<3>(w, out, threads);
+    case 4: return dense<4>(w, out, threads);
+    case 5: return dense<5>(w, out, threads);
+    case 6: return dense<6>(w, out, threads);
+    case 7: return dense<7>(w, out, threads);
+    default: return dense<8>(w, out, threads);
+    }
+}
+
+void product_avx512(const Product& p, const Prepared& q) {
+    switch (p.w.bits) {
+    case 1: return product<1>(p, q);
+    case 2: return product<2>(p, q);
+    case 3: return product<3>(p, q);
+    case 4: return product<4>(p, q);
+    case 5: return product<5>(p, q);
+    case 6: return product<6>(p, q);
+    case 7: return product<7>(p, q);
+    default: return product<8>(p, q);
+    }
+}
+
+} // namespace laconic

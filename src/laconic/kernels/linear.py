@@ -1,0 +1,170 @@
+"""Products with a matrix of grouped codes as it is stored: `grouped_linear`; `grouped_dense`: the matrix itself. Both in torch.ops.laconic.
+
+The native kernels multiply codes with integers: an entry of x in fp32 becomes two of 16 bits, in steps of the greatest of its run of 16
+to 256 columns, and loses nothing that a sum in fp32 would keep; one in bf16 becomes one, wrong by at most 2^-16 of the greatest. Runs are
+added in fp32."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from laconic.kernels.bits import packed_width, unpack
+from laconic.kernels.grids import Grid, decode
+from laconic.kernels.native import native
+
+# more rows of bf16 than this are quicker over dense rows, made PANEL weights at a time: by the kernel, and by bits where it has a quicker
+# way; rows of fp32 are more work
+ROWS: dict[str, dict[int, int]] = {"plain": {}, "avx2": {}, "avx512": {2: 256, 4: 192}}
+OTHER = {"plain": 4, "avx2": 16, "avx512": 96}
+FP32 = 4
+PANEL = 1 << 20
+
+_OPS = torch.library.Library("laconic", "DEF")
+_OPS.define("grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group) -> Tensor")
+_OPS.define("grouped_dense(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group, int m) -> Tensor")
+
+
+def grouped_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+    """x (..., m) fp32, bf16 or fp16, times the transposed matrix -> (..., n) in x's dtype.
+
+    codes (n, ceil(m b / 8)) uint8, scales (n, g) bf16, zeros (n, ceil(g b / 8)) uint8 or None where symmetric. ValueError for other shapes,
+    TypeError for other dtypes."""
+    bits, group = grid.bits, grid.group or 0
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
+        # torch's dispatcher takes as long as a small product does
+        return _linear(x, codes, scales, zeros, bits, group)
+    found: Tensor = torch.ops.laconic.grouped_linear(x, codes, scales, zeros, bits, group)
+    return found
+
+
+def grouped_dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, m: int) -> Tensor:
+    """The matrix itself, (n, m) fp32: (code - zero) * scale, the same numbers whatever computes them."""
+    if codes.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _dense(codes, scales, zeros, grid.bits, grid.group or 0, m)
+    found: Tensor = torch.ops.laconic.grouped_dense(codes, scales, zeros, grid.bits, grid.group or 0, m)
+    return found
+
+
+def reference_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+    """grouped_linear by torch's own operations."""
+    return F.linear(x, reference_dense(codes, scales, zeros, grid, x.shape[-1]).to(x.dtype))
+
+
+def reference_dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, m: int) -> Tensor:
+    """grouped_dense by torch's own operations."""
+    scale = scales.float()
+    zero = torch.full_like(scale, 2 ** (grid.bits - 1)) if zeros is None else unpack(zeros, grid.bits, scale.shape[1]).float()
+    return decode(unpack(codes, grid.bits, m), scale, zero, grid)
+
+
+@lru_cache(maxsize=1024)
+def _grid(bits: int, group: int, m: int) -> tuple[Grid, int]:
+    """The grid and how many groups a row of m has."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits={bits}: codes have 1 to 8 bits")
+    grid = Grid(bits, group or None)
+    return grid, grid.count(m) if m else 0
+
+
+def _checked(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int) -> Grid:
+    grid, groups = _grid(bits, group, m)
+    n = codes.shape[0]
+    for name, tensor, dtype, width in (
+        ("codes", codes, torch.uint8, packed_width(m, bits)),
+        ("scales", scales, torch.bfloat16, groups),
+        ("zeros", zeros, torch.uint8, packed_width(groups, bits)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} are {tensor.dtype}; they have to be {dtype}")
+        if tensor.shape != (n, width):
+            raise ValueError(f"{name} have shape {tuple(tensor.shape)}; {n} rows of {m} codes of {bits} bits need {(n, width)}")
+    return grid
+
+
+def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
+    m, n = x.shape[-1], codes.shape[0]
+    grid = _checked(codes, scales, zeros, bits, group, m)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"x is {x.dtype}; it has to be torch.float32, torch.bfloat16 or torch.float16")
+    there = native()
+    rows = x.numel() // m if m else 0
+    if there is None or not rows or not n:
+        return reference_linear(x, codes, scales, zeros, grid)
+    most = ROWS[there.level].get(bits, OTHER[there.level])
+    if rows > (most if x.dtype == torch.bfloat16 else most // FP32):
+        return _by_panels(x, codes, scales, zeros, grid)
+    given = (x if x.dtype != torch.float16 else x.float()).contiguous()
+    out = torch.empty(*x.shape[:-1], n, dtype=torch.float32)
+    kept = [t.contiguous() for t in (codes, scales, zeros) if t is not None]
+    if not there.module.linear(
+        given.data_ptr(), given.dtype == torch.bfloat16, rows, *_stored(kept), n, m, bits, group, out.data_ptr(), _threads(), there.level
+    ):
+        # NaN and infinities go the reference's way
+        return reference_linear(x, codes, scales, zeros, grid)
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def _by_panels(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+    """Dense rows of the matrix, some at a time, times all of x."""
+    (n, m), flat = (codes.shape[0], x.shape[-1]), x.reshape(-1, x.shape[-1]).float().T
+    out = torch.empty(n, flat.shape[1])
+    step = max(1, PANEL // m)
+    for i in range(0, n, step):
+        rows = slice(i, i + step)
+        panel = _dense(codes[rows], scales[rows], None if zeros is None else zeros[rows], grid.bits, grid.group or 0, m)
+        torch.mm(panel, flat, out=out[rows])
+    return out.T.reshape(*x.shape[:-1], n).to(x.dtype)
+
+
+def _dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int) -> Tensor:
+    grid = _checked(codes, scales, zeros, bits, group, m)
+    there, n = native(), codes.shape[0]
+    if there is None or not n or not m:
+        return reference_dense(codes, scales, zeros, grid, m)
+    out = torch.empty(n, m, dtype=torch.float32)
+    kept = [t.contiguous() for t in (codes, scales, zeros) if t is not None]
+    there.module.dense(*_stored(kept), n, m, bits, group, out.data_ptr(), _threads(), there.level)
+    return out
+
+
+def _stored(kept: list[Tensor]) -> tuple[int, int, int, int, int]:
+    """Where codes, scales and zeros lie, with the bytes of a row; the caller keeps them."""
+    codes, scales, *zeros = kept
+    return codes.data_ptr(), codes.shape[1], scales.data_ptr(), *((zeros[0].data_ptr(), zeros[0].shape[1]) if zeros else (0, 0))
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _any_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
+    return reference_linear(x, codes, scales, zeros, _checked(codes, scales, zeros, bits, group, x.shape[-1]))
+
+
+def _any_dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int) -> Tensor:
+    return reference_dense(codes, scales, zeros, _checked(codes, scales, zeros, bits, group, m), m)
+
+
+# where x is differentiated, and on other devices, products are made of torch's own operations
+_OPS.impl("grouped_linear", _linear, "CPU")
+_OPS.impl("grouped_linear", _any_linear, "CUDA")
+_OPS.impl("grouped_linear", _any_linear, "AutogradCPU")
+_OPS.impl("grouped_linear", _any_linear, "AutogradCUDA")
+_OPS.impl("grouped_dense", _dense, "CPU")
+_OPS.impl("grouped_dense", _any_dense, "CUDA")
+
+
+@torch.library.register_fake("laconic::grouped_linear", lib=_OPS)
+def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@torch.library.register_fake("laconic::grouped_dense", lib=_OPS)
+def _(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int) -> Tensor:
+    return codes.new_empty(codes.shape[0], m, dtype=torch.float32)
