@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from laconic.core.packed import Packed
 from laconic.core.site import Anatomy, Conv, Embedding, Segment, Site, Stage
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Seen, Statistic
 
@@ -102,6 +103,15 @@ class FewRows(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         found = F.embedding(torch.searchsorted(self.index, ids), self.rows)
         return found if self.scale == 1.0 else found * self.scale
+
+
+def fed(layer: nn.Module, form: Packed | None) -> None:
+    """From now on a layer takes its inputs as the form does that its weight was made from: as they are, or rounded, say."""
+    if (hook := layer.__dict__.pop("_fed", None)) is not None:
+        hook.remove()
+    feed = None if form is None or isinstance(layer, nn.Embedding) else form.feed
+    if feed is not None:
+        layer.__dict__["_fed"] = layer.register_forward_pre_hook(lambda layer, args: (feed(args[0]), *args[1:]))
 
 
 def release(module: nn.Module) -> None:
@@ -667,8 +677,11 @@ class Walk:
     def _wide_head(self, stored: str, n: int, m: int, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """The product with a head too large to be held in fp32: its rows are read a chunk at a time."""
         step = max(1, WIDE // 4 // m)
+        form = self.source.packed(stored) if hasattr(self.source, "packed") else None
+        feed = None if form is None else form.feed
 
         def product(x: Tensor) -> Tensor:
+            x = x if feed is None else feed(x)
             out = torch.empty(*x.shape[:-1], n)
             for start in range(0, n, step):
                 stop = min(start + step, n)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from laconic import __version__
 from laconic.budget import parse_budget
-from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_if_once, joined, kept_tensor, observed, release
+from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_if_once, fed, joined, kept_tensor, observed, release
 from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
@@ -96,6 +96,10 @@ class Parts:
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, *, skip: Sequence[str] = ()) -> None:
         Source.fill(self, module, prefix, dtype, skip=skip)  # type: ignore[arg-type]
+        for path, layer in module.named_modules():
+            name = ".".join(part for part in (prefix, path, "weight") if part)
+            if (stored := self.tied.get(name, name)) in self.forms and name not in skip and stored not in skip:
+                fed(layer, self.packed(stored))
         self.cached = ("", {})
 
 
@@ -410,7 +414,7 @@ def plan_words(
     """A Plan as plan.json; the frontier is computed unless given."""
     # a cut model is the original of all that follows, but not of what is said of it
     given = getattr(source, "original", source)
-    cut: Mapping[str, Any] = getattr(source, "record", {})
+    stage: Mapping[str, Any] = getattr(source, "record", {})
     kept = {**kept, **{name: row.cost.bytes for row in plan.rows if row.method == AS_IS for name in row.covers}}
     return {
         "format": 1,
@@ -426,7 +430,7 @@ def plan_words(
         "recipe": recipe.resolved(),
         "seed": seed,
         "data": split.record if split is not None else {},
-        **({"cut": cut} if cut else {}),
+        **({"align" if hasattr(source, "moves") else "cut": stage} if stage else {}),
         "choices": [_words(row) for row in plan.rows if row.method != AS_IS],
         "kept": _kept_words(source, kept),
         "placed": [{"part": path, "bytes": size, "by": recipe.decode} for path, size in beside(source, recipe).items()],
@@ -450,6 +454,8 @@ def _kept_words(source: Any, kept: Mapping[str, int]) -> list[dict[str, Any]]:
     given = getattr(source, "original", source)
 
     def why(name: str) -> str:
+        if name not in given.infos:
+            return "held by a part that stands in the model"
         if (before := given.infos[name].shape) != (after := source.infos[name].shape):
             return f"cut from {' x '.join(map(str, before))} to {' x '.join(map(str, after))}"
         flat = len(source.infos[name].shape) < 2
@@ -616,7 +622,9 @@ def apply_plan(
         else:
             take_in(key, value)
             for site in sites:
-                walk.model.get_submodule(site.name).weight.data.copy_(view.read(site.tensors["weight"].name))  # type: ignore[union-attr, operator]
+                layer, stored = walk.model.get_submodule(site.name), site.tensors["weight"].name
+                layer.weight.data.copy_(view.read(stored))  # type: ignore[union-attr, operator]
+                fed(layer, view.packed(stored))
         done.update(site.name for site in sites)
 
     first = {stack[0]: number for number, stack in enumerate(walk.stacks)}
@@ -738,8 +746,9 @@ def _compress_segment(
             value["forms"].update(forms)
             value["notes"] += change.notes
             tensors.update(held)
-            changed = change.hold[offer.site.tensors["weight"]].dense().reshape(weight.shape)
-            target.weight.data.copy_(oriented(offer.site, changed))  # type: ignore[union-attr, operator]
+            form = change.hold[offer.site.tensors["weight"]]
+            target.weight.data.copy_(oriented(offer.site, form.dense().reshape(weight.shape)))  # type: ignore[union-attr, operator]
+            fed(target, form)
     _keep(value, tensors, source, [name for name in segment.tensors if name not in value["forms"]])
     # later blocks see what is stored of norms and biases too, as they do in a run that goes on from the journal
     for path, own in (*module.named_parameters(), *module.named_buffers()):
@@ -782,6 +791,7 @@ def _compress_between(
         one, held = _pack(site, offer, {"weight": oriented(site, target)}, stats)
         form = restore(one["forms"][site.tensors["weight"].name], below(held, site.tensors["weight"].name))
         target.copy_(form.dense().reshape(target.shape))
+        fed(walk.model.get_submodule(site.name), form)
         _take_in(value, tensors, one, held)
     return value, tensors
 
