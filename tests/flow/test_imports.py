@@ -34,7 +34,7 @@ LAYERS = [
         "methods",
     ),
     ("zoo",),
-    ("budget", "decoding", "recipe", "tuning", "reconstruction", "cutting", "trials", "pipeline", "elastic", "measurement", "selection"),
+    ("aligning", "budget", "decoding", "recipe", "tuning", "reconstruction", "cutting", "trials", "pipeline", "elastic", "measurement", "selection"),
     ("job",),
     ("page", "serve"),
     ("catalogue",),

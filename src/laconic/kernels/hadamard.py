@@ -53,7 +53,8 @@ def _base(n: int) -> Tensor:
         if (found := paley(size)) is not None:
             return found / math.sqrt(size)
         size *= 2
-    angle = 2 * math.pi * torch.outer(torch.arange(odd), torch.arange(odd)).double() / odd
+    turns = torch.outer(torch.arange(odd), torch.arange(odd)).double() % odd
+    angle = 2 * math.pi * turns / odd
     return (angle.cos() + angle.sin()) / math.sqrt(odd)
 
 
