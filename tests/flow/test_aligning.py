@@ -144,7 +144,12 @@ def test_later_layers_see_rounded_inputs(folders, made):
 def test_lessons_and_searches_that_measure_see_rounded_inputs(folders, tmp_path):
     levels = [{"weight": {"bits": bits, "group": None, "symmetric": True}, "inputs": 6} for bits in (8, 4)]
     choices = [{"method": "quantize.round.inputs(hold=quantize.round.rtn)", "levels": levels}]
-    recipe = altered(tmp_path / "evolved.yaml", choices=choices, search="search.evolve.evopress(start=search.allocate.uniform, generations=2, offspring=4)", price_rows=2)
+    recipe = altered(
+        tmp_path / "evolved.yaml",
+        choices=choices,
+        search="search.evolve.evopress(start=search.allocate.uniform, generations=2, offspring=4)",
+        price_rows=2,
+    )
     found = run(folders, tmp_path / "evolved", recipe, "bits=7")
     assert found["reload"]["ok"]
     recipe = altered(tmp_path / "tuned.yaml", choices=choices, tune="quantize.train.straight(steps=4, batch=2)")

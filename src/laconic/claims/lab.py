@@ -127,17 +127,18 @@ def open_bench(name: str, data: Path | None, quick: bool) -> Bench | None:
     """nano, mamba, stories260k or resnet20; None where its data is not there. Quick: 16 rows of 512 tokens of each part, or 512 images."""
     if name in ("nano", "mamba"):
         source = open_model(None, default=nano.path() if name == "nano" else mamba.path())
-        return _text(name, source, None, quick)
+        return bench_of(name, source, None, quick)
     if data is None:
         return None
     if name == "stories260k":
         folder, text = data / "stories260k", data / "text" / "tinystories_1000.jsonl.gz"
-        return _text(name, open_model(folder), str(text), quick) if folder.is_dir() and text.is_file() else None
+        return bench_of(name, open_model(folder), str(text), quick) if folder.is_dir() and text.is_file() else None
     weights, images = data / "resnet_cifar10" / "resnet20.safetensors", data / "cifar10" / "cifar10_10k_1k.npz"
     return _images(name, weights, images, quick) if weights.is_file() and images.is_file() else None
 
 
-def _text(name: str, source: Source, spec: str | None, quick: bool) -> Bench:
+def bench_of(name: str, source: Source, spec: str | None, quick: bool) -> Bench:
+    """A language model on a text, or on Python's own modules."""
     split = open_data(spec, source, seed=0, limits=(128, 1, 16 if quick else 64), default=_texts)
     return _bench(name, source, split.calibrate.inputs, split.certify, 8, 16 if quick else 64)
 
