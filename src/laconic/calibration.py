@@ -850,6 +850,8 @@ class Call(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
+        # models ask for the dtype of their head's weight (Mamba)
+        self.weight = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
