@@ -226,7 +226,7 @@ def align(source: Source, inputs: Tensor, aligning: Aligning, method: Align, *, 
             f"norm (bound {EXACT:g})"
         )
     aligned.notes = (*aligned.notes, *value["notes"])
-    left = [edge.name for edge in edges if edge.allows and edge.name not in moves]
+    left = [edge.name for edge in edges if edge.name not in moves]
     aligned.record = {"method": aligning.method, "moves": value["moves"], "left": left, "placed": aligned.placed, **judged}
     return aligned
 

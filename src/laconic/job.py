@@ -258,6 +258,8 @@ def _aligned(source: Source, split: Split, recipe: Recipe, work: Work, progress:
     made = align(source, inputs, aligning, method, batch=batch_of(source), work=work, progress=progress)
     if not made.record["moves"] and not made.parts:
         raise UserError(f"recipe {recipe.name} finds no edge of this model that it can act on; take another recipe")
+    for note in made.notes:
+        log(note)
     log(f"rewritten along {len(made.record['moves'])} edges; logits differ by {made.record['difference']:.1e} of their norm")
     return made
 

@@ -7,6 +7,7 @@ original of what is measured)."""
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,7 +84,9 @@ def _loud(lab: Lab, seed: int) -> Bench:
                     tensor[few] *= LOUDER
                 for tensor in (mixer.x_proj.weight, mixer.out_proj.weight):
                     tensor[:, few] /= LOUDER
-        folder = Path(lab.scratch) / f"loud-mamba-{seed}"
+        # as long as the bench: the scratch folder of a lab is one claim's
+        home = bench.once("loud folders", lambda: tempfile.TemporaryDirectory(prefix="laconic-"))
+        folder = Path(home.name) / str(seed)
         model.save_pretrained(folder)  # type: ignore[operator]
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(mamba.path() / name, folder)

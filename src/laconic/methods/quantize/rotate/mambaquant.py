@@ -83,6 +83,8 @@ class MambaQuant(Align):
             if self.basis == "hadamard":
                 return Change(move=((edge, Turned(hadamard(torch.eye(edge.width, dtype=torch.float64)))),))
             return Change(move=((edge, Turned(klt_rotation(self._moment(edge, read, stats)))),))
+        if self.basis != "none" and edge.folds and edge.writers and edge.may(Rotate) is None:
+            return Change(notes=(f"{edge.name} is not turned: a norm's scale on it can go into no reader (under a tied head, say)",))
         if self.smooth and edge.may(Gated) is not None:
             (reader,) = edge.readers
             factors = smoothing(stats[reader.site.name][Peaks()], read(reader.site).abs().amax(0))
