@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.core.packed import Packed
+from laconic.core.packed import Held, Packed
 from laconic.core.site import Anatomy, Conv, Embedding, Segment, Site, Stage
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Seen, Statistic
 
@@ -114,9 +114,17 @@ def fed(layer: nn.Module, form: Packed | None) -> None:
         layer.__dict__["_fed"] = layer.register_forward_pre_hook(lambda layer, args: (feed(args[0]), *args[1:]))
 
 
+def as_held(layer: nn.Module, form: Packed) -> None:
+    """Until it is released, a layer computes as the held one will that takes its place, to the last bit."""
+    bias = layer.bias if isinstance(getattr(layer, "bias", None), Tensor) else None
+    layer.__dict__["forward"] = layer.__dict__["_held"] = Held(form, layer, bias).forward  # type: ignore[arg-type]
+
+
 def release(module: nn.Module) -> None:
     """Give the memory of a module's weights back: parameters and stored buffers go to meta; computed buffers (rotary tables) stay."""
     for inner in module.modules():
+        if inner.__dict__.pop("_held", None) is not None:
+            del inner.__dict__["forward"]
         for name, value in inner.named_parameters(recurse=False):
             inner.register_parameter(name, nn.Parameter(value.detach().to("meta"), requires_grad=False))
         for name, buffer in inner.named_buffers(recurse=False):

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from laconic import __version__
+from laconic.artifact import holdable
 from laconic.budget import parse_budget
-from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_if_once, fed, joined, kept_tensor, observed, release
+from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_held, as_if_once, fed, joined, kept_tensor, observed, release
 from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
-from laconic.core.packed import Packed, Soft, Transposed, below, restore
+from laconic.core.packed import Packed, Soft, Transposed, below, restore, stored_class
 from laconic.core.part import Part
 from laconic.core.site import Anatomy, Embedding, Segment, Site, Sublayer
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
@@ -55,6 +56,8 @@ class Parts:
         # what stands in the place of modules that are gone, by path
         self.placed: dict[str, Any] = {}
         self.cached: tuple[str, dict[str, Tensor]] = ("", {})
+        # layers compute as those of the written result will
+        self.as_written = False
 
     @property
     def anatomy(self) -> Anatomy:
@@ -99,7 +102,12 @@ class Parts:
         for path, layer in module.named_modules():
             name = ".".join(part for part in (prefix, path, "weight") if part)
             if (stored := self.tied.get(name, name)) in self.forms and name not in skip and stored not in skip:
-                fed(layer, self.packed(stored))
+                form = self.packed(stored)
+                assert form is not None
+                if self.as_written and holdable(layer):
+                    as_held(layer, form)
+                else:
+                    fed(layer, form)
         self.cached = ("", {})
 
 
@@ -654,7 +662,7 @@ def apply_plan(
         work.finish(key, value, tensors)
         del tensors
     take_in(key, value)
-    probe = next(finished_logits(view, probe_rows, 1))
+    probe = probed(view, probe_rows)
     view.cached = ("", {})
     expected = int(plan["predicted"]["bytes"]) - sum(entry["bytes"] for entry in plan.get("placed", ()))
     held = sum(entry["bytes"] for entry in (work.done(k) for k in parts))
@@ -891,7 +899,7 @@ def tune_plan(
     for key in keys:
         view.add(key, work.done(key))
     notes = tuple(dict.fromkeys(note for key in keys for note in work.done(key)["notes"]))
-    probe = next(finished_logits(view, probe_of(source, inputs), 1))
+    probe = probed(view, probe_of(source, inputs))
     view.cached = ("", {})
     return Applied(tuple(keys), dict(view.forms), applied.bytes, notes, probe, view)
 
@@ -1043,6 +1051,25 @@ def finished_logits(opened: Any, inputs: Tensor, batch: int) -> Iterator[Tensor]
         yield from walk.outputs(module, walk.rest)
         return
     yield from walk.logits()
+
+
+def probed(view: Parts, rows: Tensor) -> Tensor:
+    """The logits that the written result is compared with. Where inputs are rounded they are computed just as that one will: a sum in
+    another order may fall on the other side of a step, and what follows from that is no longer small."""
+    view.as_written = any(_feeds(form) for form in view.forms.values())
+    try:
+        return next(finished_logits(view, rows, 1))
+    finally:
+        view.as_written = False
+
+
+def _feeds(described: Any) -> bool:
+    """Whether a stored form, or one within it, does something to its inputs."""
+    if isinstance(described, Mapping):
+        name = str(described.get("form", "core."))
+        own = not name.startswith("core.") and stored_class(name).feed is not Packed.feed
+        return own or any(_feeds(inner) for inner in described.values())
+    return isinstance(described, list) and any(_feeds(inner) for inner in described)
 
 
 def probe_of(source: Any, inputs: Tensor) -> Tensor:
