@@ -17,6 +17,7 @@ from laconic.core.site import (
     Edge,
     Embedding,
     Fold,
+    Gated,
     Group,
     IndexMap,
     Kind,
@@ -51,7 +52,8 @@ class Decoder:
 
     A state-space layer has scan_in, select (Mamba's x_proj), step (its dt_proj), conv, scan_out and what the scan holds (A, D, step_bias,
     scan_norm); `lanes` says what lies side by side along an axis (0 = out, 1 = in) of each: x and gate of the channels, B and C of the
-    states, dt of the heads, low of the rank that steps are made from."""
+    states, dt of the heads, low of the rank that steps are made from. opened: a Part stands for each mixer that runs the step projection
+    as a module and shows the operands of the scan's product."""
 
     blocks: str = "model.layers"
     parts: Mapping[str, str] = field(default_factory=lambda: {**SPLIT, **GATED})
@@ -70,6 +72,7 @@ class Decoder:
     experts: str = ""
     router: str = ""
     lanes: Mapping[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
+    opened: bool = False
 
 
 HEAD_NORMS = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
@@ -166,7 +169,7 @@ DECODERS: Mapping[str, Decoder] = {
 }
 
 # sites of one stage see the same input
-STAGES = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",), ("scan_in",), ("select",), ("scan_out",))
+STAGES = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",), ("scan_in",), ("select",), ("step",), ("scan_out",))
 # parts of a state-space layer that its own arithmetic reads without calling a module: no method is offered them
 HELD = {"conv": Conv(), "step": Linear(), "A": Scan(), "D": Scan(), "step_bias": Scan(), "scan_norm": Norm()}
 ATTENTION = ("q", "k", "v", "qkv", "o")
@@ -306,7 +309,8 @@ class DecoderAnatomy(Anatomy):
 
     def edges(self) -> Iterator[Edge]:
         """The residual stream; in each layer up -> down and v -> o. `width` of the last is v's: an entry of v feeds the same entry of each
-        query head that its head serves. Of a scan: the ranks that steps are made from, B against C, the norm behind the gate."""
+        query head that its head serves. Of a scan: the ranks that steps are made from, B against C, the gate against what reads behind it,
+        the norm behind the gate."""
         members = self._stream
         writers = tuple(m for m in members if m.site.roles["stream"] in ("writes", "both"))
         readers = tuple(m for m in members if m.site.roles["stream"] in ("reads", "both"))
@@ -386,7 +390,12 @@ class DecoderAnatomy(Anatomy):
             yield Edge(f"{prefix}.step", rank, rank, (low,), (Member(sites["step"], 1, IndexMap(rank)),), allows=(Scale(), Rotate()))
             b, c = (Member(select, 0, self._lane_map(select, 0, lane)) for lane in ("B", "C"))
             # each state decays at a rate of its own, so states may be scaled and not mixed
-            yield Edge(f"{prefix}.scan", states, states, (b,), (c,), allows=(Scale(),))
+            mixer, layer = out.name.rpartition(".")[0], {"layer": out.context["layer"]}
+            shown = tuple(Site(f"{mixer}.{name}", Scan(), {}, (1, states), {"part": name}, layer) for name in ("state", "readout"))
+            yield Edge(f"{prefix}.scan", states, states, (b,), (c,), allows=(Scale(),), operands=shown if self.row.opened else ())
+            gate = Member(sites["scan_in"], 0, self._lane_map(sites["scan_in"], 0, "gate"))
+            inner = out.shape[1]
+            yield Edge(f"{prefix}.output", inner, inner, (gate,), (Member(out, 1, IndexMap(inner)),), allows=(Gated(mixer),))
         if (norm := sites.get("scan_norm")) is not None:
             reader = Member(out, 1, IndexMap(out.shape[1]))
             yield Edge(f"{prefix}.gate", out.shape[1], out.shape[1], (), (reader,), (Fold(norm, (reader,)),))
@@ -570,7 +579,7 @@ def _layer(build: _Builder, prefix: str, i: int, attention: Mapping[str, int], f
         if f"{half}_out" in paths:
             build.norm(paths[f"{half}_out"], (), layer=i)
     for part, kind in HELD.items():
-        if part in row.parts:
+        if part in row.parts and not (part == "step" and row.opened):
             more: dict[str, Any] = {"plus": row.plus, "centred": row.centred} if isinstance(kind, Norm) else {}
             build.site(f"{prefix}.{row.parts[part]}", kind, part, layer=i, **more)
     stages = []
@@ -584,7 +593,7 @@ def _layer(build: _Builder, prefix: str, i: int, attention: Mapping[str, int], f
             continue
         members = []
         for part in parts:
-            if part not in row.parts:
+            if part not in row.parts or (part in HELD and not row.opened):
                 continue
             context: dict[str, Any] = {"layer": i, **(attention if part in ATTENTION else {})}
             if part in paths and build.has(paths[part]):

@@ -114,6 +114,12 @@ def put(module: nn.Module, path: str, layer: nn.Module) -> None:
     module.get_submodule(owner).register_module(leaf, layer)
 
 
+def stand(module: nn.Module, path: str, part: Part) -> None:
+    """Let a part take over the submodule at `path`."""
+    part.over(module.get_submodule(path))
+    put(module, path, part)
+
+
 class Elastic(NamedTuple):
     """elastic.json: bytes of the least model; (tensor, bytes of the model with it) for each slice, in order; parameters of the model."""
 
@@ -322,7 +328,7 @@ class Artifact(Source):
             if form is not None and holdable(layer):
                 put(bare, path, Held(form, layer, layer.bias if isinstance(getattr(layer, "bias", None), Tensor) else None))
         for name, part in parts(self.placed, self.path).items():
-            put(bare, name, part)
+            stand(bare, name, part)
         return bare
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, *, skip: Collection[str] = ()) -> None:

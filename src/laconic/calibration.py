@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from laconic.core.packed import Held, Packed
 from laconic.core.site import Anatomy, Conv, Embedding, Segment, Site, Stage
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Seen, Statistic
 
@@ -104,9 +105,26 @@ class FewRows(nn.Module):
         return found if self.scale == 1.0 else found * self.scale
 
 
+def fed(layer: nn.Module, form: Packed | None) -> None:
+    """From now on a layer takes its inputs as the form does that its weight was made from: as they are, or rounded, say."""
+    if (hook := layer.__dict__.pop("_fed", None)) is not None:
+        hook.remove()
+    feed = None if form is None or isinstance(layer, nn.Embedding) else form.feed
+    if feed is not None:
+        layer.__dict__["_fed"] = layer.register_forward_pre_hook(lambda layer, args: (feed(args[0]), *args[1:]))
+
+
+def as_held(layer: nn.Module, form: Packed) -> None:
+    """Until it is released, a layer computes as the held one will that takes its place, to the last bit."""
+    bias = layer.bias if isinstance(getattr(layer, "bias", None), Tensor) else None
+    layer.__dict__["forward"] = layer.__dict__["_held"] = Held(form, layer, bias).forward  # type: ignore[arg-type]
+
+
 def release(module: nn.Module) -> None:
     """Give the memory of a module's weights back: parameters and stored buffers go to meta; computed buffers (rotary tables) stay."""
     for inner in module.modules():
+        if inner.__dict__.pop("_held", None) is not None:
+            del inner.__dict__["forward"]
         for name, value in inner.named_parameters(recurse=False):
             inner.register_parameter(name, nn.Parameter(value.detach().to("meta"), requires_grad=False))
         for name, buffer in inner.named_buffers(recurse=False):
@@ -667,8 +685,11 @@ class Walk:
     def _wide_head(self, stored: str, n: int, m: int, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """The product with a head too large to be held in fp32: its rows are read a chunk at a time."""
         step = max(1, WIDE // 4 // m)
+        form = self.source.packed(stored) if hasattr(self.source, "packed") else None
+        feed = None if form is None else form.feed
 
         def product(x: Tensor) -> Tensor:
+            x = x if feed is None else feed(x)
             out = torch.empty(*x.shape[:-1], n)
             for start in range(0, n, step):
                 stop = min(start + step, n)
@@ -837,6 +858,8 @@ class Call(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
+        # models ask for the dtype of their head's weight (Mamba)
+        self.weight = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)

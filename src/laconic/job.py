@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import save
 
 from laconic import __version__
+from laconic.aligning import Aligned, align
 from laconic.artifact import PLACED
 from laconic.budget import parse_budget
 from laconic.core.errors import BrokenPromise, UserError
@@ -93,7 +94,7 @@ def plan(source: Source, split: Split, recipe: Recipe, budget: Sequence[str], ou
     """The price list and the plan alone; `out` is the file that plan.json goes to."""
     with Work(out, identity_of(source, split, recipe, budget, seed, None), overwrite=overwrite, log=log) as work:
         try:
-            source = _cut(source, split, budget, recipe, seed, None, work, progress, log)
+            source = _aligned(_cut(source, split, budget, recipe, seed, None, work, progress, log), split, recipe, work, progress, log)
             made = make_plan(source, split, recipe, budget, seed=seed, work=work, progress=progress, log=log)
         except UserError:
             work.discard()
@@ -162,6 +163,7 @@ def _run(
     if given is not None and given["model"]["hashes"] != source.hashes():
         raise UserError("the plan was made for another model (its hashes differ); make it again with `laconic plan`")
     original, source = source, _cut(source, split, budget, recipe, seed, given, work, progress, log)
+    source = _aligned(source, split, recipe, work, progress, log)
     if given is not None:
         plan = dict(given) | ({"cut": source.record} if isinstance(source, Reduced) else {})
         plan["predicted"] = plan["predicted"] | priced_again(source, plan)
@@ -245,7 +247,21 @@ def _run(
 
 def _given(source: Source) -> Source:
     """The model that was given, which all is measured against."""
-    return source.original if isinstance(source, Reduced) else source
+    return source.original if isinstance(source, Reduced | Aligned) else source
+
+
+def _aligned(source: Source, split: Split, recipe: Recipe, work: Work, progress: Progress, log: Log) -> Source:
+    """The model as it is, or rewritten along its edges as the recipe says."""
+    if (aligning := recipe.align) is None:
+        return source
+    inputs, method = calibration_rows(source, split), build(aligning.method)
+    made = align(source, inputs, aligning, method, batch=batch_of(source), work=work, progress=progress)
+    if not made.record["moves"] and not made.parts:
+        raise UserError(f"recipe {recipe.name} finds no edge of this model that it can act on; take another recipe")
+    for note in made.notes:
+        log(note)
+    log(f"rewritten along {len(made.record['moves'])} edges; logits differ by {made.record['difference']:.1e} of their norm")
+    return made
 
 
 def _cut(
@@ -451,8 +467,8 @@ def _files(source: Source, plan: Mapping[str, Any], recipe: Recipe, applied: App
     """Everything beside the weights that the result's hashes depend on."""
     files: dict[str, bytes | Path] = {path.name: path for path in source.companions() if path.name not in ("config.json", "README.md")}
     held: dict[str, Any] = {"quant_method": "laconic", "format": 1, "forms": applied.forms}
-    if applied.view.placed:
-        held["placed"] = applied.view.placed
+    if placed_parts := {**(source.placed if isinstance(source, Aligned) else {}), **applied.view.placed}:
+        held["placed"] = placed_parts
     if recipe.decode is not None:
         held["decoder"] = recipe.decode
         files[PLACED] = save(dict(placed))

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from laconic import __version__
+from laconic.artifact import holdable
 from laconic.budget import parse_budget
-from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_if_once, joined, kept_tensor, observed, release
+from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_held, as_if_once, fed, joined, kept_tensor, observed, release
 from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
-from laconic.core.packed import Packed, Soft, Transposed, below, restore
+from laconic.core.packed import Packed, Soft, Transposed, below, restore, stored_class
 from laconic.core.part import Part
 from laconic.core.site import Anatomy, Embedding, Segment, Site, Sublayer
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
@@ -55,6 +56,8 @@ class Parts:
         # what stands in the place of modules that are gone, by path
         self.placed: dict[str, Any] = {}
         self.cached: tuple[str, dict[str, Tensor]] = ("", {})
+        # layers compute as those of the written result will
+        self.as_written = False
 
     @property
     def anatomy(self) -> Anatomy:
@@ -96,6 +99,15 @@ class Parts:
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, *, skip: Sequence[str] = ()) -> None:
         Source.fill(self, module, prefix, dtype, skip=skip)  # type: ignore[arg-type]
+        for path, layer in module.named_modules():
+            name = ".".join(part for part in (prefix, path, "weight") if part)
+            if (stored := self.tied.get(name, name)) in self.forms and name not in skip and stored not in skip:
+                form = self.packed(stored)
+                assert form is not None
+                if self.as_written and holdable(layer):
+                    as_held(layer, form)
+                else:
+                    fed(layer, form)
         self.cached = ("", {})
 
 
@@ -410,7 +422,7 @@ def plan_words(
     """A Plan as plan.json; the frontier is computed unless given."""
     # a cut model is the original of all that follows, but not of what is said of it
     given = getattr(source, "original", source)
-    cut: Mapping[str, Any] = getattr(source, "record", {})
+    stage: Mapping[str, Any] = getattr(source, "record", {})
     kept = {**kept, **{name: row.cost.bytes for row in plan.rows if row.method == AS_IS for name in row.covers}}
     return {
         "format": 1,
@@ -426,7 +438,7 @@ def plan_words(
         "recipe": recipe.resolved(),
         "seed": seed,
         "data": split.record if split is not None else {},
-        **({"cut": cut} if cut else {}),
+        **({"align" if hasattr(source, "moves") else "cut": stage} if stage else {}),
         "choices": [_words(row) for row in plan.rows if row.method != AS_IS],
         "kept": _kept_words(source, kept),
         "placed": [{"part": path, "bytes": size, "by": recipe.decode} for path, size in beside(source, recipe).items()],
@@ -450,6 +462,8 @@ def _kept_words(source: Any, kept: Mapping[str, int]) -> list[dict[str, Any]]:
     given = getattr(source, "original", source)
 
     def why(name: str) -> str:
+        if name not in given.infos:
+            return "held by a part that stands in the model"
         if (before := given.infos[name].shape) != (after := source.infos[name].shape):
             return f"cut from {' x '.join(map(str, before))} to {' x '.join(map(str, after))}"
         flat = len(source.infos[name].shape) < 2
@@ -616,7 +630,9 @@ def apply_plan(
         else:
             take_in(key, value)
             for site in sites:
-                walk.model.get_submodule(site.name).weight.data.copy_(view.read(site.tensors["weight"].name))  # type: ignore[union-attr, operator]
+                layer, stored = walk.model.get_submodule(site.name), site.tensors["weight"].name
+                layer.weight.data.copy_(view.read(stored))  # type: ignore[union-attr, operator]
+                fed(layer, view.packed(stored))
         done.update(site.name for site in sites)
 
     first = {stack[0]: number for number, stack in enumerate(walk.stacks)}
@@ -646,7 +662,7 @@ def apply_plan(
         work.finish(key, value, tensors)
         del tensors
     take_in(key, value)
-    probe = next(finished_logits(view, probe_rows, 1))
+    probe = probed(view, probe_rows)
     view.cached = ("", {})
     expected = int(plan["predicted"]["bytes"]) - sum(entry["bytes"] for entry in plan.get("placed", ()))
     held = sum(entry["bytes"] for entry in (work.done(k) for k in parts))
@@ -738,8 +754,9 @@ def _compress_segment(
             value["forms"].update(forms)
             value["notes"] += change.notes
             tensors.update(held)
-            changed = change.hold[offer.site.tensors["weight"]].dense().reshape(weight.shape)
-            target.weight.data.copy_(oriented(offer.site, changed))  # type: ignore[union-attr, operator]
+            form = change.hold[offer.site.tensors["weight"]]
+            target.weight.data.copy_(oriented(offer.site, form.dense().reshape(weight.shape)))  # type: ignore[union-attr, operator]
+            fed(target, form)
     _keep(value, tensors, source, [name for name in segment.tensors if name not in value["forms"]])
     # later blocks see what is stored of norms and biases too, as they do in a run that goes on from the journal
     for path, own in (*module.named_parameters(), *module.named_buffers()):
@@ -782,6 +799,7 @@ def _compress_between(
         one, held = _pack(site, offer, {"weight": oriented(site, target)}, stats)
         form = restore(one["forms"][site.tensors["weight"].name], below(held, site.tensors["weight"].name))
         target.copy_(form.dense().reshape(target.shape))
+        fed(walk.model.get_submodule(site.name), form)
         _take_in(value, tensors, one, held)
     return value, tensors
 
@@ -881,7 +899,7 @@ def tune_plan(
     for key in keys:
         view.add(key, work.done(key))
     notes = tuple(dict.fromkeys(note for key in keys for note in work.done(key)["notes"]))
-    probe = next(finished_logits(view, probe_of(source, inputs), 1))
+    probe = probed(view, probe_of(source, inputs))
     view.cached = ("", {})
     return Applied(tuple(keys), dict(view.forms), applied.bytes, notes, probe, view)
 
@@ -1033,6 +1051,25 @@ def finished_logits(opened: Any, inputs: Tensor, batch: int) -> Iterator[Tensor]
         yield from walk.outputs(module, walk.rest)
         return
     yield from walk.logits()
+
+
+def probed(view: Parts, rows: Tensor) -> Tensor:
+    """The logits that the written result is compared with. Where inputs are rounded they are computed just as that one will: a sum in
+    another order may fall on the other side of a step, and what follows from that is no longer small."""
+    view.as_written = any(_feeds(form) for form in view.forms.values())
+    try:
+        return next(finished_logits(view, rows, 1))
+    finally:
+        view.as_written = False
+
+
+def _feeds(described: Any) -> bool:
+    """Whether a stored form, or one within it, does something to its inputs."""
+    if isinstance(described, Mapping):
+        name = str(described.get("form", "core."))
+        own = not name.startswith("core.") and stored_class(name).feed is not Packed.feed
+        return own or any(_feeds(inner) for inner in described.values())
+    return isinstance(described, list) and any(_feeds(inner) for inner in described)
 
 
 def probe_of(source: Any, inputs: Tensor) -> Tensor:

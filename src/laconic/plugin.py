@@ -166,10 +166,10 @@ def _place(model: Any, placed: dict[str, Any], files: Sequence[str]) -> None:
     """Parts in the place of modules that are gone."""
     from pathlib import Path
 
-    from laconic.artifact import parts, put
+    from laconic.artifact import parts, stand
 
     for path, part in parts(placed, Path(files[0]).parent if files else Path()).items():
-        put(model, path, part)
+        stand(model, path, part)
 
 
 def _finish(model: Any, waiting: dict[str, tuple[Any, str]]) -> None:

@@ -26,13 +26,13 @@ from laconic.core.menu import Order, Search
 from laconic.core.score import Score
 from laconic.core.site import Conv, Embedding, Linear, Site, Sublayer, TensorId
 from laconic.core.state import State
-from laconic.core.transform import Cut, Layer, Lesson, Model, Scope, Transform, Window
+from laconic.core.transform import Align, Cut, Layer, Lesson, Model, Scope, Transform, Window
 
 HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding, "sublayer": Sublayer}
 # a matrix that any method can be asked about before a model is opened
 PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
-ROLES = (Transform, Score, Search, Lesson, Cut, Order, State, Decoder)
+ROLES = (Transform, Score, Search, Lesson, Cut, Align, Order, State, Decoder)
 # what a lesson's scope may be called
 SCOPES: dict[str, type[Scope]] = {"layer": Layer, "block": Window, "window": Window, "model": Model}
 
@@ -68,19 +68,32 @@ class Cutting(BaseModel):
         return re.fullmatch(self.where, name) is not None
 
 
+class Aligning(BaseModel):
+    """Edits that leave what the model computes as it is, before anything is priced. where: regex of the edges that may be acted on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: str
+    where: str = ".*"
+
+    def covers(self, name: str) -> bool:
+        """Whether an edge may be acted on, by its name."""
+        return re.fullmatch(self.where, name) is not None
+
+
 class Recipe(BaseModel):
-    """cut: what is removed first. search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the
-    calibration text used for pricing. judge: measure the solved plan against the best uniform one at the output and take the better. tune:
-    what is learned afterwards, over the whole model or part by part, kept where it is better at the output. order: how the parts of what
-    is held follow one another in a result that loads at any size up to its own, found on `order_rows` rows of the search data. decode: how
-    the result is decoded; what that needs beside the model is learned last and counted in the budget. Without choices and cut all weights
-    stay, and no budget is needed."""
+    """cut: what is removed first. align: how the model is rewritten first so that it is easier to round. search: how rows are bought.
+    keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing. judge: measure the solved plan
+    against the best uniform one at the output and take the better. tune: what is learned afterwards, over the whole model or part by
+    part, kept where it is better at the output. order: how the parts of what is held follow one another in a result that loads at any
+    size up to its own, found on `order_rows` rows of the search data. decode: how the result is decoded; what that needs beside the model
+    is learned last and counted in the budget. Without choices and cut all weights stay, and no budget is needed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     says: str = ""
     search: str = "search.allocate.knapsack"
     cut: Cutting | None = None
+    align: Aligning | None = None
     choices: tuple[Choice, ...] = ()
     keep: str = "(?!)"
     price_rows: int = Field(default=32, ge=1)
@@ -93,9 +106,10 @@ class Recipe(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in: what is stored in the output."""
         found = self.model_dump(mode="json")
-        if self.cut is None:
-            # recipes that do not cut are written and hashed as before there were cuts
-            del found["cut"]
+        for stage in ("cut", "align"):
+            if found[stage] is None:
+                # recipes without a stage are written and hashed as before there was one
+                del found[stage]
         return found
 
     def hash(self) -> str:
@@ -141,12 +155,24 @@ def _first(error: ValidationError) -> str:
 
 def check(recipe: Recipe) -> None:
     """Builds every method and level once, so that a mistake is found before work starts."""
-    if not recipe.choices and recipe.decode is None and recipe.cut is None:
+    if not recipe.choices and recipe.decode is None and recipe.cut is None and recipe.align is None:
         raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, a `cut` or `decode`")
     if recipe.cut is not None:
         if not isinstance(build(recipe.cut.method), Cut):
             raise UserError(f"recipe {recipe.name}: {recipe.cut.method} cuts no channels; try prune.cut.obspa")
         _regex(recipe.cut.where, recipe)
+    if recipe.align is not None:
+        if not isinstance(build(recipe.align.method), Align):
+            raise UserError(
+                f"recipe {recipe.name}: {recipe.align.method} rewrites no model along its edges; try quantize.rotate.mambaquant"
+            )
+        if recipe.cut is not None:
+            raise UserError(
+                f"recipe {recipe.name} has a `cut` and an `align`, which do not go together yet; cut first, then align the result"
+            )
+        if not recipe.choices:
+            raise UserError(f"recipe {recipe.name} only aligns, which changes nothing by itself; give it `choices`")
+        _regex(recipe.align.where, recipe)
     for choice in recipe.choices:
         transform = build(choice.method)
         if not isinstance(transform, Transform):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.calibration import WIDE, FewRows, Walk, kept_tensor, release
+from laconic.calibration import WIDE, FewRows, Walk, fed, kept_tensor, release
 from laconic.core.menu import Damage, Judge, Plan, Row
 from laconic.core.packed import Dense, Packed, below, restore
 from laconic.core.site import Segment
@@ -105,8 +105,8 @@ class _Placing:
         self.owner = next((name for name in names if name in self.chosen[0]), None)
         self.product: tuple[str, Product] | None = None
 
-    def put(self, name: str, at: int, target: FewRows | Tensor) -> None:
-        """Plan `at`'s form of a stored tensor where the model reads it: in a parameter, or as the rows that are needed of a table."""
+    def put(self, name: str, at: int, target: FewRows | Tensor, layer: nn.Module) -> None:
+        """Plan `at`'s form of a stored tensor where the model reads it: in a layer's parameter, or as the rows needed of a table."""
         row, key = self.chosen[at].get(name, (None, ""))
         if row is None or self.placed.get(name) == key:
             return
@@ -115,6 +115,7 @@ class _Placing:
             target.rows = form.rows(target.index).float()
         else:
             target.data.copy_(form.dense().reshape(target.shape))
+            fed(layer, form)
         self.placed[name] = key
 
     def outside(self, i: int) -> None:
@@ -124,17 +125,18 @@ class _Placing:
             module = self.walk.model.get_submodule(site.name)
             name = site.tensors["weight"].name
             if isinstance(module, FewRows) or not self.language:
-                self.put(name, self.now, module if isinstance(module, FewRows) else module.weight)  # type: ignore[arg-type]
+                self.put(name, self.now, module if isinstance(module, FewRows) else module.weight, module)  # type: ignore[arg-type]
 
     def within(self, module: nn.Module, segment: Segment) -> Callable[[int], None]:
         """What is done before a batch runs through a segment."""
         prefix, tied = f"{segment.name}.", self.trials.source.tied
-        own = {tied.get(prefix + path, prefix + path): p for path, p in module.named_parameters()}
-        parameters = [(name, p) for name, p in own.items() if name in self.chosen[0]]
+        own = {tied.get(prefix + path, prefix + path): (p, path) for path, p in module.named_parameters()}
+        owner = {path: module.get_submodule(path.rpartition(".")[0]) for _, path in own.values()}
+        parameters = [(name, p, owner[path]) for name, (p, path) in own.items() if name in self.chosen[0]]
 
         def ready(i: int) -> None:
-            for name, p in parameters:
-                self.put(name, i // self.rows, p)
+            for name, p, layer in parameters:
+                self.put(name, i // self.rows, p, layer)
 
         return ready
 
@@ -163,8 +165,8 @@ class _Placing:
         bias = source.read(stored).float() if stored in source.infos else None
         if form.shape[0] * form.shape[1] > WIDE:
             return lambda x: form.matmul(x) if bias is None else form.matmul(x) + bias
-        dense = form.dense()
-        return lambda x: F.linear(x, dense, bias)
+        dense, feed = form.dense(), form.feed
+        return lambda x: F.linear(x if feed is None else feed(x), dense, bias)
 
 
 def _outputs(walk: Walk, placing: _Placing) -> Iterator[Tensor]:

@@ -16,12 +16,12 @@ from laconic.core.packed import Packed
 from laconic.core.score import Score
 from laconic.core.site import Conv, Linear, Site, TensorId
 from laconic.core.state import State
-from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookups, Norms, Seen, Total
+from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookups, Norms, Peaks, Seen, Total
 from laconic.core.transform import Lesson, Transform
 from laconic.recipe import ROLES, build, level_of, load_recipe, named, paths
 
 PLAINEST = {Transform: "quantize.round.rtn", Score: "prune.score.magnitude", Search: "search.allocate.uniform"}
-STATISTICS = (Gram(), Fisher(), CrossGram(), Lookups(), LookupFisher(), Norms(), Total("all"))
+STATISTICS = (Gram(), Fisher(), CrossGram(), Lookups(), LookupFisher(), Norms(), Peaks(), Total("all"))
 
 
 def classes(role: type) -> list[tuple[str, type]]:
@@ -89,6 +89,11 @@ def transforms() -> list[tuple[str, Transform, Any]]:
     return found
 
 
+def fed(held: Packed, x: torch.Tensor) -> torch.Tensor:
+    """What a form makes of its input before the product."""
+    return x if held.feed is None else held.feed(x)
+
+
 def site(n: int, m: int) -> Site:
     return Site("layer", Linear(), {"weight": TensorId("layer.weight")}, (n, m))
 
@@ -105,4 +110,4 @@ def stats_of(x: torch.Tensor, where: Site) -> dict[Any, torch.Tensor]:
     return {kind: kind.finish(kind.update(kind.init(where), Seen(x=rows))) for kind, rows in seen.items()}
 
 
-__all__ = ["ROLES", "Packed", "classes", "conv_site", "instance", "lessons", "levels", "site", "states", "stats_of", "transforms"]
+__all__ = ["ROLES", "Packed", "classes", "conv_site", "fed", "instance", "lessons", "levels", "site", "states", "stats_of", "transforms"]

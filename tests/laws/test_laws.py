@@ -132,9 +132,10 @@ def test_transform_and_its_form(path, transform, level):
         assert torch.isfinite(dense).all()
         # bytes: stored = counted = named beforehand
         assert held.nbytes == sum(t.numel() * t.element_size() for t in held.state_dict().values()) == transform.stored(site, level)
-        # product = product with dense, rows = rows of dense
+        # product = product with dense, of inputs as the form takes them; rows = rows of dense
         x = torch.randn(7, m)
-        torch.testing.assert_close(held.matmul(x), x @ dense.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(held.matmul(x), found.fed(held, x) @ dense.T, rtol=1e-4, atol=1e-4)
+        assert float((found.fed(held, x) - x).norm()) <= 0.6 * float(x.norm())
         torch.testing.assert_close(held.rows(slice(0, 1)), dense[:1], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(held.rows(torch.tensor([n - 1, 0])), dense[[n - 1, 0]], rtol=1e-5, atol=1e-6)
         # exact round trip through what is stored
@@ -191,7 +192,7 @@ def test_held_layers_compute_what_is_held(path, transform, level):
     held = next(iter(transform(site, {"weight": layer.weight.detach()}, found.stats_of(rows(60, 32), site), level).hold.values()))
     thin = Held(held, like=layer, bias=layer.bias.detach())
     x = torch.randn(3, 5, 32)
-    expected = torch.nn.functional.linear(x, held.dense(), layer.bias)
+    expected = torch.nn.functional.linear(found.fed(held, x), held.dense(), layer.bias)
     torch.testing.assert_close(thin(x), expected, rtol=1e-4, atol=1e-5)
     thin.thaw(torch.float32)
     torch.testing.assert_close(thin(x), expected, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,6 @@
 """What the claims share: real models opened with real data, a method put to their matrices, and the result measured at the output.
 
-Models: nano on Python's own modules (always there); stories260k on TinyStories and ResNet-20 on CIFAR-10 (where Lab.data is).
+Models: nano and mamba on Python's own modules (always there); stories260k on TinyStories and ResNet-20 on CIFAR-10 (where Lab.data is).
 Calibration rows are drawn by a seed from the calibration part; the certify part is the same for all and never calibrated on."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from laconic.pipeline import Parts, learn, quiet
 from laconic.recipe import Cutting
 from laconic.reconstruction import Reconstruction
 from laconic.runtime import StateCache
-from laconic.zoo import corpus, nano
+from laconic.zoo import corpus, mamba, nano
 
 SEEDS = (0, 1, 2)
 # a claim fails where one draw does, so one draw that fails is enough for a stand-in
@@ -124,20 +124,21 @@ def spread(values: Sequence[float], unit: str) -> Measurement:
 
 @lru_cache(maxsize=3)
 def open_bench(name: str, data: Path | None, quick: bool) -> Bench | None:
-    """nano, stories260k or resnet20; None where its data is not there. Quick: 16 rows of 512 tokens of each part, or 512 images."""
-    if name == "nano":
-        source = open_model(None, default=nano.path())
-        return _text(name, source, None, quick)
+    """nano, mamba, stories260k or resnet20; None where its data is not there. Quick: 16 rows of 512 tokens of each part, or 512 images."""
+    if name in ("nano", "mamba"):
+        source = open_model(None, default=nano.path() if name == "nano" else mamba.path())
+        return bench_of(name, source, None, quick)
     if data is None:
         return None
     if name == "stories260k":
         folder, text = data / "stories260k", data / "text" / "tinystories_1000.jsonl.gz"
-        return _text(name, open_model(folder), str(text), quick) if folder.is_dir() and text.is_file() else None
+        return bench_of(name, open_model(folder), str(text), quick) if folder.is_dir() and text.is_file() else None
     weights, images = data / "resnet_cifar10" / "resnet20.safetensors", data / "cifar10" / "cifar10_10k_1k.npz"
     return _images(name, weights, images, quick) if weights.is_file() and images.is_file() else None
 
 
-def _text(name: str, source: Source, spec: str | None, quick: bool) -> Bench:
+def bench_of(name: str, source: Source, spec: str | None, quick: bool) -> Bench:
+    """A language model on a text, or on Python's own modules."""
     split = open_data(spec, source, seed=0, limits=(128, 1, 16 if quick else 64), default=_texts)
     return _bench(name, source, split.calibrate.inputs, split.certify, 8, 16 if quick else 64)
 

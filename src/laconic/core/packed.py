@@ -72,6 +72,12 @@ class Packed(nn.Module, ABC):
             out[..., i : i + step] = F.linear(x, self.rows(slice(i, min(i + step, n))).to(x.dtype))
         return out
 
+    @property
+    def feed(self) -> Callable[[Tensor], Tensor] | None:
+        """What becomes of an input x (..., m) before the product, None for nothing: `matmul(x)` is the dense matrix with `feed(x)`. It
+        holds no part of the form."""
+        return None
+
     def forward(self) -> Tensor:
         """The dense tensor; a Packed is a module, and this is what it computes."""
         return self.dense()
@@ -311,6 +317,10 @@ class Transposed(Packed):
         self.inner = inner
         self.shape = inner.matrix[::-1]
 
+    @property
+    def feed(self) -> Callable[[Tensor], Tensor] | None:
+        return self.inner.feed
+
     def dense(self) -> Tensor:
         return self.inner.dense().reshape(self.inner.matrix).T.contiguous()
 
@@ -412,6 +422,8 @@ class Held(nn.Module):
                 return self._scaled(F.embedding(x, self._copy))
             flat = self.weight.rows(x.reshape(-1))
             return self._scaled(flat.reshape(*x.shape, -1).to(self.dtype))
+        if self._copy is not None and not self.kind.startswith("Conv") and (feed := self.weight.feed) is not None:
+            x = feed(x)
         if isinstance(self.weight, Transposed):
             y = x @ self._copy if self._copy is not None else self.weight.inner.matmul(x)
             return y if bias is None else y + bias

@@ -13,10 +13,19 @@ from laconic.core.packed import stored_class
 
 
 class Part(nn.Module, ABC):
-    """A module that takes another's place and is called as that one was. It holds no tensors. Stored parts are named by their module path
-    below `laconic.methods`."""
+    """A module that takes another's place and is called as that one was. What it needs of that one it takes over, under the same names;
+    what it holds besides are buffers, stored as the model's own tensors are. Stored parts are named by their module path below
+    `laconic.methods`."""
 
     part: ClassVar[str]
+
+    def over(self, module: nn.Module) -> None:
+        """Called once, before it takes the place of `module`: children and parameters that it goes on using become its own."""
+        return
+
+    def exact(self) -> Part:
+        """The part with nothing rounded, not yet in its place; itself where it rounds nothing."""
+        return self
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -25,7 +34,7 @@ class Part(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def restore(cls, described: Mapping[str, Any]) -> Self:
-        """The part again, from `describe()`."""
+        """The part again, from `describe()`; buffers come with the model's tensors."""
 
 
 def restore_part(described: Mapping[str, Any]) -> Part:

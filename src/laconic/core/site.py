@@ -199,6 +199,14 @@ class Rotate(Act):
     keeps_ones: bool = False
 
 
+@dataclass(frozen=True)
+class Gated(Act):
+    """A factor above zero for each channel at the writers of a gate, and its inverse at the readers behind it, where a Part stands at
+    `module` whose buffer `gate_scale` puts the factor right within the gate's activation."""
+
+    module: str
+
+
 class Fold(NamedTuple):
     """A norm on an edge and the readers that take in its scale; `readers` is empty where it can go into none (a norm between a writer
     and the stream, a norm whose output goes on in the stream, a tied head)."""
@@ -210,7 +218,8 @@ class Fold(NamedTuple):
 @dataclass(frozen=True)
 class Edge:
     """Writers and readers of one stream of `width` channels and the exact edits that may act on it, within runs of `block` channels
-    (the entries of one head; the whole width otherwise). Biases of writers and shifts of norms are written to the stream too."""
+    (the entries of one head; the whole width otherwise). Biases of writers and shifts of norms are written to the stream too. `operands`:
+    where a Part shows what meets of it in a product without weights, the writers' side first."""
 
     name: str
     width: int
@@ -219,6 +228,7 @@ class Edge:
     readers: tuple[Member, ...]
     folds: tuple[Fold, ...] = ()
     allows: tuple[Act, ...] = ()
+    operands: tuple[Site, ...] = ()
 
     def may(self, act: type[A]) -> A | None:
         """How the edge allows an act, None where it does not."""

@@ -122,6 +122,27 @@ class Norms(Statistic):
 
 
 @dataclass(frozen=True)
+class Peaks(Statistic):
+    """The largest size of each input channel over tokens, (m,)."""
+
+    needs = frozenset({"x"})
+
+    def init(self, site: Site) -> Tensor:
+        return torch.zeros(site.matrix[1])
+
+    def update(self, state: Tensor, seen: Seen) -> Tensor:
+        assert seen.x is not None
+        rows = _rows(seen.x, seen.mask).float().abs()
+        return torch.maximum(state, rows.amax(0)) if len(rows) else state
+
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.maximum(a, b)
+
+    def finish(self, state: Tensor) -> Tensor:
+        return state
+
+
+@dataclass(frozen=True)
 class CrossGram(Statistic):
     """Mean of x_ref xT over tokens, (m, m): the inputs of the original model against those of the compressed prefix."""
 

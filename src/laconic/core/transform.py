@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from laconic.core.packed import Packed, Soft
-from laconic.core.site import Group, Kind, Site, TensorId
+from laconic.core.part import Part
+from laconic.core.site import Edge, Group, Kind, Site, TensorId
 from laconic.core.statistic import Statistic
 
 # a level is a frozen dataclass of the method's own (bits and group, rank, sparsity): how far to go
@@ -83,13 +84,34 @@ class Lesson(ABC):
 
 
 @dataclass(frozen=True)
+class Move:
+    """What becomes of what flows along an edge, done at the writers and undone at the readers. Subclasses are final."""
+
+
+@dataclass(frozen=True)
+class Turned(Move):
+    """x becomes x R once the norms of the edge are folded; matrix R (width, width) is orthogonal."""
+
+    matrix: Tensor
+
+
+@dataclass(frozen=True)
+class Stretched(Move):
+    """Channel i times factors[i]; factors (width,)."""
+
+    factors: Tensor
+
+
+@dataclass(frozen=True)
 class Change:
     """The edit. hold: a stored tensor now held so; fold: new values of other tensors; cut: groups and the indices that they keep;
-    place: modules by path, a Part in another's place or one beside the model; notes: sentences for the log (dead columns, damping)."""
+    move: along which edge; place: modules by path, a Part in another's place or one beside the model; notes: sentences for the log (dead
+    columns, damping)."""
 
     hold: Mapping[TensorId, Packed] = field(default_factory=dict)
     fold: Mapping[TensorId, Tensor] = field(default_factory=dict)
     cut: tuple[tuple[Group, tuple[int, ...]], ...] = ()
+    move: tuple[tuple[Edge, Move], ...] = ()
     place: Mapping[str, nn.Module] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -134,3 +156,21 @@ class Cut(ABC):
     def __call__(self, group: Group, weights: Mapping[str, Tensor], stats: Mapping[str, Stats], kept: tuple[int, ...]) -> Change:
         """`cut`: the group with what it keeps; `fold`: new values of those readers among `weights` whose other columns make up for what is
         gone, in the old shape and zero where slices go. All kept: nothing changes. Called for each reader when its statistics are there."""
+
+
+class Align(ABC):
+    """One way to rewrite a model along its edges so that it computes the same and is easier to round. Every edge that its acts allow is
+    offered once; what it does there is applied for all of its tensors elsewhere."""
+
+    def opens(self, edge: Edge) -> Mapping[str, Part]:
+        """Parts that stand in the model, by path, from before anything is looked at; those of several edges at one path are alike."""
+        return {}
+
+    @abstractmethod
+    def looks(self, edge: Edge) -> tuple[tuple[Site, Statistic], ...]:
+        """What it wants to see for this edge, of the model with its parts and its norms as they are."""
+
+    @abstractmethod
+    def __call__(self, edge: Edge, read: Callable[[Site], Tensor], stats: Mapping[str, Stats]) -> Change:
+        """`move` along this edge, or nothing. read: a site's weight, (n, m[, *kernel]) in fp32, before any edge has moved; stats: what
+        `looks` asked for, by the site's name."""

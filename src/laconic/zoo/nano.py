@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -169,7 +170,7 @@ def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy in nats of ids [b, t + 1], each token given those before it."""
     import torch.nn.functional as F
 
-    h = model.model(ids[:, :-1], use_cache=False).last_hidden_state
+    h = model.base_model(ids[:, :-1], use_cache=False).last_hidden_state
     logits = F.linear(h, model.lm_head.weight)
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
@@ -195,8 +196,11 @@ def held_out_loss(model: Any, tokenizer: Any, texts: list[str], length: int, tok
     return total / count
 
 
-def write_folder(model: Any, tokenizer: Any, out: Path, record: dict[str, Any]) -> None:
-    """Write model (as bf16), tokenizer, card and training.json to `out`, whole or not at all."""
+def write_folder(
+    model: Any, tokenizer: Any, out: Path, record: dict[str, Any], says: Callable[[dict[str, Any]], str] | None = None
+) -> None:
+    """Write model (as bf16), tokenizer, what `says` makes of the record (default: nano's card) and training.json to `out`, whole or not
+    at all."""
     import copy
 
     import torch
@@ -214,11 +218,11 @@ def write_folder(model: Any, tokenizer: Any, out: Path, record: dict[str, Any]) 
             bos_token=BOS,
             eos_token=BOS,
             pad_token=BOS,
-            model_max_length=model.config.max_position_embeddings,
+            model_max_length=_context(model, 2048),
             clean_up_tokenization_spaces=False,
         ).save_pretrained(new)
         (new / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (new / "README.md").write_text(card(record), encoding="utf-8")
+        (new / "README.md").write_text((says or card)(record), encoding="utf-8")
         # mkdtemp and safetensors write for the owner alone
         new.chmod(0o755)
         for file in new.iterdir():
@@ -231,6 +235,11 @@ def write_folder(model: Any, tokenizer: Any, out: Path, record: dict[str, Any]) 
         shutil.rmtree(new, ignore_errors=True)
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _context(model: Any, otherwise: int) -> int:
+    """Tokens that a model can read at once, `otherwise` where its config sets no bound."""
+    return int(getattr(model.config, "max_position_embeddings", otherwise))
 
 
 def card(record: dict[str, Any]) -> str:
@@ -354,8 +363,10 @@ def fit(
     compiled: bool = True,
     every: float = 240,
     save_every: float = 300,
+    hidden: str = ".*",
 ) -> tuple[int, float]:
-    """Train model in place; return the tokens seen and the minutes taken.
+    """Train model in place; return the tokens seen and the minutes taken. Matrices of the layers whose names the regular expression
+    `hidden` matches learn by Muon, all other parameters by AdamW.
 
     Each thread runs whole micro-batches through its own view of the weights: on two cores this is three times as
     fast as both cores on every operation, and a core that is busy elsewhere holds a step up less.
@@ -371,12 +382,13 @@ def fit(
         for mine, theirs in zip(model.parameters(), view.parameters(), strict=True):
             theirs.data = mine.data
         views.append(view)
-    matrices = sorted((p for p in model.model.layers.parameters() if p.ndim == 2), key=lambda p: p.numel())
+    inside = model.base_model.layers.named_parameters()
+    matrices = sorted((p for name, p in inside if p.ndim == 2 and re.fullmatch(hidden, name)), key=lambda p: p.numel())
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     shares = [matrices[i::threads] for i in range(threads) if matrices[i::threads]]
     muons = [torch.optim.Muon(share, lr=recipe.muon, weight_decay=recipe.weight_decay) for share in shares]
     adam = torch.optim.AdamW(others, lr=recipe.adamw, betas=(0.9, 0.95), weight_decay=0.0)
-    long = model.config.max_position_embeddings
+    long = _context(model, recipe.short)
     forward = loss_of
     if compiled:
         # both lengths are compiled here, in one thread, before the clock starts

@@ -19,18 +19,26 @@ CARD = Card(Paper("Frantar et al.", 2023, "arXiv:2210.17323", "section 4"), cata
 
 
 def by_level(menu: Menu) -> dict[str, list[Row]]:
-    """Rows by (method, level), those only that cover every tensor of the menu."""
-    found: dict[str, list[Row]] = {}
-    for row in menu.rows:
-        found.setdefault(row.method + json.dumps(row.level, sort_keys=True), []).append(row)
+    """Rows by (method, level), those only that cover every tensor of the menu. Where no method does, methods that share the tensors out
+    between them count as one."""
     everything = menu.tensors()
-    return {key: rows for key, rows in found.items() if frozenset(name for row in rows for name in row.covers) == everything}
+
+    def by(key: Callable[[Row], str]) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for row in menu.rows:
+            found.setdefault(key(row), []).append(row)
+        return {key: rows for key, rows in found.items() if frozenset(name for row in rows for name in row.covers) == everything}
+
+    if alone := by(lambda row: row.method + json.dumps(row.level, sort_keys=True)):
+        return alone
+    shared = by(lambda row: json.dumps(row.level, sort_keys=True))
+    return {key: rows for key, rows in shared.items() if sum(len(row.covers) for row in rows) == len(everything)}
 
 
 def _fineness(rows: Sequence[Row]) -> tuple[float, float, int]:
     """Bits a weight (of a sparse level: of those that stay, times their share), small groups, bytes."""
     level = rows[0].level
-    inner = level.get("first") or level.get("grid") or level
+    inner = level.get("first") or level.get("grid") or level.get("weight") or level
     bits = float(inner.get("bits", 16)) * float(level.get("keep", 1.0))
     group = inner.get("group")
     return bits, -float(group if group is not None else 1e9), sum(row.cost.bytes for row in rows)

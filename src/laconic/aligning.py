@@ -1,0 +1,275 @@
+"""A model rewritten along its edges so that it computes the same and is easier to round.
+
+A stage before all others, as a cut is: `Aligned` is opened like any model, so pricing, plans, forms and tuning see it as their original,
+and only measuring compares with the model that was given. What is found is one small tensor for each edge; every weight is rewritten when
+it is read, so that nothing is stored twice and no more than one segment is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from laconic.architectures import DecoderAnatomy, decoder_anatomy
+from laconic.artifact import stand
+from laconic.calibration import Observer, Walk, release
+from laconic.core.errors import BrokenPromise, UserError
+from laconic.core.part import Part
+from laconic.core.site import Anatomy, Edge, Gated, Site, Stage
+from laconic.core.statistic import Statistic
+from laconic.core.transform import Align, Move, Stretched, Turned
+from laconic.models import NOTHING, Source, TensorInfo
+from laconic.pipeline import finished_logits
+from laconic.recipe import Aligning
+
+Progress = Callable[[str, int, int, str], None]
+
+# logits before and after may differ by the order of sums, not more
+EXACT = 1e-4
+
+
+class Edit(NamedTuple):
+    """What a move does to one stored tensor: along `axis`, at (width, copies) of its indices."""
+
+    axis: int
+    at: Tensor
+    move: Move
+    reads: bool
+
+
+def edited(value: Tensor, edit: Edit) -> Tensor:
+    """A tensor after one edit, in its own dtype."""
+    value = value.movedim(edit.axis, 0).clone()
+    for at in edit.at.T:
+        rows = value[at]
+        if isinstance(edit.move, Turned):
+            flat = rows.reshape(len(at), -1)
+            value[at] = (edit.move.matrix.to(value).T @ flat).reshape(rows.shape)
+        else:
+            assert isinstance(edit.move, Stretched)
+            factors = edit.move.factors.to(value).reshape(-1, *[1] * (rows.dim() - 1))
+            value[at] = rows / factors if edit.reads else rows * factors
+    return value.movedim(0, edit.axis)
+
+
+def edits_of(edge: Edge, move: Move) -> dict[str, list[Edit]]:
+    """Stored tensor -> what a move along an edge does to it: to weights along the edge's axis, and to biases that are written to it."""
+    found: dict[str, list[Edit]] = {}
+    for reads, members in ((False, edge.writers), (True, edge.readers)):
+        for member in members:
+            if reads and member in edge.writers:
+                # a tied table: it is written and read along one axis
+                raise UserError(f"{member.site.name} both writes and reads {edge.name}; a move along it is not exact")
+            for role, tensor in member.site.tensors.items():
+                if role == "weight" or (not reads and member.axis == 0):
+                    at = torch.tensor([list(member.index(i)) for i in range(edge.width)])
+                    axis = member.stored_axis if role == "weight" else 0
+                    found.setdefault(tensor.name, []).append(Edit(axis, at, move, reads))
+    return found
+
+
+class Folded(NamedTuple):
+    """A norm's scale that a reader takes in along `axis`; `plus` is what the norm adds to what is stored."""
+
+    axis: int
+    norm: str
+    plus: float
+
+
+class Aligned(Source):
+    """A model with parts in their places and moves along its edges. Figures over all parameters, hashes and the tokenizer are those of the
+    original."""
+
+    def __init__(self, original: Source, parts: Mapping[str, Part], moves: Mapping[str, Move]) -> None:
+        self.original, self.parts = original, dict(parts)
+        self.spec, self.path, self.config, self.task = original.spec, original.path, original.config, original.task
+        self.parameters, self.tied, self.context = original.parameters, original.tied, original.context
+        self._computed = original._computed
+        self.notes: tuple[str, ...] = tuple(getattr(original, "notes", ()))
+        # what a plan says of it
+        self.record: dict[str, Any] = {}
+        # what the parts hold besides what they took over
+        self.extra: dict[str, Tensor] = {}
+        self.infos: dict[str, TensorInfo] = dict(original.infos)
+        skeleton = self.skeleton()
+        for path in self.parts:
+            for name, buffer in skeleton.get_submodule(path).named_buffers(recurse=False):
+                self._add(f"{path}.{name}", torch.ones(buffer.shape))
+        self._anatomy = self._made(skeleton)
+        self.edits: dict[str, list[Edit]] = {}
+        self.folds: dict[str, list[Folded]] = {}
+        self.ones: dict[str, float] = {}
+        self.moves = dict(moves)
+        for edge in self._anatomy.edges():
+            if (move := moves.get(edge.name)) is not None:
+                self._take_in(edge, move)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.extra[name] = value
+        self.infos[name] = TensorInfo(torch.float32, tuple(value.shape), "", 0, 4 * value.numel())
+
+    def _made(self, skeleton: nn.Module) -> Anatomy:
+        """The original's anatomy, with what its parts have laid open."""
+        before = self.original.anatomy
+        assert isinstance(before, DecoderAnatomy)
+        gates = {act.module for edge in before.edges() if (act := edge.may(Gated)) is not None}
+        row = replace(before.row, opened=bool(gates) and gates <= set(self.parts))
+        stored = {name: self.tied.get(name, name) for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+        return decoder_anatomy(row, self.config, {name: info.shape for name, info in self.infos.items()}, stored)
+
+    def _take_in(self, edge: Edge, move: Move) -> None:
+        if isinstance(move, Turned):
+            for fold in edge.folds:
+                norm, plus = fold.norm.tensors["weight"].name, float(fold.norm.context["plus"])
+                self.ones[norm] = 1.0 - plus
+                for reader in fold.readers:
+                    name = reader.site.tensors["weight"].name
+                    self.folds.setdefault(name, []).append(Folded(reader.stored_axis, norm, plus))
+        for name, edits in edits_of(edge, move).items():
+            self.edits.setdefault(name, []).extend(edits)
+        if (act := edge.may(Gated)) is not None:
+            assert isinstance(move, Stretched)
+            self._add(f"{act.module}.gate_scale", 1.0 / move.factors)
+        for name in (*self.edits, *self.folds, *self.ones):
+            self.infos[name] = self.infos[name]._replace(dtype=torch.float32)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return self._anatomy
+
+    @property
+    def placed(self) -> dict[str, Any]:
+        """The parts in words."""
+        return {path: part.describe() for path, part in sorted(self.parts.items())}
+
+    def exact(self) -> Aligned:
+        """The same with nothing rounded in its parts."""
+        return Aligned(self.original, {path: part.exact() for path, part in self.parts.items()}, self.moves)
+
+    def trace(self, example: Any, given: Mapping[str, Tensor] = NOTHING) -> None:
+        """Nothing to do: the architecture is known."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self.extra:
+            return self.extra[name][start:stop].clone()
+        if name in self.ones:
+            return torch.full(self.original.infos[name].shape, self.ones[name])[start:stop]
+        edits, folds = self.edits.get(name, []), self.folds.get(name, [])
+        if not edits and not folds:
+            return self.original.read_rows(name, start, stop)
+        # rows are mixed with rows that were not asked for
+        whole = any(edit.axis == 0 for edit in edits) or any(fold.axis == 0 for fold in folds)
+        value = (self.original.read(name) if whole else self.original.read_rows(name, start, stop)).double()
+        for fold in folds:
+            scale = self.original.read(fold.norm).double() + fold.plus
+            value = value * (scale if fold.axis else scale[:, None])
+        for edit in edits:
+            value = edited(value, edit)
+        return (value[start:stop] if whole else value).float()
+
+    def skeleton(self) -> nn.Module:
+        model = self.original.skeleton()
+        for path, part in self.parts.items():
+            stand(model, path, type(part).restore(part.describe()))
+        return model
+
+    def tokenizer(self) -> Any:
+        return self.original.tokenizer()
+
+    def companions(self) -> list[Path]:
+        return self.original.companions()
+
+    def hashes(self) -> dict[str, str]:
+        return self.original.hashes()
+
+
+def align(source: Source, inputs: Tensor, aligning: Aligning, method: Align, *, batch: int, work: Any, progress: Progress) -> Aligned:
+    """The model rewritten by a method: one walk over it with its parts in place for what the method wants to see, then one move for each
+    edge, journalled, then a comparison of both models' logits on the first inputs."""
+    if not isinstance(source.anatomy, DecoderAnatomy):
+        raise UserError(
+            f"{aligning.method} acts along edges, which are known of language models with a row of data only; leave `align` out"
+        )
+    parts: dict[str, Part] = {}
+    for edge in source.anatomy.edges():
+        if aligning.covers(edge.name):
+            parts.update(method.opens(edge))
+    opened = Aligned(source, parts, {})
+    edges = [edge for edge in opened.anatomy.edges() if aligning.covers(edge.name)]
+    value = work.done("align")
+    if value is None:
+        stats = _seen(opened.exact(), inputs, method, edges, batch, progress)
+        tensors: dict[str, Tensor] = {}
+        kinds: dict[str, str] = {}
+        notes: list[str] = []
+        for edge in edges:
+            change = method(edge, lambda site: _weight(source, site), stats)
+            notes += change.notes
+            for at, move in change.move:
+                kinds[at.name] = type(move).__name__
+                tensors[at.name] = move.matrix if isinstance(move, Turned) else move.factors  # type: ignore[attr-defined]
+        value = {"moves": kinds, "notes": notes}
+        work.finish("align", value, tensors)
+    held = work.tensors("align") if value["moves"] else {}
+    moves = {name: Turned(held[name]) if kind == "Turned" else Stretched(held[name]) for name, kind in value["moves"].items()}
+    aligned = Aligned(source, parts, moves)
+    if (judged := work.done("align/exact")) is None:
+        judged = {"difference": difference(source, aligned.exact(), inputs[:1])}
+        work.finish("align/exact", judged)
+    if not judged["difference"] <= EXACT:
+        raise BrokenPromise(
+            f"the model rewritten by {aligning.method} computes something else: its logits differ by {judged['difference']:.2e} of their "
+            f"norm (bound {EXACT:g})"
+        )
+    aligned.notes = (*aligned.notes, *value["notes"])
+    left = [edge.name for edge in edges if edge.name not in moves]
+    aligned.record = {"method": aligning.method, "moves": value["moves"], "left": left, "placed": aligned.placed, **judged}
+    return aligned
+
+
+def difference(source: Source, aligned: Aligned, inputs: Tensor) -> float:
+    """Norm of the difference between both models' logits over the norm."""
+    with torch.no_grad():
+        first, second = (next(finished_logits(opened, inputs, inputs.shape[0])) for opened in (source, aligned))
+    return float((second - first).norm() / first.norm().clamp(min=1e-12))
+
+
+def _weight(source: Source, site: Site) -> Tensor:
+    value = source.read(site.tensors["weight"].name).float()
+    return value.T if site.transposed else value
+
+
+def _seen(
+    source: Aligned, inputs: Tensor, method: Align, edges: list[Edge], batch: int, progress: Progress
+) -> dict[str, dict[Statistic, Tensor]]:
+    """What the method wants to see, from one walk; each site is seen once however many edges ask for it."""
+    wanted: dict[str, dict[Statistic, Site]] = {}
+    for edge in edges:
+        for site, statistic in method.looks(edge):
+            wanted.setdefault(site.name, {})[statistic] = site
+    if not wanted:
+        return {}
+    walk = Walk(source, inputs, batch=batch)
+    walk.begin()
+    stats: dict[str, dict[Statistic, Tensor]] = {}
+    for number, segment in enumerate(walk.layers):
+        progress("aligning", number, len(walk.layers), segment.name)
+        module = walk.take(segment)
+        here = {name: asked for name, asked in wanted.items() if name.startswith(f"{segment.name}.")}
+        observers, hooks = [], []
+        for statistic in dict.fromkeys(kind for asked in here.values() for kind in asked):
+            sites = [asked[statistic] for asked in here.values() if statistic in asked]
+            observers.append((Observer([Stage((site,)) for site in sites], (statistic,)), sites))
+            hooks += [hook for site in sites for hook in observers[-1][0].attach(site, walk.site_module(module, segment, site))]
+        walk.advance(module, segment)
+        for hook in hooks:
+            hook.remove()
+        for observer, sites in observers:
+            for site in sites:
+                stats.setdefault(site.name, {}).update(observer.finish(site))
+        release(module)
+    return stats

@@ -1,0 +1,121 @@
+"""Inputs rounded with the weights: each token's entries go to an integer grid of its own scale on their way into the product.
+
+Token-wise quantization of activations, Yao et al. 2022 (ZeroQuant), arXiv:2206.01861, section 4.1:
+y = W_q Q(x),  Q(x) = s round(x / s),  s = max_m |x_m| / (2^(b-1) - 1).  x (..., m), one s a token, found as it comes: no data is needed and
+nothing is stored. Weights are held by `hold`, a grid with one scale a row (group null) being the "per channel" of the papers: W8A8, W4A8.
+Only products round; a table that is looked up in does not. Sibling: quantize.round.rtn (weights alone)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Self
+
+from laconic.core.claim import Card, Paper
+from laconic.core.packed import Packed, Soft, Way, below, restore
+from laconic.core.site import Embedding, Linear, Site
+from laconic.core.transform import Change, Stats, Transform
+from laconic.kernels.grids import Grid
+from laconic.kernels.inputs import rounded
+
+CARD = Card(Paper("Yao et al.", 2022, "arXiv:2206.01861", "section 4.1"), catalogue="", sibling="quantize.round.rtn")
+
+
+class Fed(Packed):
+    """`inner`, whose products round their inputs to `bits`."""
+
+    form = "quantize.round.inputs.Fed"
+
+    def __init__(self, inner: Packed, bits: int) -> None:
+        super().__init__()
+        self.inner, self.bits, self.shape = inner, bits, inner.shape
+
+    @property
+    def feed(self) -> Callable[[Tensor], Tensor]:
+        return partial(rounded, bits=self.bits)
+
+    def dense(self) -> Tensor:
+        return self.inner.dense()
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        return self.inner.rows(index)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.inner.matmul(rounded(x, self.bits))
+
+    @property
+    def parts(self) -> int:
+        return self.inner.parts
+
+    def first(self, count: int) -> Fed:
+        return Fed(self.inner.first(count), self.bits)
+
+    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
+        soft = self.inner.soften(target, way)
+        return None if soft is None else SoftFed(soft, self.bits)
+
+    def describe(self) -> dict[str, Any]:
+        return {"form": self.form, "bits": self.bits, "inner": self.inner.describe()}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        return cls(restore(described["inner"], below(tensors, "inner")), described["bits"])
+
+
+class SoftFed(Soft):
+    """A Fed whose inner form is learned."""
+
+    def __init__(self, inner: Soft, bits: int) -> None:
+        super().__init__()
+        self.inner, self.bits, self.shape = inner, bits, inner.shape
+
+    def dense(self) -> Tensor:
+        return self.inner.dense()
+
+    def penalty(self, done: float) -> Tensor | None:
+        return self.inner.penalty(done)
+
+    def harden(self) -> Fed:
+        return Fed(self.inner.harden(), self.bits)
+
+
+@dataclass(frozen=True)
+class WeightAndInputs:
+    """Level: the grid of the weights, and the bits of what they are multiplied with."""
+
+    weight: Grid
+    inputs: int = 8
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.inputs <= 8:
+            raise ValueError(f"inputs={self.inputs}: inputs have 2 to 8 bits")
+
+
+@dataclass(frozen=True)
+class Inputs(Transform):
+    """hold: how the weights are held."""
+
+    hold: Transform
+
+    acts_on = (Linear, Embedding)
+    level = WeightAndInputs
+
+    @property
+    def wants(self) -> tuple:  # type: ignore[override, type-arg]
+        """What the weights' method wants."""
+        return self.hold.wants
+
+    def __call__(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, level: WeightAndInputs) -> Change:
+        return next(self.several(site, weights, stats, [level]))
+
+    def several(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, levels: Sequence[WeightAndInputs]) -> Iterator[Change]:
+        """The weights' method at all levels together."""
+        for level, change in zip(levels, self.hold.several(site, weights, stats, [level.weight for level in levels]), strict=True):
+            yield Change(hold={tensor: Fed(form, level.inputs) for tensor, form in change.hold.items()}, notes=change.notes)
+
+    def stored(self, site: Site, level: WeightAndInputs) -> int:
+        return self.hold.stored(site, level.weight)
