@@ -310,7 +310,7 @@ def load(
     budget: Budget | Sequence[str] | str | None = None,
 ) -> nn.Module:
     """A result or an original as a torch.nn.Module in eval mode. thaw: dense copies in `dtype`, faster and as large as the original.
-    budget: an elastic result (recipe bitstack) cut to it; only the bytes of what fits are read."""
+    budget: an elastic result (recipe bitstack, matformer) cut to it; only the bytes of what fits are read."""
     limit = _limit(path, budget)
     if isinstance(path, (str, Path)) and path and is_artifact(path):
         return artifact.load(path, dtype=dtype, thaw=thaw, limit=limit)
@@ -324,7 +324,7 @@ def _limit(path: Model, budget: Budget | Sequence[str] | str | None) -> int | No
     if not (isinstance(path, (str, Path)) and path and is_artifact(path)):
         raise UserError(f"{path or 'the embedded model'} is an original, which has one size: leave the budget out, or compress it first")
     if (index := artifact.elastic(path)) is None:
-        raise UserError(f"{path} has one size and cannot be cut: leave the budget out, or compress again with --recipe bitstack")
+        raise UserError(artifact.ONE_SIZE.format(path))
     return parse_budget(words, index).bytes
 
 

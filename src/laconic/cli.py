@@ -195,7 +195,7 @@ BudgetOption = Annotated[
 ]
 CutOption = Annotated[
     list[str] | None,
-    typer.Option("--budget", "-b", help="Cut an elastic result (recipe bitstack) to size=2MB, bits=3 ...", show_default=False),
+    typer.Option("--budget", "-b", help="Cut an elastic result (recipe bitstack, matformer) to size=2MB, bits=3 ...", show_default=False),
 ]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="auto (default), another of the README's, or a YAML file.", show_default=False)
