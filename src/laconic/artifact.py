@@ -390,6 +390,8 @@ def _manifest(path: Path) -> tuple[str | None, dict[str, Any], dict[str, Shape],
         raise UserError(f"{path} was not written by laconic: give a folder that laconic compress wrote")
     if (path / "laconic.json").is_file():
         found = _json(path / "laconic.json")
+        if "vectors" in found:
+            raise UserError(f"{path} holds vectors and no model: laconic.load opens it, and laconic measure says what they are worth")
         factory = found.get("factory")
         if not isinstance(factory, str):
             raise UserError(f"{path}/laconic.json does not name the model's factory: take an undamaged copy of it")

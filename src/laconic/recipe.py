@@ -89,6 +89,16 @@ class Nesting(BaseModel):
         return re.fullmatch(self.where, name) is not None
 
 
+class Vectors(BaseModel):
+    """What is learned of a file of vectors. sizes: how many numbers each nested embedding has; none: halves of the whole down to 8. k: of
+    how many nearest neighbours recall is the share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    lesson: str
+    sizes: tuple[int, ...] = ()
+    k: int = Field(default=10, ge=1)
+
+
 class Recipe(BaseModel):
     """cut: what is removed first; with `nest` only where the model is over the budget. search: how rows are bought. keep: regex of sites
     that stay as they are. price_rows: rows of the calibration text used for pricing. judge: measure the solved plan against the best
@@ -96,7 +106,7 @@ class Recipe(BaseModel):
     is better at the output. order: how the parts of what is held follow one another in a result that loads at any size up to its own,
     found on `order_rows` rows of the search data. nest: channels held in nested slices, which `tune` then learns together and `order`
     puts in sequence. decode: how the result is decoded; what that needs beside the model is learned last and counted in the budget.
-    Without choices and cut all weights stay, and no budget is needed."""
+    Without choices and cut all weights stay, and no budget is needed. vectors: for a file of vectors in place of a model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -104,6 +114,7 @@ class Recipe(BaseModel):
     search: str = "search.allocate.knapsack"
     cut: Cutting | None = None
     nest: Nesting | None = None
+    vectors: Vectors | None = None
     choices: tuple[Choice, ...] = ()
     keep: str = "(?!)"
     price_rows: int = Field(default=32, ge=1)
@@ -121,6 +132,8 @@ class Recipe(BaseModel):
             del found["cut"]
         if self.nest is None:
             del found["nest"]
+        if self.vectors is None:
+            del found["vectors"]
         return found
 
     def hash(self) -> str:
@@ -166,6 +179,12 @@ def _first(error: ValidationError) -> str:
 
 def check(recipe: Recipe) -> None:
     """Builds every method and level once, so that a mistake is found before work starts."""
+    if recipe.vectors is not None:
+        if not isinstance(build(recipe.vectors.lesson), Lesson):
+            raise UserError(f"recipe {recipe.name}: {recipe.vectors.lesson} is no lesson; try nest.vector.mrl")
+        if recipe.choices or any((recipe.cut, recipe.nest, recipe.tune, recipe.order, recipe.decode)):
+            raise UserError(f"recipe {recipe.name} is for vectors (`vectors`) and says something of models beside; keep one")
+        return
     if not recipe.choices and recipe.decode is None and recipe.cut is None and recipe.nest is None:
         raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, a `cut`, `nest` or `decode`")
     if recipe.cut is not None:

@@ -49,6 +49,7 @@ LAYERS = [
         "selection",
     ),
     ("job",),
+    ("vectors",),
     ("page", "serve"),
     ("catalogue",),
     ("api", "claims"),
