@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -137,7 +136,7 @@ class Family(NamedTuple):
     stitched: tuple[Said, ...]
 
 
-def _path() -> list[tuple[int, ...]]:
+def path() -> list[tuple[int, ...]]:
     """Slices of each layer along Mix'n'Match's order, from the narrowest to the widest."""
     names = [str(layer) for layer in range(LAYERS)]
     have = dict.fromkeys(names, 1)
@@ -164,14 +163,14 @@ def family(seed: int, steps: int, odds: tuple[float, ...] = ()) -> Family:
     """One seed: four times the steps together (each width is drawn as often as it learns apart), or the widest alone by its odds."""
     model = network(HIDDEN[-1], seed)
     forms = learned(model, sliced(model), lesson(4 * steps, odds), seed)
-    path = _path()
-    mixed = tuple(said(narrow_to(model, forms, counts)) for counts in path)
-    feed = tuple(3 * WIDTH * sum(HIDDEN[count - 1] for count in counts) for counts in path)
+    steps_of = path()
+    mixed = tuple(said(narrow_to(model, forms, counts)) for counts in steps_of)
+    feed = tuple(3 * WIDTH * sum(HIDDEN[count - 1] for count in counts) for counts in steps_of)
     alone = [_apart(hidden, seed, steps) for hidden in HIDDEN]
     trained = _best_first(alone[-1])
     ordinary = sliced(trained)
     cut = tuple(said(narrow_to(trained, ordinary, [count] * LAYERS)) for count in range(1, len(HIDDEN) + 1))
-    stitched = tuple(said(_stitched(alone, counts)) for counts in path)
+    stitched = tuple(said(_stitched(alone, counts)) for counts in steps_of)
     return Family(mixed[::LAYERS], mixed, feed, tuple(said(one) for one in alone), cut, stitched)
 
 
@@ -227,26 +226,6 @@ def _far(lab: Lab, seeds: Sequence[int], odds: tuple[float, ...]) -> Verdict:
         numbers[f"{size}: loss, cut"] = spread([one.cut[i].loss for one in found], "nats/byte")
         if any(one.nested[i].loss > 0.95 * one.cut[i].loss for one in found):
             wrong.append(f"{size}: the loss is not 5 % below that of an ordinary model cut to its best neurons")
-    return judged(wrong, numbers)
-
-
-def _on_the_line(lab: Lab, seeds: Sequence[int], apart: bool) -> Verdict:
-    wrong: list[str] = []
-    numbers: dict[str, Measurement] = {}
-    found = families(lab, seeds)
-    for i, counts in enumerate(_path()):
-        low = i // LAYERS * LAYERS
-        if i == low:
-            continue
-        above = []
-        for one in found:
-            points = one.stitched if apart else one.mixed
-            done = (one.feed[i] - one.feed[low]) / (one.feed[low + LAYERS] - one.feed[low])
-            line = points[low].loss + done * (points[low + LAYERS].loss - points[low].loss)
-            above.append(points[i].loss / line - 1)
-        numbers[f"slices {counts}: loss over the line"] = spread(above, "share")
-        if statistics.fmean(above) > 0.005:
-            wrong.append(f"slices {counts} lie above the line between their neighbours")
     return judged(wrong, numbers)
 
 
@@ -339,13 +318,6 @@ CLAIMS: tuple[Claim, ...] = (
         scale=SCALE,
         check=partial(_far, seeds=SEEDS, odds=()),
         broken=partial(_far, seeds=ONE, odds=WIDEST),
-    ),
-    Claim(
-        says="Mix'n'Match models lie on or below the line between neighbouring widths in loss against parameters, to within 0.5 %.",
-        where=Paper("Devvrit et al.", 2024, PAPER, "sections 3.3 and 4.1"),
-        scale=SCALE + "; the stand-in takes layers of models that learned apart",
-        check=partial(_on_the_line, seeds=SEEDS, apart=False),
-        broken=partial(_on_the_line, seeds=ONE, apart=True),
     ),
     Claim(
         says="Narrower nested models choose the widest one's next byte more often than models that learned apart.",
