@@ -22,10 +22,10 @@ from laconic.tuning import tune
 from laconic.vectors import rotation
 
 # numbers of the embedding, and its nested sizes
-WIDTH, HIDDEN, CLASSES = 128, 256, 10
-SIZES = (4, 8, 16, 32, 64, 128)
+WIDTH, HIDDEN, CLASSES = 64, 256, 10
+SIZES = (4, 8, 16, 32, 64)
 # up to an eighth of the embedding
-SHORT = (4, 8, 16)
+SHORT = (4, 8)
 BATCH = 128
 
 
@@ -77,7 +77,7 @@ def encoder(folder: Path, sizes: Sequence[int], seed: int, steps: int, shared: b
     torch.manual_seed(1000 * seed + width)
     body = nn.Sequential(nn.Linear(784, HIDDEN), nn.ReLU())
     cuts = [b - a for a, b in zip((0, *sizes[:-1]), sizes, strict=True)]
-    lesson = MRL(objective=Right(), rates=(("weight", 1e-3), ("bias", 1e-3)), steps=steps, batch=BATCH)
+    lesson = MRL(objective=Right(), rates=(("weight", 3e-3), ("bias", 3e-3)), steps=steps, batch=BATCH)
 
     def soft(value: Tensor, axis: int) -> Soft:
         form: Packed = Joined.of(value, cuts, axis) if len(cuts) > 1 else Dense(value)
@@ -162,7 +162,7 @@ def _alone(folder: Path, size: int, seed: int, steps: int) -> Learned:
 def _found(lab: Lab, seeds: Sequence[int], shared: bool, nested: bool) -> list[Scores] | None:
     if lab.data is None or not (Path(lab.data) / "mnist" / "mnist.npz").is_file():
         return None
-    return [scores(Path(lab.data), seed, 300 if lab.quick else 1500, shared, nested) for seed in seeds]
+    return [scores(Path(lab.data), seed, 500 if lab.quick else 2000, shared, nested) for seed in seeds]
 
 
 ABSENT = Verdict("cannot be checked here", {}, "the real data (mnist) is not here; name its folder with --lab")
@@ -183,18 +183,21 @@ def _as_good(lab: Lab, seeds: Sequence[int], shared: bool, nested: bool) -> Verd
     return judged(wrong, numbers)
 
 
-def _better(lab: Lab, seeds: Sequence[int], shared: bool, nested: bool) -> Verdict:
-    if (found := _found(lab, seeds, shared, nested)) is None:
+# what an ordinary net of all numbers is cut to
+RIVALS = {"cut": "the first numbers of an ordinary net", "turned": "PCA of an ordinary net"}
+
+
+def _better(lab: Lab, seeds: Sequence[int], nested: bool, rival: str) -> Verdict:
+    if (found := _found(lab, seeds, False, nested)) is None:
         return ABSENT
     wrong: list[str] = []
     numbers: dict[str, Measurement] = {}
     for size in SHORT:
         numbers[f"{size} numbers: nearest neighbour, nested"] = spread([one.neighbour[size] for one in found], "share")
-        for name, kind in (("first numbers of an ordinary net", "cut"), ("PCA of an ordinary net", "turned")):
-            theirs = [getattr(one, kind)[size] for one in found]
-            numbers[f"{size} numbers: nearest neighbour, {name}"] = spread(theirs, "share")
-            if any(one.neighbour[size] < other + 0.01 for one, other in zip(found, theirs, strict=True)):
-                wrong.append(f"{size} numbers: the nearest neighbour is not a point above {name}")
+        theirs = [getattr(one, rival)[size] for one in found]
+        numbers[f"{size} numbers: nearest neighbour, {RIVALS[rival]}"] = spread(theirs, "share")
+        if any(one.neighbour[size] < other + 0.01 for one, other in zip(found, theirs, strict=True)):
+            wrong.append(f"{size} numbers: the nearest neighbour is not a point above {RIVALS[rival]}")
     return judged(wrong, numbers)
 
 
@@ -221,7 +224,7 @@ def _paper(section: str) -> Paper:
 
 
 SCALE = (
-    f"MNIST, 10,000 images, a net of {HIDDEN} hidden units and {WIDTH} numbers, nested {SIZES}, 300 steps of {BATCH} (full: 1,500), 3 seeds"
+    f"MNIST, 10,000 images, a net of {HIDDEN} hidden units and {WIDTH} numbers, nested {SIZES}, 500 steps of {BATCH} (full: 2,000), 3 seeds"
 )
 
 CLAIMS: tuple[Claim, ...] = (
@@ -240,11 +243,18 @@ CLAIMS: tuple[Claim, ...] = (
         broken=partial(_as_good, seeds=ONE, shared=True, nested=False),
     ),
     Claim(
-        says="Up to an eighth of the numbers, the nearest neighbour is right a point more often than by PCA or cutting of an ordinary net.",
+        says="Up to an eighth of the numbers, the nearest neighbour is right a point more often than by an ordinary net's first numbers.",
         where=_paper("section 4.1, figures 2 and 3"),
         scale=SCALE,
-        check=partial(_better, seeds=SEEDS, shared=False, nested=True),
-        broken=partial(_better, seeds=ONE, shared=False, nested=False),
+        check=partial(_better, seeds=SEEDS, nested=True, rival="cut"),
+        broken=partial(_better, seeds=ONE, nested=False, rival="cut"),
+    ),
+    Claim(
+        says="Up to an eighth of the numbers, the nearest neighbour is right a point more often than after PCA of an ordinary net.",
+        where=_paper("section 4.1, figures 2 and 3"),
+        scale=SCALE,
+        check=partial(_better, seeds=SEEDS, nested=True, rival="turned"),
+        broken=partial(_better, seeds=ONE, nested=False, rival="turned"),
     ),
     Claim(
         says="A cascade over the sizes has the accuracy of all numbers, to half a point, with a quarter of them on average or fewer.",
