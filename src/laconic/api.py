@@ -756,6 +756,8 @@ def report(
     from laconic.page import render
 
     folder = Path(out)
+    if vectors.is_result(folder):
+        raise UserError(f"{folder} holds vectors, and there is no page for them yet; `laconic measure {folder}` says what they are worth")
     certificate = _certificate(folder)
     named = _original(folder, against)
     generations: list[dict[str, Any]] = []
@@ -893,6 +895,10 @@ def _verify_folder(folder: Path, progress: Progress, log: Log) -> dict[str, Any]
     progress("checking", 0, 3, "files")
     artifact.verify_hashes(folder)
     progress("checking", 1, 3, "the original and the data")
+    if vectors.is_result(folder):
+        found = vectors.measure(folder, None, ())
+        progress("checking", 3, 3, "recall of the certificate's queries")
+        return _compared(folder, certificate, found)
     source = _source(_spec(certificate["model"].get("spec")))
     if source.hashes() != certificate["model"].get("hashes"):
         name = source.spec or "(embedded)"
@@ -907,6 +913,11 @@ def _verify_folder(folder: Path, progress: Progress, log: Log) -> dict[str, Any]
         source, artifact.stream(folder), split.certify, metric=split.metric, batch=batch_of(source), seed=int(certificate["seed"])
     )
     progress("checking", 3, 3, "quality on the certify data")
+    return _compared(folder, certificate, found)
+
+
+def _compared(folder: Path, certificate: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a certificate says beside what was measured now."""
     differences = []
     for key, before in certificate["quality"].items():
         now = found.get(key)

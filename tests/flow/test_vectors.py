@@ -63,6 +63,10 @@ def test_the_floor_is_kept_with_fewer_numbers(given: Path, made: Path) -> None:
         shares.append(len({*wanted.tolist()} & {*got.tolist()}) / 10)
     assert sum(shares) / len(shares) == pytest.approx(quality["recall"], abs=0.01)
     assert laconic.measure(made)["recall"] == pytest.approx(quality["recall"], abs=1e-6)
+    again = laconic.verify(made)
+    assert again["ok"] and "recall" in again["compared"]
+    with pytest.raises(UserError, match="no page for them yet"):
+        laconic.report(made)
 
 
 def test_new_vectors_are_shortened_and_searched(made: Path) -> None:
