@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from laconic import artifact, catalogue, job, measurement
+from laconic import artifact, catalogue, job, measurement, vectors
 from laconic.budget import parse_budget
 from laconic.core.claim import Claim, Lab, Measurement, Verdict
 from laconic.core.decoder import Decoder, Draw
@@ -195,6 +195,8 @@ def _open_job(
             length = plan["data"].get("length")
         seed = int(plan["seed"]) if seed is None else seed
     chosen = _recipe("auto" if recipe is None else recipe)
+    if chosen.vectors is not None:
+        raise UserError(f"recipe {chosen.name} is for a file of vectors (.npy, .npz, .safetensors); name one, or take another recipe")
     source = _source(model)
     # a wrong budget is found before any data is read
     job.parse_budget(words, source, needed=bool(chosen.choices))
@@ -280,6 +282,8 @@ def compress(
     Killed at any moment, the same call goes on where it stood. Raises UserError (nothing half-written) or BrokenPromise."""
     given = None if plan is None else _plan(plan)
     target = Path(out)
+    if vectors.is_file(model):
+        return _shorten(model, data, _words(budget), given, recipe, target, seed, overwrite, progress, log)
     # the cheap refusal comes before the data is read
     if (target.exists() or target.is_symlink()) and not overwrite:
         raise UserError(f"the output {target} exists; choose another with -o, or replace it with --overwrite")
@@ -302,6 +306,28 @@ def compress(
     return Result(target, {key: value for key, value in made.items() if key != "measurements"}, made["measurements"])
 
 
+def _shorten(
+    path: Any, data: str | Path | None, words: list[str], plan: Any, recipe: str | Path | Recipe | None, out: Path, seed: int | None,
+    overwrite: bool, progress: Progress, log: Log,
+) -> Result:  # fmt: skip
+    """The job for a file of vectors."""
+    chosen = _recipe("mrl" if recipe is None else recipe)
+    if chosen.vectors is None:
+        raise UserError(f"{path} is a file of vectors, and recipe {chosen.name} is for models; take --recipe mrl")
+    if data is not None or plan is not None:
+        raise UserError(f"{path} is a file of vectors: it is split by itself and has no plan; leave --data and --plan out")
+    if not words:
+        raise UserError("no budget given; add --budget recall=0.95 (or size=10%, or dims=64)")
+    if (out.exists() or out.is_symlink()) and not overwrite:
+        raise UserError(f"the output {out} exists; choose another with -o, or replace it with --overwrite")
+    named = chosen.name if isinstance(recipe, Recipe) or recipe is None else recipe
+    replay = command(path, out, words, named, None, None, seed or 0, None)
+    made = vectors.compress(
+        path, budget=words, recipe=chosen, out=out, seed=seed or 0, overwrite=overwrite, progress=progress, log=log, command=replay
+    )
+    return Result(out, {key: value for key, value in made.items() if key != "measurements"}, made["measurements"])
+
+
 def load(
     path: Model = None,
     *,
@@ -310,7 +336,10 @@ def load(
     budget: Budget | Sequence[str] | str | None = None,
 ) -> nn.Module:
     """A result or an original as a torch.nn.Module in eval mode. thaw: dense copies in `dtype`, faster and as large as the original.
-    budget: an elastic result (recipe bitstack) cut to it; only the bytes of what fits are read."""
+    budget: an elastic result (recipe bitstack, matformer) cut to it; only the bytes of what fits are read. Of a
+    result of vectors, `recall=0.9`, `dims=64` or `size=10%`; it computes short vectors and searches them."""
+    if isinstance(path, (str, Path)) and vectors.is_result(path):
+        return vectors.load(path, _words(budget))
     limit = _limit(path, budget)
     if isinstance(path, (str, Path)) and path and is_artifact(path):
         return artifact.load(path, dtype=dtype, thaw=thaw, limit=limit)
@@ -324,7 +353,7 @@ def _limit(path: Model, budget: Budget | Sequence[str] | str | None) -> int | No
     if not (isinstance(path, (str, Path)) and path and is_artifact(path)):
         raise UserError(f"{path or 'the embedded model'} is an original, which has one size: leave the budget out, or compress it first")
     if (index := artifact.elastic(path)) is None:
-        raise UserError(f"{path} has one size and cannot be cut: leave the budget out, or compress again with --recipe bitstack")
+        raise UserError(artifact.ONE_SIZE.format(path))
     return parse_budget(words, index).bytes
 
 
@@ -398,6 +427,8 @@ def measure(
     """Quality, bytes, speed and memory of a result (or any model) against its original, on the certify part of the data; flat keys, with
     unit, count and spread under `details`. against: default is the original that the certificate names; data: that of the certificate;
     budget: an elastic result cut to it."""
+    if vectors.is_result(path):
+        return vectors.measure(path, against, _words(budget))  # type: ignore[arg-type]
     limit = _limit(path, budget)
     named = _original(path, against)
     source = _source(named)
@@ -725,6 +756,8 @@ def report(
     from laconic.page import render
 
     folder = Path(out)
+    if vectors.is_result(folder):
+        raise UserError(f"{folder} holds vectors, and there is no page for them yet; `laconic measure {folder}` says what they are worth")
     certificate = _certificate(folder)
     named = _original(folder, against)
     generations: list[dict[str, Any]] = []
@@ -862,6 +895,10 @@ def _verify_folder(folder: Path, progress: Progress, log: Log) -> dict[str, Any]
     progress("checking", 0, 3, "files")
     artifact.verify_hashes(folder)
     progress("checking", 1, 3, "the original and the data")
+    if vectors.is_result(folder):
+        found = vectors.measure(folder, None, ())
+        progress("checking", 3, 3, "recall of the certificate's queries")
+        return _compared(folder, certificate, found)
     source = _source(_spec(certificate["model"].get("spec")))
     if source.hashes() != certificate["model"].get("hashes"):
         name = source.spec or "(embedded)"
@@ -876,6 +913,11 @@ def _verify_folder(folder: Path, progress: Progress, log: Log) -> dict[str, Any]
         source, artifact.stream(folder), split.certify, metric=split.metric, batch=batch_of(source), seed=int(certificate["seed"])
     )
     progress("checking", 3, 3, "quality on the certify data")
+    return _compared(folder, certificate, found)
+
+
+def _compared(folder: Path, certificate: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a certificate says beside what was measured now."""
     differences = []
     for key, before in certificate["quality"].items():
         now = found.get(key)

@@ -5,7 +5,8 @@ factory has laconic.json with `factory`, `format` and `forms` instead. The tenso
 other tensor keeps its name. `shapes` names tensors that are smaller than the config or the factory says, since channels were cut.
 
 A folder with elastic.json loads at any size up to its own (`limit`, in bytes): forms are cut to their first parts, the bytes of the others
-are not read. `slices` lists, in the order of the files, the tensor that gets its next part, and the bytes of the model up to there."""
+are not read. `slices` lists, in the order of the files, the tensor that gets its next part, and the bytes of the model up to there;
+`together` the tensors that get theirs with it. Of slices of channels the first ones are a narrower model."""
 
 from __future__ import annotations
 
@@ -50,6 +51,7 @@ from laconic.narrow import Shape, narrow
 FORMAT = 1
 # parts that stand beside the model, in a file of their own, so that readers who do not know them have a whole model
 PLACED = "placed.safetensors"
+ONE_SIZE = "{} has one size and cannot be cut: leave the budget out, or compress again with --recipe bitstack or matformer"
 # layers whose arithmetic Held knows; a form of any other module's weight is read as a dense tensor
 HOLDABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # classes of transformers that Held knows: a linear whose weight is stored as (m, n), tables that scale their rows
@@ -121,11 +123,13 @@ def stand(module: nn.Module, path: str, part: Part) -> None:
 
 
 class Elastic(NamedTuple):
-    """elastic.json: bytes of the least model; (tensor, bytes of the model with it) for each slice, in order; parameters of the model."""
+    """elastic.json: bytes of the least model; (tensor, bytes of the model with it) for each slice, in order; parameters of the model; all
+    that get their slices together with a tensor, where it is not alone."""
 
     parameters: int
     least: int
     slices: tuple[tuple[str, int], ...]
+    together: Mapping[str, tuple[str, ...]] = {}
 
     def counts(self, limit: int) -> dict[str, int]:
         """How many parts of each tensor fit `limit` bytes: the longest prefix. UserError where not even the first parts do."""
@@ -139,7 +143,7 @@ class Elastic(NamedTuple):
             if size > limit:
                 break
             found[name] += 1
-        return found
+        return {member: count for name, count in found.items() for member in self.together.get(name, (name,))}
 
 
 def elastic(path: str | Path) -> Elastic | None:
@@ -152,8 +156,9 @@ def elastic(path: str | Path) -> Elastic | None:
         if found["format"] != FORMAT:
             raise UserError(f"{file} has format {found['format']}, this version of laconic reads format {FORMAT}: update laconic")
         slices = tuple((str(one["tensor"]), int(one["bytes"])) for one in found["slices"])
-        return Elastic(int(found["parameters"]), int(found["least"]), slices)
-    except (KeyError, TypeError, ValueError) as error:
+        together = {name: tuple(map(str, members)) for name, members in found.get("together", {}).items()}
+        return Elastic(int(found["parameters"]), int(found["least"]), slices, together)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}: {_short(error)}): take an undamaged copy of it") from error
 
 
@@ -207,7 +212,7 @@ class Artifact(Source):
         assert self.path is not None
         index = elastic(self.path)
         if index is None:
-            raise UserError(f"{self.path} has one size and cannot be cut: leave the budget out, or compress again with --recipe bitstack")
+            raise UserError(ONE_SIZE.format(self.path))
         counts = index.counts(limit)
         if missing := counts.keys() - self.forms.keys():
             raise UserError(f"{self.path}/elastic.json names {min(missing)}, which has no form here: take an undamaged copy of the folder")
@@ -217,6 +222,8 @@ class Artifact(Source):
             for key in whole[name].tensors().keys() - first.tensors().keys():
                 del self.stored[f"{name}.{key}"]
             self.forms[name] = first.describe()
+            if first.shape != whole[name].shape:
+                self.shapes[name] = first.shape
 
     def _build(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -325,7 +332,8 @@ class Artifact(Source):
         forms = blank(self.forms, self.stored, self.path)
         for path, layer in list(bare.named_modules(remove_duplicate=False)):
             form = forms.get(self._names.get(f"{path}.weight", ""))
-            if form is not None and holdable(layer):
+            # what is held as it is is nothing but the tensor: the layer stays what it was
+            if form is not None and not form.as_is and holdable(layer):
                 put(bare, path, Held(form, layer, layer.bias if isinstance(getattr(layer, "bias", None), Tensor) else None))
         for name, part in parts(self.placed, self.path).items():
             stand(bare, name, part)
@@ -388,6 +396,8 @@ def _manifest(path: Path) -> tuple[str | None, dict[str, Any], dict[str, Shape],
         raise UserError(f"{path} was not written by laconic: give a folder that laconic compress wrote")
     if (path / "laconic.json").is_file():
         found = _json(path / "laconic.json")
+        if "vectors" in found:
+            raise UserError(f"{path} holds vectors and no model: laconic.load opens it, and laconic measure says what they are worth")
         factory = found.get("factory")
         if not isinstance(factory, str):
             raise UserError(f"{path}/laconic.json does not name the model's factory: take an undamaged copy of it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from laconic.core.errors import UserError, nearest
 from laconic.core.menu import Budget
@@ -37,6 +37,8 @@ def bytes_of(word: str, parameters: int) -> int:
     if match is None:
         raise UserError(f"budget {word!r} is not understood; write size=25%, size=120MB or bits=4.25")
     name, _, text = match.groups()
+    if name in ("recall", "dims"):
+        raise UserError(f"budget word {name!r} is for a file of vectors; for a model write size=25%, size=120MB or bits=4.25")
     if name in LATER:
         raise UserError(f"budget word {name!r}: not yet; today's words are size= and bits=")
     if name not in NOW:
@@ -76,6 +78,40 @@ def parse_budget(words: Sequence[str], source: Counted, *, needed: bool = True) 
             raise UserError(f"budgets {seen[name]!r} and {word!r} contradict each other; keep one")
         seen[name] = word
     return Budget(bytes=min(bytes_of(word, source.parameters) for word in words))
+
+
+class Floor(NamedTuple):
+    """What vectors must keep, and what they may take: share of nearest neighbours found again, bytes, numbers of each."""
+
+    recall: float | None = None
+    bytes: int | None = None
+    dims: int | None = None
+
+
+def vector_budget(words: Sequence[str], whole: int) -> Floor:
+    """The words for a file of vectors whose numbers take `whole` bytes: recall=0.95 (a floor), size=10%, dims=64; several all hold."""
+    names = ("recall", "size", "dims")
+    found: dict[str, float] = {}
+    for word in words:
+        match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|=)\s*(\S+)\s*", word)
+        name, sign = (match.group(1), match.group(2)) if match else (word, "=")
+        if match is None or name not in names or sign == ("<=" if name == "recall" else ">="):
+            raise UserError(f"budget {word!r} is not understood{nearest(name, names)}; write recall=0.95, size=10% or dims=64")
+        text = match.group(3)
+        if name == "recall":
+            value = _number(word, text)
+            if value > 1:
+                raise UserError(f"budget {word!r}: recall is a share of neighbours, at most 1; write recall=0.95")
+        elif name == "dims":
+            if not re.fullmatch(r"[1-9]\d*", text):
+                raise UserError(f"budget {word!r}: {text!r} is no count of numbers; write a whole one above zero")
+            value = int(text)
+        else:
+            value = _sized(word, text, whole)
+        if found.setdefault(name, value) != value:
+            raise UserError(f"budget {word!r} contradicts another {name}=; keep one")
+    size, dims = found.get("size"), found.get("dims")
+    return Floor(found.get("recall"), None if size is None else int(size), None if dims is None else int(dims))
 
 
 def pool_budget(words: Sequence[str], whole: int) -> Budget:

@@ -195,7 +195,7 @@ BudgetOption = Annotated[
 ]
 CutOption = Annotated[
     list[str] | None,
-    typer.Option("--budget", "-b", help="Cut an elastic result (recipe bitstack) to size=2MB, bits=3 ...", show_default=False),
+    typer.Option("--budget", "-b", help="Cut an elastic result (recipe bitstack, matformer) to size=2MB, bits=3 ...", show_default=False),
 ]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="auto (default), another of the README's, or a YAML file.", show_default=False)
@@ -292,6 +292,10 @@ def compress(
     if as_json:
         _print_json({"out": str(made.path), "certificate": made.certificate, "measurements": made.measurements})
         return
+    if "dims" in made.certificate:
+        _show(vectors_table(out, made.certificate))
+        _next(f"laconic measure {out} --json")
+        return
     _show(result_table(out, made.certificate, made.measurements))
     run = f"laconic generate {out} --prompt ..." if "perplexity" in made.certificate["quality"] else f"laconic verify {out}"
     _next(f"laconic report {out}", run, f"laconic measure {out} --json")
@@ -337,6 +341,19 @@ def select(
     table.add_row("KL of the sample to it, nats/feature", f"{found['kl_pool']:.3f}", f"{found['kl_chosen']:.3f}")
     _show(table)
     _next(f"laconic compress MODEL --data {out} --budget size=25% -o out")
+
+
+def vectors_table(out: str, certificate: Mapping[str, Any]) -> Table:
+    """What became of a file of vectors."""
+    quality, model = certificate["quality"], certificate["model"]
+    table = _table(f"{out}: {model['spec']}, {' '.join(certificate['budget']['words'])}", "", "before", "after")
+    table.add_row("numbers of each vector", f"{model['width']:,}", f"{certificate['dims']:,}")
+    table.add_row("stored bytes (16 bits a number)", _bytes(certificate["bytes_original"]), _bytes(certificate["bytes"]))
+    low, high = quality["recall_low"], quality["recall_high"]
+    table.add_row(f"recall at {quality['k']}, held-out queries", "1", f"{quality['recall']:.4f} (95 %: {low:.4f} to {high:.4f})")
+    for one in quality["sizes"][:-1]:
+        table.add_row(f"cut to {one['dims']} when it is loaded", "", f"{one['recall']:.4f}, {_bytes(one['bytes'])}")
+    return table
 
 
 def result_table(out: str, certificate: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,13 @@ class Weighed(NamedTuple):
     left: Mapping[str, str]
 
 
+class Covering(Protocol):
+    """What a recipe says of the groups that it means."""
+
+    def covers(self, name: str) -> bool:
+        """Whether it means a group, by its name."""
+
+
 # canonical indices that go, by the name of the group
 Gone = Mapping[str, Sequence[int]]
 
@@ -69,7 +76,7 @@ def _name(group: Group) -> str:
     return writers[0] if writers else f"{group.members[0].site.name} (its inputs)"
 
 
-def groups_of(source: Source, cutting: Cutting) -> tuple[list[Offered], dict[str, str]]:
+def groups_of(source: Source, cutting: Covering) -> tuple[list[Offered], dict[str, str]]:
     """The groups that lie in one segment and that the recipe allows, and why each other one is left."""
     found: list[Offered] = []
     left: dict[str, str] = {}
@@ -94,7 +101,7 @@ def groups_of(source: Source, cutting: Cutting) -> tuple[list[Offered], dict[str
     return found, left
 
 
-def _why_not(group: Group, lies: set[str], cutting: Cutting, name: str) -> str | None:
+def _why_not(group: Group, lies: set[str], cutting: Covering, name: str) -> str | None:
     if group.fixed:
         return "the model's own inputs or outputs"
     if group.width < 2:
@@ -182,12 +189,14 @@ def drawn(source: Source, inputs: Tensor, cutting: Cutting, seed: int) -> Tensor
     return torch.randint(table.shape[0], inputs.shape, generator=generator)
 
 
-def weigh(source: Source, inputs: Tensor, cutting: Cutting, method: Cut, *, batch: int, work: Any, progress: Progress) -> Weighed:
-    """What each channel of each group is worth, from one walk of the original. A group whose removal does not give what masking it gives
-    (its module's forward fixes the width, or a norm averages over it) is left, by name."""
+def weigh(
+    source: Source, inputs: Tensor, cutting: Covering, method: Cut, *, batch: int, work: Any, progress: Progress, key: str = "cut/worth"
+) -> Weighed:
+    """What each channel of each group is worth, from one walk of the original; journalled under `key`. A group whose removal does not
+    give what masking it gives (its module's forward fixes the width, or a norm averages over it) is left, by name."""
     offered, left = groups_of(source, cutting)
-    if (value := work.done("cut/worth")) is not None:
-        worth = work.tensors("cut/worth")
+    if (value := work.done(key)) is not None:
+        worth = work.tensors(key)
         return Weighed(tuple(o for o in offered if o.name in worth), worth, value["left"])
     walk = Walk(source, inputs, batch=batch, whole=source.traced)
     walk.begin()
@@ -221,7 +230,7 @@ def weigh(source: Source, inputs: Tensor, cutting: Cutting, method: Cut, *, batc
         if segment.name:
             walk.advance(module, segment)
             release(module)
-    work.finish("cut/worth", {"left": left}, worth)
+    work.finish(key, {"left": left}, worth)
     return Weighed(tuple(o for o in offered if o.name in worth), worth, left)
 
 

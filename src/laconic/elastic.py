@@ -2,7 +2,8 @@
 
 The order is found by trial: the model with some parts of each tensor, and one part more of a single one, for many of them in one walk.
 What is written (`elastic.json`): `slices`, a tensor's name each time that it gets its next part, with the bytes of the whole model up to
-and including it; the weight files hold the tensors in that order, so that a budget is a prefix of the files."""
+and including it; `together`, what other tensors get theirs with it; the weight files hold the tensors in that order, so that a budget is a
+prefix of the files."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from laconic.core.packed import Packed
 from laconic.core.site import Anatomy
 from laconic.kernels.losses import Divergence
 from laconic.models import Source
+from laconic.narrow import Shape, narrow, narrowed
 from laconic.pipeline import UNIT, Filed, Progress, finished_logits, quiet
 
 MEASURED = "model output, search data"
@@ -42,11 +44,22 @@ def refuse_stacks(anatomy: Anatomy) -> None:
         )
 
 
-class Cut:
-    """A model with the first few parts of some of its forms: `counts` of them, by stored name. `base` is everything else."""
+class Stacks(NamedTuple):
+    """What is held in parts, by name: the bytes of each part, the names of its tensors in the file, the stored tensors that get their parts
+    together (the stack has the name of the first), and the shapes of those that are smaller with fewer parts, by stored name."""
 
-    def __init__(self, base: Any, form: Callable[[str], Packed | None], counts: Mapping[str, int]) -> None:
-        self.base, self.form, self.counts = base, form, counts
+    bytes: dict[str, tuple[int, ...]]
+    tensors: dict[str, tuple[tuple[str, ...], ...]]
+    members: dict[str, tuple[str, ...]]
+    shapes: dict[str, tuple[Shape, ...]]
+
+
+class Cut:
+    """A model with the first few parts of some of its forms: `counts` of them, by the name of the stack. `base` is everything else."""
+
+    def __init__(self, base: Any, form: Callable[[str], Packed | None], counts: Mapping[str, int], stacks: Stacks) -> None:
+        self.base, self.form, self.counts, self.stacks = base, form, counts, stacks
+        self.owner = {member: name for name, members in stacks.members.items() for member in members}
         # what a Source's `fill` looks at besides `read`
         self.tied, self._computed = base.tied, base._computed
 
@@ -55,43 +68,49 @@ class Cut:
         return self.base.anatomy  # type: ignore[no-any-return]
 
     def skeleton(self) -> nn.Module:
-        return self.base.skeleton()  # type: ignore[no-any-return]
+        def smaller(parameter: str) -> Shape | None:
+            name = self.tied.get(parameter, parameter)
+            shapes = self.stacks.shapes.get(name)
+            return None if shapes is None else shapes[self.counts[self.owner[name]] - 1]
+
+        bare: nn.Module = self.base.skeleton()
+        return narrow(bare, smaller) if self.stacks.shapes else bare
 
     def dense(self, name: str, more: int = 0) -> Tensor:
         """A tensor of so many parts, and `more`."""
         form = self.form(name)
         assert form is not None
-        return form.first(self.counts[name] + more).dense()
+        return form.first(self.counts[self.owner[name]] + more).dense()
 
     def read(self, name: str) -> Tensor:
-        return self.dense(name) if name in self.counts else self.base.read(name)
+        return self.dense(name) if name in self.owner else self.base.read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.dense(name)[start:stop] if name in self.counts else self.base.read_rows(name, start, stop)
+        return self.dense(name)[start:stop] if name in self.owner else self.base.read_rows(name, start, stop)
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, *, skip: Sequence[str] = ()) -> None:
         Source.fill(self, module, prefix, dtype, skip=skip)  # type: ignore[arg-type]
 
 
-class Stacks(NamedTuple):
-    """What is held in parts, by stored name: the bytes of each part, and the names of its tensors in the file."""
-
-    bytes: dict[str, tuple[int, ...]]
-    tensors: dict[str, tuple[tuple[str, ...], ...]]
-
-
-def stacks_of(names: Sequence[str], form: Callable[[str], Packed | None]) -> Stacks:
-    """The forms among `names` that have parts."""
-    found = Stacks({}, {})
+def stacks_of(names: Sequence[str], form: Callable[[str], Packed | None], together: Mapping[str, Sequence[str]] | None = None) -> Stacks:
+    """The forms among `names` that have parts; each with the tensors that get theirs at the same time, where it is a name of `together`."""
+    found = Stacks({}, {}, {}, {})
     for name in names:
-        packed = form(name)
-        if packed is None or packed.parts < 2:
+        members = tuple((together or {}).get(name, (name,)))
+        forms = {member: packed for member in members if (packed := form(member)) is not None and packed.parts > 1}
+        if not forms:
             continue
-        cuts = [packed.first(count) for count in range(1, packed.parts + 1)]
-        sizes = [0, *(cut.nbytes for cut in cuts)]
-        keys: list[set[str]] = [set(), *(set(cut.tensors()) for cut in cuts)]
+        count = forms[members[0]].parts
+        cuts = {member: [packed.first(i) for i in range(1, count + 1)] for member, packed in forms.items()}
+        sizes = [0, *(sum(one[i].nbytes for one in cuts.values()) for i in range(count))]
+        keys: list[set[str]] = [set()]
+        keys += [{f"{member}.{key}" for member, one in cuts.items() for key in one[i].tensors()} for i in range(count)]
         found.bytes[name] = tuple(b - a for a, b in pairwise(sizes))
-        found.tensors[name] = tuple(tuple(f"{name}.{key}" for key in sorted(b - a)) for a, b in pairwise(keys))
+        found.tensors[name] = tuple(tuple(sorted(b - a)) for a, b in pairwise(keys))
+        found.members[name] = members
+        for member, one in cuts.items():
+            if one[0].shape != one[-1].shape:
+                found.shapes[member] = tuple(cut.shape for cut in one)
     return found
 
 
@@ -126,7 +145,7 @@ def arrange(
         nonlocal calls, done
         calls += 1
         progress("ordering", done, total, f"one part more of each of {len(names)} matrices")
-        made = once(f"order/{calls}", lambda: {"damages": damages(Cut(base, form, counts), names, inputs, targets(), batch=batch)})
+        made = once(f"order/{calls}", lambda: {"damages": damages(Cut(base, form, counts, stacks), names, inputs, targets(), batch=batch)})
         done += len(names)
         return [Damage(float(made["damages"][name]), UNIT, MEASURED) for name in names]
 
@@ -162,15 +181,20 @@ def _walked(view: Cut, names: Sequence[str], inputs: Tensor, targets: Filed, bat
             walk.hidden = hidden
             return list(walk.outputs(module, segment))
 
+        def more(name: str, module: nn.Module = module, segment: Any = segment) -> nn.Module:
+            # the segment with one part more of what lies in it
+            wider = {}
+            for path, own in module.named_parameters():
+                full = f"{segment.name}.{path}" if segment.name else path
+                if (stored := view.tied.get(full, full)) in view.stacks.members[name]:
+                    value = view.dense(stored, 1)
+                    wider[path] = value.reshape(own.shape) if value.numel() == own.numel() else value
+            return narrowed(module, wider)
+
         states = {name: passed(hidden) for name, hidden in states.items()}
-        for site in segment.sites:
-            name = site.tensors["weight"].name
-            if name in names:
-                weight: Tensor = walk.site_module(module, segment, site).weight.data  # type: ignore[union-attr, assignment]
-                before = weight.clone()
-                weight.copy_(view.dense(name, 1).reshape(weight.shape))
-                states[name] = passed(entered)
-                weight.copy_(before)
+        for name in names:
+            if view.stacks.members[name][0] in segment.tensors:
+                states[name] = passed(entered, more(name))
         walk.hidden = entered
         if segment.name:
             walk.advance(module, segment)
@@ -196,7 +220,9 @@ def index_of(stacks: Stacks, order: Sequence[str], whole: int, parameters: int) 
         size += stacks.bytes[name][part]
         ranks |= dict.fromkeys(stacks.tensors[name][part], number)
         slices.append({"tensor": name, "bytes": size})
-    return {"format": 1, "parameters": parameters, "least": least, "slices": slices}, ranks
+    index = {"format": 1, "parameters": parameters, "least": least, "slices": slices}
+    together = {name: list(members) for name, members in stacks.members.items() if len(members) > 1}
+    return index | ({"together": together} if together else {}), ranks
 
 
 def spread_over(index: Mapping[str, Any], points: int = 4) -> list[int]:

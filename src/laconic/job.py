@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,11 @@ from laconic.core.errors import BrokenPromise, UserError
 from laconic.core.transform import Lesson, Model
 from laconic.cutting import Reduced, asked, config_of, drawn, recorded, remove, share, stored_bytes, weigh
 from laconic.data import Samples, Split
-from laconic.elastic import arrange, index_of, refuse_stacks, spread_over, stacks_of
+from laconic.elastic import Cut, Stacks, arrange, index_of, refuse_stacks, spread_over, stacks_of
 from laconic.journal import Work
 from laconic.measurement import compare, hardware, peak_memory, sizes, summarize, watch
 from laconic.models import Source
+from laconic.nesting import nest
 from laconic.pipeline import (
     TUNABLE,
     UNIFORM,
@@ -48,7 +50,7 @@ from laconic.pipeline import (
     tune_plan,
     uniform_plan,
 )
-from laconic.recipe import Recipe, build
+from laconic.recipe import Nesting, Recipe, build
 
 # a reloaded model's logits may differ by the order of sums, not more
 RELOAD = 1e-4
@@ -177,7 +179,10 @@ def _run(
     plan, applied = _judged(source, split, budget, recipe, seed, plan, given is None, work, progress, log)
     clock("apply", at)
     at = time.monotonic()
-    applied = _tuned(source, split, recipe, seed, plan, applied, work, progress, log)
+    stacks = None
+    if recipe.nest is not None:
+        applied, stacks = _nested(source, split, budget, recipe, recipe.nest, plan, applied, work, progress)
+    applied = _tuned(source, split, recipe, seed, plan, applied, stacks, work, progress, log)
     placed: dict[str, Any] = {}
     if recipe.decode is not None:
         rows = calibration_rows(source, split)
@@ -186,7 +191,7 @@ def _run(
     beside = sum(t.numel() * t.element_size() for t in placed.values())
     clock("tune", at)
     at = time.monotonic()
-    index, ranks = _ordered(source, split, recipe, applied, work, progress)
+    index, ranks = _ordered(source, split, recipe, applied, stacks, work, progress)
     clock("order", at)
     at = time.monotonic()
     progress("writing", 0, 1, str(work.out))
@@ -207,7 +212,7 @@ def _run(
     at = time.monotonic()
     progress("measuring", 0, 1, "held-out data")
     found = quality_of(original, written, split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
-    sizes_below = _sizes_below(source, split, index, seed, work, progress) if index is not None else []
+    sizes_below = _sizes_below(original, split, index, seed, work, progress) if index is not None else []
     clock("measure", at)
     size = sizes(applied.bytes + beside, plan["model"]["bytes"], source.parameters)
     details = found.pop("details") | size.pop("details")
@@ -279,6 +284,8 @@ def _cut(
     wherever they are: where the recipe judges both are done, and the better at the output is taken."""
     if (cutting := recipe.cut) is None:
         return source
+    if recipe.nest is not None and (parse_budget(budget, source, needed=False).bytes or math.inf) >= stored_bytes(source, {}):
+        return source
     batch, method = batch_of(source), build(cutting.method)
     inputs = drawn(source, calibration_rows(source, split), cutting, seed)
     if given is not None:
@@ -315,16 +322,43 @@ def _said(record: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str
     return f"{gone:,} of {had:,} coupled channels go, {how}" + (f" (KL on the search data: {kls})" if kls else "")
 
 
+def _nested(
+    source: Source,
+    split: Split,
+    budget: Sequence[str],
+    recipe: Recipe,
+    nesting: Nesting,
+    plan: dict[str, Any],
+    applied: Applied,
+    work: Work,
+    progress: Progress,
+) -> tuple[Applied, Stacks]:
+    """The applied model with its channels in nested slices, and which tensors have theirs together. The budget bounds the largest size."""
+    bound = parse_budget(budget, source, needed=False).bytes
+    if bound is not None and applied.bytes > bound:
+        raise UserError(
+            f"the budget of {bound:,} bytes is below the model's {applied.bytes:,}, and recipe {recipe.name} has no `cut` that makes it "
+            "smaller; give it one, or ask for size=100%"
+        )
+    rows = calibration_rows(source, split)
+    applied, plan["nest"] = nest(
+        source, rows, applied, nesting, build(nesting.method), batch=batch_of(source), work=work, progress=progress
+    )  # fmt: skip
+    together = {group["tensors"][0]: group["tensors"] for group in plan["nest"]["groups"]}
+    return applied, stacks_of(list(together), applied.view.packed, together)
+
+
 def _ordered(
-    source: Source, split: Split, recipe: Recipe, applied: Applied, work: Work, progress: Progress
+    source: Source, split: Split, recipe: Recipe, applied: Applied, stacks: Stacks | None, work: Work, progress: Progress
 ) -> tuple[dict[str, Any] | None, dict[str, int]]:
     """elastic.json and the place of each tensor in the files, where the recipe asks for an order and something is held in parts."""
     if recipe.order is None:
         return None, {}
-    segments = source.anatomy.segments()
-    inside = [segment for segment in segments if segment.name] or segments
-    names = [site.tensors["weight"].name for segment in inside for site in segment.sites]
-    stacks = stacks_of(names, applied.view.packed)
+    if stacks is None:
+        segments = source.anatomy.segments()
+        inside = [segment for segment in segments if segment.name] or segments
+        names = [site.tensors["weight"].name for segment in inside for site in segment.sites]
+        stacks = stacks_of(names, applied.view.packed)
 
     def once(key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if (found := work.done(key)) is None:
@@ -334,7 +368,7 @@ def _ordered(
 
     inputs = split.search.inputs[: recipe.order_rows] if source.task == "text" else split.search.inputs
     order = arrange(
-        source, applied.view, applied.view.packed, stacks, inputs, build(recipe.order),
+        _given(source), applied.view, applied.view.packed, stacks, inputs, build(recipe.order),
         batch=batch_of(source), shelf=work.folder / "order", once=once, progress=progress,
     )  # fmt: skip
     return index_of(stacks, order, applied.bytes, source.parameters)
@@ -407,18 +441,20 @@ def _tuned(
     seed: int,
     plan: dict[str, Any],
     applied: Applied,
+    stacks: Stacks | None,
     work: Work,
     progress: Progress,
     log: Log,
 ) -> Applied:
-    """What the recipe learns, over the whole model or part by part, taken where the search data say that it is better."""
+    """What the recipe learns, over the whole model or part by part, taken where the search data say that it is better; of a nested model,
+    on the mean over its sizes."""
     if recipe.tune is None:
         return applied
     lesson: Lesson = build(recipe.tune)
     if isinstance(lesson.scope, Model) and source.parameters > TUNABLE:
         return _noted(plan, log, applied, f"{recipe.tune} was left out: it holds the whole model and is for {TUNABLE:,} weights at most")
     name = applied.parts[0].partition("/")[0]
-    before = _kl(source, applied, split, name, work, progress)
+    before = _kl(source, applied, split, name, work, progress, stacks)
     if not plan["judged"]:
         plan["judged"].append({"plan": name, "bytes": applied.bytes, "kl": before})
     tuned = tune_plan(
@@ -431,7 +467,7 @@ def _tuned(
         progress=progress,
         teacher=_given(source),
     )
-    after = _kl(source, tuned, split, "tuned", work, progress)
+    after = _kl(source, tuned, split, "tuned", work, progress, stacks)
     plan["judged"].append({"plan": "tuned", "bytes": tuned.bytes, "kl": after})
     if after < before:
         return tuned
@@ -445,8 +481,16 @@ def _noted(plan: dict[str, Any], log: Log, applied: Applied, note: str) -> Appli
     return applied
 
 
-def _kl(source: Source, applied: Applied, split: Split, name: str, work: Work, progress: Progress) -> float:
-    return _kl_of(_given(source), applied.view, split, name, work, progress)
+def _kl(source: Source, applied: Applied, split: Split, name: str, work: Work, progress: Progress, stacks: Stacks | None = None) -> float:
+    """KL on the search data; of a nested model the mean over its sizes, all layers alike."""
+    if stacks is None:
+        return _kl_of(_given(source), applied.view, split, name, work, progress)
+    kls = []
+    for count in range(1, max(map(len, stacks.bytes.values())) + 1):
+        counts = {stack: min(count, len(sizes)) for stack, sizes in stacks.bytes.items()}
+        narrower = Cut(applied.view, applied.view.packed, counts, stacks)
+        kls.append(_kl_of(_given(source), narrower, split, f"{name}/{count}", work, progress))
+    return sum(kls) / len(kls)
 
 
 def _kl_of(source: Source, changed: Any, split: Split, name: str, work: Work, progress: Progress) -> float:

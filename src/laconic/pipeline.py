@@ -19,7 +19,7 @@ from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_held, 
 from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
-from laconic.core.packed import Packed, Soft, Transposed, below, restore, stored_class
+from laconic.core.packed import Dense, Packed, Soft, Transposed, below, restore, stored_class
 from laconic.core.part import Part
 from laconic.core.site import Anatomy, Embedding, Segment, Site, Sublayer
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
@@ -28,6 +28,7 @@ from laconic.decoding import body_of
 from laconic.kernels.obs import predicted_loss
 from laconic.kernels.threads import suited
 from laconic.models import Source
+from laconic.narrow import narrowed
 from laconic.recipe import Recipe, build, level_of, level_words
 from laconic.reconstruction import Reconstruction
 from laconic.trials import AS_IS, Recorded, Trials, form_key
@@ -893,6 +894,9 @@ def tune_plan(
             for name in value["forms"]:
                 if (form := learned(name)) is not None:
                     tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in form.tensors().items()})
+            for name in value["kept"]:
+                if (form := learned(name)) is not None:
+                    tensors[name] = kept_tensor(form.dense())
             if work.done(key) is None:
                 work.finish(key, value | {"notes": [*value["notes"], said]}, tensors)
     view = Parts(source, work)
@@ -920,6 +924,9 @@ def _whole(
     model = applied.view.skeleton()
     applied.view.fill(model, "", torch.float32)
     held = {name: packed for name in applied.forms if (packed := applied.view.packed(name)) is not None}
+    if lesson.entire:
+        kept = dict.fromkeys(source.tied.get(name, name) for name, _ in model.named_parameters())
+        held |= {name: Dense(kept_tensor(applied.view.read(name))) for name in kept if name not in held}
     forms, losses = learn(source, model, held, batches, targets, lesson, seed=seed, progress=progress)
     shelf.clear()
     return forms.get, f"tuned over {lesson.steps} steps: {lesson.objective.name} {_first_and_last(losses)}"
@@ -946,7 +953,8 @@ def learn(
     progress: Progress = quiet,
 ) -> tuple[dict[str, Packed], list[float]]:
     """What can be learned of the forms, by stored name, learned together; and the objective of each step. model: filled with the weights
-    that stay; targets: the outputs that each of the batches must meet."""
+    that stay; targets: the outputs that each of the batches must meet. Where a lesson asks for the first slices of what is joined, a
+    narrower module around the same tensors computes with them."""
     path: dict[str, str] = {}
     for name, _ in model.named_parameters():
         path.setdefault(source.tied.get(name, name), name)
@@ -956,8 +964,15 @@ def learn(
         if soft is not None:
             softs[name] = soft
 
+    twins: dict[tuple[tuple[int, ...], ...], nn.Module] = {}
+
     def run(i: int, weights: Mapping[str, Tensor]) -> Tensor:
-        return answer_of(torch.func.functional_call(model, {path[name]: weight for name, weight in weights.items()}, (batches[i],)))
+        own = {path[name]: weight for name, weight in weights.items()}
+        shapes = tuple(tuple(weight.shape) for weight in own.values())
+        if shapes not in twins:
+            smaller = {at: weight.detach() for at, weight in own.items() if weight.shape != model.get_parameter(at).shape}
+            twins[shapes] = narrowed(model, smaller) if smaller else model
+        return answer_of(torch.func.functional_call(twins[shapes], own, (batches[i],)))
 
     losses = tune(
         run, targets, softs, lesson,

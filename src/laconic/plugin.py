@@ -127,11 +127,14 @@ def _swap(model: Any, forms: dict[str, Any], shapes: dict[str, list[int]], files
     from torch import Tensor, nn
 
     from laconic.artifact import blank, by_form, holdable, put
+    from laconic.core.errors import UserError
     from laconic.core.packed import Held
     from laconic.experts import split_experts
     from laconic.models import header, stored_name
     from laconic.narrow import narrow
 
+    if beside := [name for name in forms if not name.endswith(".weight")]:
+        raise UserError(f"{beside[0]} is held in slices, which transformers does not read: load the folder with laconic.load")
     split_experts(model)
     smaller = {name: tuple(shape) for name, shape in shapes.items()}
     narrow(model, lambda name: smaller.get(stored_name(name, smaller) or ""))

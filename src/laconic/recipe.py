@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError, nearest
@@ -80,13 +80,46 @@ class Aligning(BaseModel):
         return re.fullmatch(self.where, name) is not None
 
 
+class Nesting(BaseModel):
+    """Coupled channels that are put in order of what they are worth, the best first, and held in slices, so that the first ones alone are
+    a narrower model. where: regex of the first matrix that writes a group's channels. widths: the share of channels that each size has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: str
+    where: str = ".*"
+    widths: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
+
+    @field_validator("widths")
+    @classmethod
+    def _rising(cls, widths: tuple[float, ...]) -> tuple[float, ...]:
+        if len(widths) < 2 or list(widths) != sorted(set(widths)) or widths[0] <= 0 or widths[-1] != 1:
+            raise ValueError("widths are shares of the channels that rise from above 0 to 1, two or more")
+        return widths
+
+    def covers(self, name: str) -> bool:
+        """Whether a group is nested, by its name."""
+        return re.fullmatch(self.where, name) is not None
+
+
+class Vectors(BaseModel):
+    """What is learned of a file of vectors. sizes: how many numbers each nested embedding has; none: halves of the whole down to 8. k: of
+    how many nearest neighbours recall is the share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    lesson: str
+    sizes: tuple[int, ...] = ()
+    k: int = Field(default=10, ge=1)
+
+
 class Recipe(BaseModel):
-    """cut: what is removed first. align: how the model is rewritten first so that it is easier to round. search: how rows are bought.
-    keep: regex of sites that stay as they are. price_rows: rows of the calibration text used for pricing. judge: measure the solved plan
-    against the best uniform one at the output and take the better. tune: what is learned afterwards, over the whole model or part by
-    part, kept where it is better at the output. order: how the parts of what is held follow one another in a result that loads at any
-    size up to its own, found on `order_rows` rows of the search data. decode: how the result is decoded; what that needs beside the model
-    is learned last and counted in the budget. Without choices and cut all weights stay, and no budget is needed."""
+    """cut: what is removed first; with `nest` only where the model is over the budget. align: how the model is rewritten first so that it
+    is easier to round. search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text
+    used for pricing. judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned
+    afterwards, over the whole model or part by part, kept where it is better at the output. order: how the parts of what is held follow
+    one another in a result that loads at any size up to its own, found on `order_rows` rows of the search data. nest: channels held in
+    nested slices, which `tune` then learns together and `order` puts in sequence. decode: how the result is decoded; what that needs
+    beside the model is learned last and counted in the budget. Without choices and cut all weights stay, and no budget is needed.
+    vectors: for a file of vectors in place of a model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -94,6 +127,8 @@ class Recipe(BaseModel):
     search: str = "search.allocate.knapsack"
     cut: Cutting | None = None
     align: Aligning | None = None
+    nest: Nesting | None = None
+    vectors: Vectors | None = None
     choices: tuple[Choice, ...] = ()
     keep: str = "(?!)"
     price_rows: int = Field(default=32, ge=1)
@@ -106,7 +141,7 @@ class Recipe(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in: what is stored in the output."""
         found = self.model_dump(mode="json")
-        for stage in ("cut", "align"):
+        for stage in ("cut", "align", "nest", "vectors"):
             if found[stage] is None:
                 # recipes without a stage are written and hashed as before there was one
                 del found[stage]
@@ -155,8 +190,14 @@ def _first(error: ValidationError) -> str:
 
 def check(recipe: Recipe) -> None:
     """Builds every method and level once, so that a mistake is found before work starts."""
-    if not recipe.choices and recipe.decode is None and recipe.cut is None and recipe.align is None:
-        raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, a `cut` or `decode`")
+    if recipe.vectors is not None:
+        if not isinstance(build(recipe.vectors.lesson), Lesson):
+            raise UserError(f"recipe {recipe.name}: {recipe.vectors.lesson} is no lesson; try nest.vector.mrl")
+        if recipe.choices or any((recipe.cut, recipe.align, recipe.nest, recipe.tune, recipe.order, recipe.decode)):
+            raise UserError(f"recipe {recipe.name} is for vectors (`vectors`) and says something of models beside; keep one")
+        return
+    if not recipe.choices and recipe.decode is None and all(stage is None for stage in (recipe.cut, recipe.align, recipe.nest)):
+        raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, a `cut`, `nest` or `decode`")
     if recipe.cut is not None:
         if not isinstance(build(recipe.cut.method), Cut):
             raise UserError(f"recipe {recipe.name}: {recipe.cut.method} cuts no channels; try prune.cut.obspa")
@@ -185,6 +226,8 @@ def check(recipe: Recipe) -> None:
             except ValueError as error:
                 raise UserError(f"recipe {recipe.name}: {choice.method} at {dict(level)}: {error}") from None
         _regex(choice.where, recipe)
+    if recipe.nest is not None:
+        _check_nest(recipe, recipe.nest)
     if recipe.tune is not None and not isinstance(build(recipe.tune), Lesson):
         raise UserError(f"recipe {recipe.name}: {recipe.tune} is no lesson; try quantize.train.straight")
     if recipe.order is not None and not isinstance(build(recipe.order), Order):
@@ -193,6 +236,20 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name}: {recipe.decode} is no decoder; try decode.draft.kangaroo")
     if not isinstance(build(recipe.search), Search):
         raise UserError(f"recipe {recipe.name}: {recipe.search} is no search; try search.allocate.knapsack")
+
+
+def _check_nest(recipe: Recipe, nest: Nesting) -> None:
+    if not isinstance(build(nest.method), Cut):
+        raise UserError(f"recipe {recipe.name}: {nest.method} weighs no channels; try prune.cut.obspa")
+    _regex(nest.where, recipe)
+    if recipe.choices or recipe.decode is not None:
+        raise UserError(f"recipe {recipe.name} has `nest` beside `choices` or `decode`: not yet; nest alone, or leave it out")
+    if recipe.order is None:
+        raise UserError(f"recipe {recipe.name} nests channels and says no `order` for their slices; give it nest.order.mixnmatch")
+    if recipe.tune is not None and not isinstance(getattr(build(recipe.tune), "scope", None), Model):
+        raise UserError(
+            f"recipe {recipe.name}: {recipe.tune} learns part by part, and nested channels learn together; try nest.width.matformer"
+        )
 
 
 def _regex(text: str, recipe: Recipe) -> None:

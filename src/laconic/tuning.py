@@ -54,9 +54,9 @@ def tune(
     generator: torch.Generator,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
-    """Learns the forms in place, all together; returns the objective of each step, without the forms' own penalties. run(i, weights):
-    output for batch i with these dense weights, by the names of the forms that are Soft (any other module is learned as it is, and `run`
-    calls it itself); targets[i]: what it must meet."""
+    """Learns the forms in place, all together; returns the objective of each step, a mean over its passes, without the forms' own
+    penalties. run(i, weights): output for batch i with these dense weights, by the names of the forms that are Soft, smaller ones where the
+    lesson asks for the first slices (any other module is learned as it is, and `run` calls it itself); targets[i]: what it must meet."""
     named = [(name.rpartition(".")[2], p) for form in forms.values() for name, p in form.named_parameters()]
     groups = [{"params": [p for name, p in named if name == learned], "lr": rate} for learned, rate in lesson.rates]
     groups = [group for group in groups if group["params"]]
@@ -66,23 +66,29 @@ def tune(
         raise UserError(f"{type(lesson).__name__} has rates for {said}, but what can be learned here is {have}: give rates for that")
     optimiser: torch.optim.Optimizer = Signed(groups) if lesson.optimiser == "signed" else torch.optim.Adam(groups, betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimiser.param_groups]
-    parts = [part for soft in forms.values() for part in soft.modules() if isinstance(part, Soft)]
+    parts = [part for form in forms.values() for part in form.modules() if isinstance(part, Soft)]
+    soft = {name: form for name, form in forms.items() if isinstance(form, Soft)}
+    most = max((form.parts for form in soft.values()), default=1)
     order = shuffled(len(targets), generator)
     found = []
     for step in range(lesson.steps):
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * _decayed(lesson, step)
         optimiser.zero_grad(set_to_none=True)
-        weights = {name: form.dense() for name, form in forms.items() if isinstance(form, Soft)}
         i = next(order)
-        loss = lesson.objective(run(i, weights), targets[i], None)
-        total = loss
-        for part in parts:
-            if (penalty := part.penalty(step / lesson.steps)) is not None:
-                total = total + penalty
-        total.backward()
+        losses = []
+        for number, count in enumerate(lesson.prefixes(most, generator)):
+            weights = {name: (form.first(count) if count < form.parts else form).dense() for name, form in soft.items()}
+            loss = lesson.objective(run(i, weights), targets[i], None)
+            total = loss
+            for part in parts if not number else ():
+                if (penalty := part.penalty(step / lesson.steps)) is not None:
+                    total = total + penalty
+            # one pass after another, so that no two graphs are in memory
+            total.backward()
+            losses.append(float(loss.detach()))
         optimiser.step()
-        found.append(float(loss.detach()))
+        found.append(sum(losses) / len(losses))
         progress(step + 1, lesson.steps)
     return found
 

@@ -1,8 +1,8 @@
 """How a tensor is held. A Packed is an nn.Module whose buffers are exactly what is stored, so state_dict, devices and compile come for
 nothing, and its bytes are counted from those buffers: scales and indices included.
 
-The algebra makes new forms from old: Sum (base plus correction), Product (low rank), Scaled (a factor a column), Transposed, Dense (kept
-as it is). What is held in parts (`parts`, `first`) may be cut to its first ones when it is loaded."""
+The algebra makes new forms from old: Sum (base plus correction), Product (low rank), Scaled (a factor a column), Joined (slices along an
+axis), Transposed, Dense (kept as it is). What is held in parts (`parts`, `first`) may be cut to its first ones when it is loaded."""
 
 from __future__ import annotations
 
@@ -88,8 +88,14 @@ class Packed(nn.Module, ABC):
         return 1
 
     def first(self, count: int) -> Packed:
-        """The form of its first `count` parts, 1 to `parts` of them: they are the same tensors under the same names."""
+        """The form of its first `count` parts, 1 to `parts` of them: they are the same tensors under the same names. Of slices that are
+        joined it is a smaller tensor."""
         return self
+
+    @property
+    def as_is(self) -> bool:
+        """Whether it holds the tensor's own numbers and nothing else, so that to compute with the form saves nothing."""
+        return False
 
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         """This form as something to learn, beginning with what it holds. target, of `shape`, is the tensor that it stands for: it says how
@@ -142,6 +148,10 @@ class Dense(Packed):
 
     def rows(self, index: Tensor | slice) -> Tensor:
         return self.value.reshape(self.matrix)[index].float()
+
+    @property
+    def as_is(self) -> bool:
+        return True
 
     def describe(self) -> dict[str, Any]:
         return {"form": self.form}
@@ -307,6 +317,89 @@ class Scaled(Packed):
         return cls(restore(described["inner"], below(tensors, "inner")), tensors["scale"])
 
 
+def _apart(value: Tensor, axis: int, runs: int) -> Tensor:
+    """The runs of an axis as an axis of their own before it."""
+    return value.reshape(*value.shape[:axis], runs, -1, *value.shape[axis + 1 :])
+
+
+class Joined(Packed):
+    """Pieces (any shapes that differ along `axis` alone) laid side by side along it. Where the axis holds `runs` things one after another
+    (gate and up in one tensor), each piece has its slice of every one of them. The first pieces alone are a smaller tensor."""
+
+    form = "core.packed.Joined"
+
+    def __init__(self, pieces: Sequence[Packed], axis: int, runs: int = 1) -> None:
+        super().__init__()
+        self.pieces = nn.ModuleList(pieces)
+        self.axis, self.runs = axis, runs
+        shape = list(pieces[0].shape)
+        shape[axis] = sum(piece.shape[axis] for piece in pieces)
+        self.shape = tuple(shape)
+
+    @classmethod
+    def of(cls, value: Tensor, sizes: Sequence[int], axis: int, runs: int = 1) -> Self:
+        """The tensor itself in pieces: sizes count the indices of each piece in one run."""
+        pieces = torch.split(_apart(value, axis, runs), list(sizes), axis + 1)
+        return cls([Dense(piece.flatten(axis, axis + 1).contiguous()) for piece in pieces], axis, runs)
+
+    def _pieces(self) -> list[Packed]:
+        return [piece for piece in self.pieces if isinstance(piece, Packed)]
+
+    def dense(self) -> Tensor:
+        laid = [_apart(piece.dense().reshape(piece.shape), self.axis, self.runs) for piece in self._pieces()]
+        return torch.cat(laid, self.axis + 1).flatten(self.axis, self.axis + 1)
+
+    @property
+    def parts(self) -> int:
+        return len(self.pieces)
+
+    def first(self, count: int) -> Joined:
+        return Joined(self._pieces()[:count], self.axis, self.runs)
+
+    @property
+    def as_is(self) -> bool:
+        return all(piece.as_is for piece in self._pieces())
+
+    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
+        # pieces may come in another order than the slices of the target, so each begins with what it holds
+        soft = [way(piece, piece.dense()) if way is not None else piece.soften(piece.dense()) for piece in self._pieces()]
+        found = [one for one in soft if one is not None]
+        return SoftJoined(found, self.axis, self.runs) if len(found) == len(soft) else None
+
+    def describe(self) -> dict[str, Any]:
+        return {"form": self.form, "pieces": [piece.describe() for piece in self._pieces()], "axis": self.axis, "runs": self.runs}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        pieces = [restore(inner, below(tensors, f"pieces.{i}")) for i, inner in enumerate(described["pieces"])]
+        return cls(pieces, described["axis"], described["runs"])
+
+
+class SoftJoined(Soft):
+    """A Joined whose pieces are learned; its first pieces alone are a Soft too, of the same parameters."""
+
+    def __init__(self, pieces: Sequence[Soft], axis: int, runs: int) -> None:
+        super().__init__()
+        self.joined = Joined(pieces, axis, runs)
+        self.shape = self.joined.shape
+
+    def _soft(self) -> list[Soft]:
+        return [piece for piece in self.joined.pieces if isinstance(piece, Soft)]
+
+    def dense(self) -> Tensor:
+        return self.joined.dense()
+
+    @property
+    def parts(self) -> int:
+        return self.joined.parts
+
+    def first(self, count: int) -> SoftJoined:
+        return SoftJoined(self._soft()[:count], self.joined.axis, self.joined.runs)
+
+    def harden(self) -> Joined:
+        return Joined([piece.harden() for piece in self._soft()], self.joined.axis, self.joined.runs)
+
+
 class Transposed(Packed):
     """The transpose of a held matrix, for weights that a model stores as (m, n): `inner` is (n, m)."""
 
@@ -331,6 +424,10 @@ class Transposed(Packed):
     def first(self, count: int) -> Transposed:
         return Transposed(self.inner.first(count))
 
+    @property
+    def as_is(self) -> bool:
+        return self.inner.as_is
+
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         soft = self.inner.soften(target.T.reshape(self.inner.shape), way)
         return None if soft is None else SoftTransposed(soft)
@@ -353,6 +450,14 @@ class SoftTransposed(Soft):
 
     def dense(self) -> Tensor:
         return self.inner.dense().reshape(self.inner.matrix).T
+
+    @property
+    def parts(self) -> int:
+        return self.inner.parts
+
+    def first(self, count: int) -> SoftTransposed:
+        inner = self.inner.first(count)
+        return SoftTransposed(inner) if isinstance(inner, Soft) else self
 
     def harden(self) -> Transposed:
         return Transposed(self.inner.harden())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from laconic.core.packed import Packed, Soft
@@ -77,6 +78,12 @@ class Lesson(ABC):
     decay: Literal["constant", "linear", "cosine"] = "linear"
     scope: Scope = MODEL
     targets: Literal["float", "prefix", "both"] = "float"
+    # whether tensors that no form holds learn too
+    entire: ClassVar[bool] = False
+
+    def prefixes(self, parts: int, generator: torch.Generator) -> Sequence[int]:
+        """How many parts of what is held in parts (at most `parts`) each pass of a step computes with; by default one pass with all."""
+        return (parts,)
 
     def soften(self, held: Packed, target: Tensor) -> Soft | None:
         """A form as this lesson learns it: in the form's own way, unless the lesson has one."""

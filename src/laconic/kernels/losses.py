@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laconic.core.transform import Objective
 
@@ -35,6 +35,24 @@ class Divergence(Objective):
         wanted = target.float().log_softmax(-1)
         each = (wanted.exp() * (wanted - output.float().log_softmax(-1))).sum(-1)
         return each.mean() if mask is None else each[mask].mean()
+
+
+@dataclass(frozen=True)
+class Neighbours(Objective):
+    """KL between what two sets of vectors say of who is near whom, in nats a vector: output (b, m), target (b, d), row i of both the same
+    thing; softmax over all others of cosine / temperature."""
+
+    name: ClassVar[str] = "KL of neighbourhoods"
+    temperature: float = 0.05
+
+    def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        kept = [vectors if mask is None else vectors[mask] for vectors in (output, target)]
+        others = ~torch.eye(len(kept[0]), dtype=torch.bool, device=output.device)
+        logits = []
+        for vectors in kept:
+            near = nn.functional.normalize(vectors.float(), dim=-1)
+            logits.append((near @ near.T / self.temperature)[others].reshape(len(near), -1))
+        return Divergence()(logits[0], logits[1], None)
 
 
 @dataclass(frozen=True)

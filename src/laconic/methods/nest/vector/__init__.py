@@ -1,0 +1,1 @@
+"""Embeddings whose first numbers are embeddings."""

@@ -1,0 +1,1 @@
+"""Narrower models that are the first channels of wider ones."""
