@@ -22,6 +22,7 @@ from laconic.core.transform import Lesson, Model
 from laconic.cutting import Reduced, asked, config_of, drawn, recorded, remove, share, stored_bytes, weigh
 from laconic.data import Samples, Split
 from laconic.elastic import arrange, index_of, refuse_stacks, spread_over, stacks_of
+from laconic.encoders import feed
 from laconic.journal import Work
 from laconic.measurement import compare, hardware, peak_memory, sizes, summarize, watch
 from laconic.models import Source
@@ -44,10 +45,12 @@ from laconic.pipeline import (
     probe_of,
     quiet,
     reload_difference,
+    route_plan,
     tune_plan,
     uniform_plan,
 )
 from laconic.recipe import Recipe, build
+from laconic.routing import load_of, words
 
 # a reloaded model's logits may differ by the order of sums, not more
 RELOAD = 1e-4
@@ -176,6 +179,8 @@ def _run(
     clock("apply", at)
     at = time.monotonic()
     applied = _tuned(source, split, recipe, seed, plan, applied, work, progress, log)
+    if recipe.route is not None:
+        applied = route_plan(source, split.calibrate.inputs, applied, build(recipe.route), seed=seed, work=work, progress=progress)
     placed: dict[str, Any] = {}
     if recipe.decode is not None:
         rows = calibration_rows(source, split)
@@ -206,6 +211,7 @@ def _run(
     progress("measuring", 0, 1, "held-out data")
     found = quality_of(original, written, split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
     sizes_below = _sizes_below(source, split, index, seed, work, progress) if index is not None else []
+    load = _load(written, split, batch_of(source)) if recipe.route is not None else None
     clock("measure", at)
     size = sizes(applied.bytes + beside, plan["model"]["bytes"], source.parameters)
     details = found.pop("details") | size.pop("details")
@@ -221,6 +227,7 @@ def _run(
         "details": details,
         **size,
         **({"elastic": sizes_below} if index is not None else {}),
+        **({"multiplications": load} if load is not None else {}),
         "files": hashes,
         "plan_sha256": hashes["plan.json"],
         "reload": {"ok": True, "difference": difference},
@@ -334,6 +341,13 @@ def _sizes_below(source: Source, split: Split, index: Mapping[str, Any], seed: i
         quality.pop("details")
         found.append({"bytes": limit, "bits_per_weight": limit * 8 / source.parameters, **quality})
     return found
+
+
+def _load(written: Any, split: Split, batch: int) -> dict[str, Any]:
+    """What a routed result multiplies for one input, counted over the certify data."""
+    model = written.load(torch.float32)
+    feed(model, split.given) if written.traced and written.config is not None else None
+    return words(*load_of(model, split.certify.inputs.split(batch), written.task), written.task)
 
 
 def _written(work: Work, source: Source, split: Split, limit: int | None = None) -> Any:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError, nearest
 from laconic.core.menu import Order, Search
+from laconic.core.router import Router
 from laconic.core.score import Score
 from laconic.core.site import Conv, Embedding, Linear, Site, Sublayer, TensorId
 from laconic.core.state import State
@@ -32,7 +33,7 @@ HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding, "sublayer": Sublayer}
 # a matrix that any method can be asked about before a model is opened
 PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
-ROLES = (Transform, Score, Search, Lesson, Cut, Order, State, Decoder)
+ROLES = (Transform, Score, Search, Lesson, Cut, Order, State, Decoder, Router)
 # what a lesson's scope may be called
 SCOPES: dict[str, type[Scope]] = {"layer": Layer, "block": Window, "window": Window, "model": Model}
 
@@ -74,7 +75,7 @@ class Recipe(BaseModel):
     what is learned afterwards, over the whole model or part by part, kept where it is better at the output. order: how the parts of what
     is held follow one another in a result that loads at any size up to its own, found on `order_rows` rows of the search data. decode: how
     the result is decoded; what that needs beside the model is learned last and counted in the budget. Without choices and cut all weights
-    stay, and no budget is needed."""
+    stay, and no budget is needed. route: what runs for which input, learned on calibration data; so far alone in a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -89,13 +90,16 @@ class Recipe(BaseModel):
     order: str | None = None
     order_rows: int = Field(default=2, ge=1)
     decode: str | None = None
+    route: str | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in: what is stored in the output."""
         found = self.model_dump(mode="json")
         if self.cut is None:
-            # recipes that do not cut are written and hashed as before there were cuts
+            # recipes that do not cut or route are written and hashed as before there were cuts and routers
             del found["cut"]
+        if self.route is None:
+            del found["route"]
         return found
 
     def hash(self) -> str:
@@ -141,8 +145,16 @@ def _first(error: ValidationError) -> str:
 
 def check(recipe: Recipe) -> None:
     """Builds every method and level once, so that a mistake is found before work starts."""
-    if not recipe.choices and recipe.decode is None and recipe.cut is None:
-        raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, a `cut` or `decode`")
+    if not recipe.choices and recipe.decode is None and recipe.cut is None and recipe.route is None:
+        raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, a `cut`, `decode` or `route`")
+    if recipe.route is not None:
+        if not isinstance(build(recipe.route), Router):
+            raise UserError(f"recipe {recipe.name}: {recipe.route} is no router; try route.gate.factorllm")
+        others = [key for key in ("choices", "cut", "tune", "order", "decode") if getattr(recipe, key)]
+        if others:
+            raise UserError(
+                f"recipe {recipe.name}: `route` beside {', '.join(f'`{key}`' for key in others)} is not there yet; leave one out"
+            )
     if recipe.cut is not None:
         if not isinstance(build(recipe.cut.method), Cut):
             raise UserError(f"recipe {recipe.name}: {recipe.cut.method} cuts no channels; try prune.cut.obspa")

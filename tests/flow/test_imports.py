@@ -34,7 +34,7 @@ LAYERS = [
         "methods",
     ),
     ("zoo",),
-    ("budget", "decoding", "recipe", "tuning", "reconstruction", "cutting", "trials", "pipeline", "elastic", "measurement", "selection"),
+    ("budget", "decoding", "recipe", "tuning", "reconstruction", "cutting", "trials", "pipeline", "elastic", "measurement", "routing", "selection"),
     ("job",),
     ("page", "serve"),
     ("catalogue",),

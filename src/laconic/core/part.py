@@ -13,8 +13,8 @@ from laconic.core.packed import stored_class
 
 
 class Part(nn.Module, ABC):
-    """A module that takes another's place and is called as that one was. It holds no tensors. Stored parts are named by their module path
-    below `laconic.methods`."""
+    """A module that takes another's place and is called as that one was. It holds no tensors, unless it is Routed. Stored parts are named
+    by their module path below `laconic.methods`."""
 
     part: ClassVar[str]
 
