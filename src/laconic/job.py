@@ -24,7 +24,7 @@ from laconic.data import Samples, Split
 from laconic.elastic import arrange, index_of, refuse_stacks, spread_over, stacks_of
 from laconic.encoders import feed
 from laconic.journal import Work
-from laconic.measurement import compare, hardware, peak_memory, sizes, summarize, watch
+from laconic.measurement import compare, hardware, load_of, peak_memory, said, sizes, summarize, watch
 from laconic.models import Source
 from laconic.pipeline import (
     TUNABLE,
@@ -50,7 +50,6 @@ from laconic.pipeline import (
     uniform_plan,
 )
 from laconic.recipe import Recipe, build
-from laconic.routing import load_of, words
 
 # a reloaded model's logits may differ by the order of sums, not more
 RELOAD = 1e-4
@@ -211,7 +210,7 @@ def _run(
     progress("measuring", 0, 1, "held-out data")
     found = quality_of(original, written, split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
     sizes_below = _sizes_below(source, split, index, seed, work, progress) if index is not None else []
-    load = _load(written, split, batch_of(source)) if recipe.route is not None else None
+    load = multiplied(written, split) if recipe.route is not None else None
     clock("measure", at)
     size = sizes(applied.bytes + beside, plan["model"]["bytes"], source.parameters)
     details = found.pop("details") | size.pop("details")
@@ -343,11 +342,12 @@ def _sizes_below(source: Source, split: Split, index: Mapping[str, Any], seed: i
     return found
 
 
-def _load(written: Any, split: Split, batch: int) -> dict[str, Any]:
+def multiplied(written: Any, split: Split) -> dict[str, Any]:
     """What a routed result multiplies for one input, counted over the certify data."""
     model = written.load(torch.float32)
-    feed(model, split.given) if written.traced and written.config is not None else None
-    return words(*load_of(model, split.certify.inputs.split(batch), written.task), written.task)
+    if written.traced and written.config is not None:
+        feed(model, split.given)
+    return said(*load_of(model, split.certify.inputs.split(batch_of(written)), written.task), written.task)
 
 
 def _written(work: Work, source: Source, split: Split, limit: int | None = None) -> Any:

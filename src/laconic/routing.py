@@ -1,6 +1,4 @@
-"""Where a model is routed, what that costs, and what its routers are taught on: all but the learning itself, which is the pipeline's.
-
-Costs of what depends on the input are counted, not computed: parts count themselves as they run, every other matrix is hooked."""
+"""Where a model is routed, and what that will cost: all but the learning itself, which is the pipeline's."""
 
 from __future__ import annotations
 
@@ -11,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.artifact import holdable, put
+from laconic.artifact import put
 from laconic.core.errors import UserError
-from laconic.core.packed import Held
-from laconic.core.router import Load, Routed, Router
+from laconic.core.router import Routed, Router
 from laconic.core.site import Conv, Site, Sublayer
-from laconic.measurement import outputs
+from laconic.measurement import load_of, outputs, said
 
 # rows of text, or images, that a cost is counted on before anything has learned
 FORESEEN = {"text": 8, "classify": 512}
@@ -68,51 +65,6 @@ def install(model: nn.Module, parts: Mapping[str, Routed]) -> None:
         put(model, path, part)
 
 
-def routed(model: nn.Module) -> list[Routed]:
-    """The parts of a model."""
-    return [module for module in model.modules() if isinstance(module, Routed)]
-
-
-def load_of(model: nn.Module, batches: Iterable[Tensor], task: str) -> tuple[Load, int]:
-    """Multiplications of a model with weights for one token of text or one image, on average over what it is given, and over how many.
-    Products without weights (attention's own) and lookups are no part of it."""
-    parts = routed(model)
-    inside = {id(module) for part in parts for module in part.modules()}
-    others = [m for m in model.modules() if id(m) not in inside and (isinstance(m, Held) or holdable(m)) and not _looks_up(m)]
-    seen = total = 0
-
-    def count(layer: nn.Module, args: Any, output: Tensor) -> None:
-        nonlocal total
-        weight: Any = layer.weight
-        n = weight.shape[1] if type(layer).__name__ == "Conv1D" else weight.shape[0]
-        size = weight.numel() if isinstance(weight, Tensor) else weight.matrix[0] * weight.matrix[1]
-        total += size * output.numel() // n
-
-    for part in parts:
-        part.forget()
-    run = outputs(model)
-    with contextlib.ExitStack() as stack, torch.inference_mode():
-        for layer in others:
-            stack.callback(layer.register_forward_hook(count).remove)
-        for batch in batches:
-            run(batch)
-            seen += batch.numel() if task == "text" else batch.shape[0]
-    found = Load(*[total / max(seen, 1)] * 3)
-    for part in parts:
-        # over the tokens of the whole model: a part may see fewer
-        found = found.plus(Load(*(value / max(seen, 1) for value in part.spent)))
-    return found, seen
-
-
-def _looks_up(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Embedding) or getattr(layer, "kind", "") == "Embedding"
-
-
-def words(load: Load, seen: int, task: str) -> dict[str, Any]:
-    """A load as plans and certificates have it."""
-    return {**load._asdict(), "unit": "multiplications/token" if task == "text" else "multiplications/image", "n": seen}
-
-
 @contextlib.contextmanager
 def asking(parts: Iterable[Routed], run: Any, asks: Any) -> Iterator[None]:
     """Inside, parts run so and are told so."""
@@ -135,7 +87,7 @@ def foreseen(source: Any, inputs: Tensor, router: Router, batch: int) -> dict[st
     rows = inputs[: FORESEEN[source.task]]
     with asking(parts.values(), "masked", "labels"):
         load, seen = load_of(model, rows.split(batch), source.task)
-    return {**words(load, seen, source.task), "notes": notes}
+    return {**said(load, seen, source.task), "notes": notes}
 
 
 def begin(parts: Mapping[str, Routed], seed: int) -> None:

@@ -91,7 +91,8 @@ class FactorLLM(Router):
         runs = [range(e * size, (e + 1) * size) for e in range(self.experts)]
         members = sorted(group.members, key=lambda m: m.reads)
         cuts = [(m.site.name.removeprefix(f"{site.name}."), m.stored_axis, tuple(tuple(m.slices(run)) for run in runs)) for m in members]
-        return Change(place={site.name: Experts(writer.shape[0], self.active, self.weight, 1.0 if self.plain else self.experts / self.active, cuts)})
+        scale = 1.0 if self.plain else self.experts / self.active
+        return Change(place={site.name: Experts(writer.shape[0], self.active, self.weight, scale, cuts)})
 
 
 class Experts(Routed):
@@ -185,14 +186,18 @@ class Experts(Routed):
                 y.index_add_(0, rows, self.expert(i, x[rows]))
         return self._scaled(y)
 
+    def label(self, outs: Tensor, x: Tensor) -> Tensor:
+        """outs (N, t, d) of the experts at x (t, d) -> the k that the router is to name, by the layer as it was when it was remembered."""
+        layer, shared = self._layer[0], self._shared()
+        whole: Tensor = layer(x) if self.teacher is None else functional_call(layer, self.teacher, (x,))
+        return prior(outs, whole if shared is None else whole - shared, self.active, self.scale)
+
     def _masked(self, x: Tensor, logits: Tensor) -> Tensor:
         outs = torch.stack([self.expert(i, x) for i in range(self.experts)])
         mask = chosen(logits, self.active)
         if self.run == "learning" or self.asks == "labels":
             with torch.no_grad():
-                shared = self._shared()
-                whole = self._layer[0](x) if self.teacher is None else functional_call(self._layer[0], self.teacher, (x,))
-                label = prior(outs, whole if shared is None else whole - shared, self.active, self.scale)
+                label = self.label(outs, x)
             self.error = imitation(logits, label)
             mask = label if self.asks == "labels" else mask
         if self.run == "learning":
@@ -202,7 +207,14 @@ class Experts(Routed):
 
     def describe(self) -> dict[str, Any]:
         runs = [[name, axis, [_runs(index) for index in indices]] for name, axis, indices in self.cuts]
-        return {"part": self.part, "width": self.router.shape[1], "active": self.active, "weight": self.weight, "scale": self.scale, "cuts": runs}
+        return {
+            "part": self.part,
+            "width": self.router.shape[1],
+            "active": self.active,
+            "weight": self.weight,
+            "scale": self.scale,
+            "cuts": runs,
+        }
 
     @classmethod
     def restore(cls, described: Mapping[str, Any]) -> Self:

@@ -42,8 +42,8 @@ def fired(response: Tensor, mass: float) -> Tensor:
 
 
 def pooled(x: Tensor) -> Tensor:
-    """x (b, m, h, w) -> (b, m): softmax over channels of each one's mean."""
-    return x.mean((2, 3)).softmax(1)
+    """x (b, m, h, w) -> (b, m): softmax over channels of each one's mean, times m, so that one rate of learning fits all widths."""
+    return x.mean((2, 3)).softmax(1) * x.shape[1]
 
 
 def gathered(x: Tensor, conv: Any, live: Tensor, wanted: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class Gated(Routed):
             model.get_submodule(self.norm).register_forward_hook(lambda module, args, output: self._settled(output))
 
     def begin(self, generator: torch.Generator) -> None:
-        self.head = nn.Parameter(torch.randn(self.head.shape, generator=generator) * self.head.shape[1] ** -0.5)
+        self.head = nn.Parameter(torch.randn(self.head.shape, generator=generator) / self.head.shape[1])
         # all filters run until something else is learned
         self.offset = nn.Parameter(torch.ones(self.offset.shape))
 
@@ -146,14 +146,17 @@ class Gated(Routed):
             y = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation)
         return y if self.norm else self._settled(y)
 
+    def label(self, y: Tensor) -> Tensor:
+        """y (b, n, h, w), all filters' -> (b, n), 1 for those that the head is to name."""
+        return fired((y.relu() if self.rectified else y.abs()).amax((2, 3)), self.mass)
+
     def _settled(self, y: Tensor) -> Tensor:
         """y (b, n, h, w) behind the norm -> what of it was asked for."""
         logits, live = self._logits, self._live
         mask = torch.ones_like(logits) if self.asks == "all" else (logits > 0).to(y.dtype)
         if self.run == "learning" or self.asks == "labels":
             with torch.no_grad():
-                response = (y.relu() if self.rectified else y.abs()).amax((2, 3))
-                label = fired(response, self.mass)
+                label = self.label(y)
             self.error = F.binary_cross_entropy_with_logits(logits, label, reduction="sum") / len(y)
             mask = label if self.asks == "labels" else mask
         # of one filter over one channel

@@ -1,0 +1,203 @@
+"""Routing through the whole job: a language model whose feed-forward layers run in parts, a network whose filters run where they fire, what
+the folders hold, who reads them, what is counted, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import laconic
+from laconic import api, artifact
+from laconic.core.errors import UserError
+from laconic.core.router import Routed
+from laconic.data import open_data
+from laconic.job import compress
+from laconic.measurement import routed
+from laconic.models import open_model
+from laconic.recipe import Choice, Recipe, build, check, load_recipe
+from laconic.routing import parts_of
+
+EXPERTS = "route.gate.factorllm(steps=6, batch=2)"
+FILTERS = "route.gate.ftwt(steps=6, batch=8, mass=0.8)"
+
+
+def recipe(route: str) -> Recipe:
+    made = Recipe(name="own", search="search.allocate.uniform", judge=False, route=route)
+    check(made)
+    return made
+
+
+def run(small, out: Path, **more):
+    source = open_model(small[0])
+    split = open_data(str(small[1]), source, seed=0, length=32, limits=(8, 4, 8))
+    return compress(source, split, budget=[], recipe=recipe(EXPERTS), out=out, log=lambda _: None, **more)
+
+
+@pytest.fixture(scope="module")
+def out(small, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("routed") / "out"
+    run(small, folder)
+    return folder
+
+
+def test_the_folder_holds_routers_beside_all_that_was_there(small, out):
+    source = open_model(small[0])
+    certificate, plan = (json.loads((out / name).read_text()) for name in ("certificate.json", "plan.json"))
+    stored = artifact.stream(out).stored
+    own = {f"model.layers.{i}.mlp.router" for i in range(3)}
+    assert set(stored) == set(source.infos) | own
+    # 4 experts of 32 channels in bf16, in each of 3 layers
+    added = 3 * 2 * 4 * 32
+    assert [entry["bytes"] for entry in plan["placed"]] == [2 * 4 * 32] * 3
+    assert certificate["bytes"] == artifact.bytes_of(out) == plan["predicted"]["bytes"] == 2 * source.parameters + added
+    assert certificate["reload"]["difference"] <= 1e-5
+    # of the feed-forward layers half of the weights, and the routers
+    feed, heads = 3 * 3 * 72 * 32, 3 * 4 * 32
+    found = certificate["multiplications"]
+    assert found["dense"] - found["expected"] == feed / 2 - heads
+    assert found["expected"] == found["worst"] == plan["routed"]["expected"] == plan["routed"]["worst"]
+    assert found["unit"] == "multiplications/token"
+    # what is not routed has not moved; what is has learned
+    for name in source.infos:
+        same = torch.equal(artifact.stream(out).read(name), source.read(name))
+        assert same == (".mlp." not in name), name
+    artifact.verify_hashes(out)
+
+
+def test_all_who_read_it_compute_the_same(small, out, tmp_path):
+    tokens = torch.randint(3, 4096, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours = laconic.load(out)
+        said = ours(tokens).logits
+        theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        torch.testing.assert_close(theirs(tokens).logits, said, rtol=1e-5, atol=1e-5)
+        for part in routed(theirs):
+            part.run = "masked"
+        torch.testing.assert_close(theirs(tokens).logits, said, rtol=1e-5, atol=1e-5)
+        # with a cache, token by token
+        settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        assert torch.equal(ours.generate(tokens, **settings), theirs.generate(tokens, **settings))
+        # saved by transformers and read once more
+        theirs.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+        torch.testing.assert_close(again(tokens).logits, said, rtol=1e-5, atol=1e-5)
+        assert len(routed(again)) == 3
+        # in bf16, thawed or not
+        assert torch.isfinite(laconic.load(out, dtype=torch.bfloat16, thaw=True)(tokens).logits).all()
+
+
+def test_the_same_again_and_after_a_stop(small, out, tmp_path, monkeypatch):
+    from laconic import pipeline
+
+    real = pipeline.learn_routed
+
+    def stopped(*args, **more):
+        real(*args, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "learn_routed", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(small, tmp_path / "out")
+    monkeypatch.setattr(pipeline, "learn_routed", real)
+    run(small, tmp_path / "out")
+    hashes = [json.loads((folder / "certificate.json").read_text())["files"] for folder in (out, tmp_path / "out")]
+    assert hashes[0] == hashes[1]
+
+
+def test_the_commands_know_it(small, out, tmp_path):
+    found = api.measure(out, small[0], small[1], speed=False, log=lambda _: None)
+    dense, expected = found["multiplications_original"], found["multiplications"]
+    recorded = json.loads((out / "certificate.json").read_text())["multiplications"]
+    assert (dense, expected, found["multiplications_worst"]) == (recorded["dense"], recorded["expected"], recorded["worst"])
+    assert found["details"]["multiplications"]["unit"] == "multiplications/token"
+    talk = api.open_talk(out)
+    drawn = api.tokens(talk, torch.tensor([[5, 6, 7]]), limit=4, temperature=0.0, generator=torch.Generator())
+    assert len(list(drawn)) <= 4
+
+
+def test_what_cannot_be_is_said(small, tmp_path):
+    source = open_model(small[0])
+    with pytest.raises(UserError, match="experts=5 do not divide the 72 hidden neurons"):
+        parts_of(source, build("route.gate.factorllm(experts=5)"), source.skeleton())
+    with pytest.raises(UserError, match="FTWT finds nothing to route"):
+        parts_of(source, build("route.gate.ftwt"), source.skeleton())
+    with pytest.raises(UserError, match="rtn is no router; try route"):
+        recipe("quantize.round.rtn")
+    with pytest.raises(UserError, match="`route` beside `choices` is not there yet"):
+        check(Recipe(name="both", route=EXPERTS, choices=(Choice(method="quantize.round.rtn", levels=({"bits": 8, "group": 16},)),)))
+    with pytest.raises(UserError, match="changes nothing"):
+        check(Recipe(name="none"))
+
+
+@pytest.mark.parametrize("name", ["factorllm", "ftwt"])
+def test_the_shipped_recipes_route_and_nothing_else(name):
+    shipped = load_recipe(name)
+    assert shipped.route is not None
+    assert not shipped.choices
+    # recipes without a router are written as before
+    assert "route" not in load_recipe("auto").resolved()
+
+
+# ---- a network of convolutions
+
+
+class Blocks(nn.Module):
+    """Two residual blocks; classes depend on the image's colours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn(self.stem(x)).relu()
+        x = (self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + x).relu()
+        return self.linear(x.mean((2, 3)))
+
+
+def blocks() -> nn.Module:
+    torch.manual_seed(0)
+    return Blocks().eval()
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(120, 3, 8, 8, generator=g), torch.randint(0, 4, (120,), generator=g)
+
+
+def test_filters_through_the_whole_job(tmp_path):
+    spec, data = "tests.flow.test_routing:blocks", "tests.flow.test_routing:images"
+    result = api.compress(spec, data, recipe=recipe(FILTERS), out=tmp_path / "out", log=lambda _: None)
+    certificate, plan = result.certificate, json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert [entry["part"] for entry in plan["placed"]] == ["stem", "conv1", "conv2"]
+    # a head is outputs times inputs, and an offset for each output
+    assert [entry["bytes"] for entry in plan["placed"]] == [2 * (3 * 8 + 8), 2 * (64 + 8), 2 * (64 + 8)]
+    found, said = certificate["multiplications"], plan["routed"]
+    pixels, heads = 64, 24 + 64 + 64
+    assert found["dense"] == said["dense"] == pixels * 9 * (24 + 64 + 64) + 32
+    assert found["worst"] == found["dense"] + heads
+    assert 0 < found["expected"] <= found["worst"]
+    assert 0 < said["expected"] < said["dense"]
+    assert found["unit"] == "multiplications/image"
+    model = laconic.load(tmp_path / "out")
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, Routed)}
+    # only what stands before a rectifier is rectified
+    assert {name: part.rectified for name, part in parts.items()} == {"stem": True, "conv1": True, "conv2": False}
+    x = images()[0][:16]
+    with torch.no_grad():
+        gathered = model(x)
+        for part in parts.values():
+            part.run = "masked"
+        torch.testing.assert_close(model(x), gathered, rtol=1e-5, atol=1e-5)
+    # norms have seen the calibration images
+    assert not torch.equal(model.bn1.running_mean, blocks().bn1.running_mean)
+    checked = api.verify(tmp_path / "out")
+    assert checked["ok"]
+    assert "multiplications" in checked["compared"]
