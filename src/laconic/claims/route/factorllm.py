@@ -161,8 +161,6 @@ SCALE = (
     f"stories260k on TinyStories, 2 of 4 experts, routers and experts learned on {ROWS} x {TOKENS} tokens in 40 steps of 8 rows (in full "
     "400), KL to the original in place of the loss of the text, 3 seeds"
 )
-WORDS = "After the same short tuning, routers that are taught which experts are nearest to the layer as it was lose less than"
-
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         says="With all experts active the model is the dense one.",
@@ -172,28 +170,28 @@ CLAIMS: tuple[Claim, ...] = (
         broken=partial(_whole, 3),
     ),
     Claim(
-        says=f"{WORDS} routers that learn from the output alone.",
+        says="After the same short tuning, routers taught by the layer itself lose less than routers that learn from the output alone.",
         where=PAPER,
         scale=SCALE,
         check=partial(_compared, "unlabelled", False, False),
         broken=partial(_compared, "unlabelled", False, True),
     ),
     Claim(
-        says=f"{WORDS} as few neurons that are the same for all tokens.",
+        says="After the same short tuning, experts that such routers choose lose less than as few neurons that are the same for all tokens.",
         where=PAPER,
         scale=SCALE,
         check=partial(_compared, "narrow", False, False),
         broken=partial(_compared, "narrow", False, True),
     ),
     Claim(
-        says=f"{WORDS} routers that learn from the output alone, where experts are summed plainly (`plain`).",
+        says="Where experts are summed plainly, routers taught by the layer itself lose less than routers that learn from the output alone.",
         where=PAPER,
         scale=SCALE,
         check=partial(_compared, "unlabelled", True, False),
         broken=partial(_compared, "unlabelled", True, True),
     ),
     Claim(
-        says=f"{WORDS} as few neurons that are the same for all tokens, where experts are summed plainly (`plain`).",
+        says="Where experts are summed plainly, those that such routers choose lose less than as few neurons that are the same for all tokens.",
         where=PAPER,
         scale=SCALE,
         check=partial(_compared, "narrow", True, False),
