@@ -41,7 +41,8 @@ def parts_of(source: Any, router: Router, model: nn.Module, example: Tensor | No
             else:
                 notes.append(f"{path} cannot be run in parts (a width is written into its forward) and stays as it is")
     if not placed:
-        raise UserError(f"{type(router).__name__} finds nothing to route in {source.spec or 'this model'}; take another recipe")
+        why = f" ({notes[0]})" if notes else ""
+        raise UserError(f"{type(router).__name__} finds nothing to route in {source.spec or 'this model'}{why}; take another recipe")
     return placed, notes
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +21,7 @@ from laconic.job import compress
 from laconic.measurement import routed
 from laconic.models import open_model
 from laconic.recipe import Choice, Recipe, build, check, load_recipe
-from laconic.routing import parts_of
+from laconic.routing import asking, begin, install, parts_of
 
 EXPERTS = "route.gate.factorllm(steps=6, batch=2)"
 FILTERS = "route.gate.ftwt(steps=6, batch=8, mass=0.8)"
@@ -141,6 +142,51 @@ def test_the_shipped_recipes_route_and_nothing_else(name):
     assert not shipped.choices
     # recipes without a router are written as before
     assert "route" not in load_recipe("auto").resolved()
+
+
+# ---- other architectures
+
+
+def other(kind: str, folder: Path, **knobs):
+    torch.manual_seed(0)
+    plain = {
+        "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.3, "eos_token_id": None, "bos_token_id": None,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**{**plain, **knobs})).save_pretrained(folder)
+    return open_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "knobs"), [("Gemma", {"head_dim": 8}), ("Qwen3", {"head_dim": 8}), ("Phi3", {}), ("GPTNeoX", {}), ("Phi", {})]
+)
+def test_experts_of_other_decoders(kind, knobs, tmp_path):
+    """Fused gate and up, no gate at all, biases: what is run is the layer's own forward over its slices."""
+    source = other(kind, tmp_path, **knobs)
+    before, model = source.load(torch.float32), source.load(torch.float32)
+    parts, notes = parts_of(source, build("route.gate.factorllm"), model)
+    assert len(parts) == 2
+    assert not notes
+    install(model, parts)
+    begin(parts, 0)
+    tokens = torch.randint(1, 31, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        said = model(tokens).logits
+        with asking(parts.values(), "masked", "router"):
+            torch.testing.assert_close(model(tokens).logits, said, rtol=1e-5, atol=1e-5)
+        for part in parts.values():
+            part.active, part.scale = part.experts, 1.0
+        torch.testing.assert_close(model(tokens).logits, before(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "knobs"), [("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 2}), ("Mixtral", {"num_local_experts": 2})])
+def test_what_cannot_be_run_in_parts_is_left(kind, knobs, tmp_path):
+    """GPT-2 has a width written into its linears; a mixture has experts already."""
+    source = other(kind, tmp_path, **knobs)
+    with pytest.raises(UserError, match="FactorLLM finds nothing to route"):
+        parts_of(source, build("route.gate.factorllm"), source.skeleton())
 
 
 # ---- a network of convolutions
