@@ -139,6 +139,10 @@ class Experts(Routed):
         """The writer's bias, which is no expert's own."""
         return getattr(self._layer[0].get_submodule(self.cuts[-1][0]), "bias", None)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """x (t, d) -> (t, N), what the router thinks of each expert."""
+        return F.linear(x, self.router)
+
     def expert(self, i: int, x: Tensor) -> Tensor:
         """e_i(x): the layer's own forward over its share of each weight."""
         tensors: dict[str, Tensor] = {}
@@ -161,7 +165,7 @@ class Experts(Routed):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits = F.linear(x, self.router)
+        logits = self.logits(x)
         total = sum(self._layer[0].get_submodule(name).weight.numel() for name, _, _ in self.cuts)  # type: ignore[union-attr, operator, misc]
         taken = self.experts if self.asks == "all" else self.active
         spent = x.shape[0] * (total * taken / self.experts + self.router.numel())
