@@ -447,7 +447,9 @@ def plan_words(
             "bytes": plan.bytes,
             "bits_per_weight": plan.bytes * 8 / source.parameters,
             "damage": None if math.isnan(plan.damage.value) else plan.damage.value,
-            "peak_memory_bytes": predicted_memory(source, split, build(recipe.tune) if recipe.tune else None),
+            # all of a routed model learns at once: a weight, its gradient, two moments and the original's
+            "peak_memory_bytes": predicted_memory(source, split, build(recipe.tune) if recipe.tune else None)
+            + (24 * source.parameters if recipe.route else 0),
         },
         "menu": [_words(row) for row in menu.rows],
         "pareto": pareto(menu, source.parameters) if frontier is None else frontier,
@@ -1034,7 +1036,8 @@ def learn_routed(
     # a batch of one row says nothing of a norm's statistics
     batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) < lesson.batch else batches
     progress("tuning", 0, lesson.steps, "the original's predictions")
-    targets = Filed(Shelf(folder, 256 * 1024**2), (found for batch in batches for found in finished_logits(source, batch, len(batch))))
+    rows = inputs[: sum(len(batch) for batch in batches)]
+    targets = Filed(Shelf(folder, 256 * 1024**2), finished_logits(source, rows, lesson.batch))
     model = opened.skeleton()
     opened.fill(model, "", torch.float32)
     parts, notes = parts_of(source, router, model, inputs[:2])

@@ -116,6 +116,8 @@ def test_the_commands_know_it(small, out, tmp_path):
     recorded = json.loads((out / "certificate.json").read_text())["multiplications"]
     assert (dense, expected, found["multiplications_worst"]) == (recorded["dense"], recorded["expected"], recorded["worst"])
     assert found["details"]["multiplications"]["unit"] == "multiplications/token"
+    page = api.report(out, extras=False, log=lambda _: None)
+    assert "Multiplications" in page.read_text(encoding="utf-8")
     talk = api.open_talk(out)
     drawn = api.tokens(talk, torch.tensor([[5, 6, 7]]), limit=4, temperature=0.0, generator=torch.Generator())
     assert len(list(drawn)) <= 4

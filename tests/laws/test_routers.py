@@ -3,6 +3,8 @@ model as it was, gathered = masked, what is counted is what was multiplied, name
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -166,9 +168,21 @@ def test_names_stay_and_what_is_stored_is_all(path, router, tmp_path):
 
 
 @each
-def test_learning_is_deterministic_and_its_labels_are_learned(path, router, tmp_path):
-    import dataclasses
+def test_copies_are_apart(path, router, tmp_path):
+    _, inputs, model, parts = opened(router, tmp_path)
+    with torch.no_grad():
+        before = outputs(model)(inputs)
+        second = copy.deepcopy(model)
+        for part in parts.values():
+            for parameter in part.parameters():
+                parameter.zero_()
+            part.asks = "all"
+        outputs(model)(inputs[:1])
+        assert torch.equal(outputs(second)(inputs), before)
 
+
+@each
+def test_learning_is_deterministic_and_its_labels_are_learned(path, router, tmp_path):
     router = dataclasses.replace(router, steps=24, batch=2)
     assert not isinstance(router.lesson.scope, Layer)
     source, inputs, _, _ = opened(router, tmp_path)

@@ -126,7 +126,7 @@ class Gated(Routed):
         for name in ("stride", "padding", "dilation"):
             setattr(self, name, getattr(conv, name))
         if self.norm:
-            model.get_submodule(self.norm).register_forward_hook(lambda module, args, output: self._settled(output))
+            model.get_submodule(self.norm).register_forward_hook(self._behind)
 
     def begin(self, generator: torch.Generator) -> None:
         self.head = nn.Parameter(torch.randn(self.head.shape, generator=generator) / self.head.shape[1])
@@ -145,6 +145,9 @@ class Gated(Routed):
             conv: Any = self
             y = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation)
         return y if self.norm else self._settled(y)
+
+    def _behind(self, norm: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self._settled(output)
 
     def label(self, y: Tensor) -> Tensor:
         """y (b, n, h, w), all filters' -> (b, n), 1 for those that the head is to name."""
