@@ -249,3 +249,19 @@ def test_filters_through_the_whole_job(tmp_path):
     checked = api.verify(tmp_path / "out")
     assert checked["ok"]
     assert "multiplications" in checked["compared"]
+
+
+@pytest.mark.long
+def test_the_real_resnet(shared, tmp_path):
+    """Pretrained weights and images: what was written is read back, and its filters are chosen by the image."""
+    data = "tests.flow.cifar"
+    result = api.compress(
+        f"{data}:resnet20", f"{data}:test", recipe=recipe("route.gate.ftwt(mass=0.95, steps=8, rate=0.001)"), out=tmp_path / "out",
+        log=lambda _: None,
+    )  # fmt: skip
+    load = result.certificate["multiplications"]
+    # 432 x 1024, 6 x 2304 x 1024, 4608 x 256, 5 x 9216 x 256, 18432 x 64 and 5 x 36864 x 64 of convolutions, and 640 of the classes
+    assert load["dense"] == 40_550_400 + 640
+    assert 0.5 < load["expected"] / load["dense"] <= load["worst"] / load["dense"] < 1.001
+    assert result.certificate["quality"]["accuracy"] > 0.5
+    assert len(routed(laconic.load(tmp_path / "out"))) == 19
