@@ -39,7 +39,7 @@ def parts_of(source: Any, router: Router, model: nn.Module, example: Tensor | No
             if isinstance(part, Routed) and part.fits(path, model):
                 placed[path] = part
             else:
-                notes.append(f"{path} cannot be run in parts (a width is written into its forward) and stays as it is")
+                notes.append(f"{path} cannot be run in parts and stays as it is")
     if not placed:
         why = f" ({notes[0]})" if notes else ""
         raise UserError(f"{type(router).__name__} finds nothing to route in {source.spec or 'this model'}{why}; take another recipe")

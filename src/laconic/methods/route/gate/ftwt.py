@@ -115,9 +115,12 @@ class Gated(Routed):
         self.mass, self.until, self.norm, self.rectified = mass, until, norm, rectified
         self.head = nn.Parameter(torch.empty(outer, inner, device="meta"), requires_grad=False)
         self.offset = nn.Parameter(torch.empty(outer, device="meta"), requires_grad=False)
-        self._conv: tuple[nn.Module, ...] = ()
         # of the pass that is under way
         self._logits = self._live = torch.empty(0)
+
+    def fits(self, path: str, model: nn.Module) -> bool:
+        conv = model.get_submodule(path)
+        return type(conv) is nn.Conv2d and conv.padding_mode == "zeros"
 
     def around(self, path: str, model: nn.Module) -> None:
         conv = model.get_submodule(path)
