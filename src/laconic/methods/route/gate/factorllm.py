@@ -2,11 +2,12 @@
 
 Zhao et al. 2024, arXiv:2408.11855, section 3.  The hidden neurons are split in order into N runs E_1 .. E_N: rows of gate and up,
 columns of down. So e_i(x) = W_down[:, E_i] (act(W_gate[E_i] x) * (W_up[E_i] x)) and sum_i e_i(x) = FFN(x), to rounding. Here
-y(x) = N/k sum_{i in top-k of R x} e_i(x) for a router R (N, d); k = N is the layer as it was. Learned on little text, R and experts: KL to
-the original at the output + weight * mean over layers and tokens of CE(softmax(R x), label) (Prior-Approximate Router): the teacher is the
-frozen layer at the same x, the error of an expert mean_d (e_i(x) - k/N FFN(x))^2, the label 1/k for each of the k of least error.
-Gradients of the objective reach R straight through. x (..., d). Bytes stay, multiplications fall; expected = worst, k of N for each token.
-The layer may be gated or not; one whose forward has a width written into it is left.  Sibling: route.gate.ftwt (filters of images)."""
+y(x) = s sum_{i in top-k of R x} e_i(x) for a router R (N, d), s = N/k; k = N is the layer as it was. Learned on little text, R and experts:
+KL to the original at the output + weight * CE(softmax(R x), label), a mean over tokens, summed over layers (Prior-Approximate Router): the
+teacher is the frozen layer at the same x, the error of an expert mean_d (e_i(x) - FFN(x) / s)^2, the label 1/k for each of the k of least
+error. Gradients of the KL reach R straight through. `plain`: s = 1, which after little learning is far nearer to the original.
+x (..., d). Bytes stay, multiplications fall; expected = worst, k of N for each token. The layer may be gated or not; one whose forward has
+a width written into it is left.  Sibling: route.gate.ftwt (filters of images)."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def imitation(logits: Tensor, label: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class FactorLLM(Router):
     """experts, active: N and k; weight: of the router's loss; rate, router_rate: of experts and routers, Adam, falling along a cosine;
-    batch: texts a step."""
+    batch: texts a step; plain: experts are parts of a sum, not each the whole times k/N."""
 
     acts_on = (Sublayer,)
     learns: ClassVar[Literal["parts", "model"]] = "parts"
@@ -61,7 +62,7 @@ class FactorLLM(Router):
     weight: float = 0.05
     rate: float = 5e-4
     router_rate: float = 2e-3
-    steps: int = 320
+    steps: int = 128
     batch: int = 4
     plain: bool = False
 
