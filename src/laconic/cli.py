@@ -430,7 +430,9 @@ def plan(
     for group in made.get("cut", {}).get("left", ()):
         print(f"not cut: {group['group']}: {group['why']}")
     for kept in made["kept"]:
-        if kept["why"] != "one-dimensional":
+        if kept["why"] == "learned in the same bytes":
+            print(f"learned: {kept['tensor']}, {kept['bytes']:,} bytes, in the same bytes")
+        elif kept["why"] != "one-dimensional":
             print(f"kept as it is: {kept['tensor']}, {kept['bytes']:,} bytes, {kept['why']}")
     for note in made["notes"]:
         print(note)

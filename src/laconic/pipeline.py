@@ -39,6 +39,8 @@ Progress = Callable[[str, int, int, str], None]
 Log = Callable[[str], None]
 
 UNIFORM = "search.allocate.uniform"
+# why a tensor is kept whose values are not
+LEARNED = "learned in the same bytes"
 UNIT, PREDICTED, UNPRICED = "nats/token", "model output, second order", "not priced"
 
 
@@ -440,7 +442,7 @@ def plan_words(
         "data": split.record if split is not None else {},
         **({"cut": cut} if cut else {}),
         "choices": [_words(row) for row in plan.rows if row.method != AS_IS],
-        "kept": _kept_words(source, kept),
+        "kept": _learned_words(source, recipe, _kept_words(source, kept)),
         "placed": [{"part": path, "bytes": size, "by": recipe.route or recipe.decode} for path, size in beside(source, recipe).items()],
         "notes": list(getattr(source, "notes", ())),
         "predicted": {
@@ -470,6 +472,17 @@ def _kept_words(source: Any, kept: Mapping[str, int]) -> list[dict[str, Any]]:
         return "one-dimensional" if flat else "the recipe leaves it" if name in offered else anatomy.why(name)
 
     return [{"tensor": name, "bytes": size, "why": why(name)} for name, size in sorted(kept.items())]
+
+
+def _learned_words(source: Any, recipe: Recipe, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is kept in its bytes, with a word on what a recipe's router learns of it."""
+    if recipe.route is None:
+        return kept
+    under = tuple(f"{path}." for path in beside(source, recipe)) if build(recipe.route).learns == "parts" else ("",)
+    learned = {
+        entry["tensor"] for entry in kept if entry["tensor"].startswith(under) and source.infos[entry["tensor"]].dtype.is_floating_point
+    }
+    return [entry | {"why": LEARNED} if entry["tensor"] in learned else entry for entry in kept]
 
 
 def predicted_memory(source: Any, split: Any = None, lesson: Lesson | None = None) -> int:

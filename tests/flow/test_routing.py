@@ -57,6 +57,8 @@ def test_the_folder_holds_routers_beside_all_that_was_there(small, out):
     assert [entry["bytes"] for entry in plan["placed"]] == [2 * 4 * 32] * 3
     assert certificate["bytes"] == artifact.bytes_of(out) == plan["predicted"]["bytes"] == 2 * source.parameters + added
     assert certificate["reload"]["difference"] <= 1e-5
+    learned = {entry["tensor"] for entry in plan["kept"] if entry["why"] == "learned in the same bytes"}
+    assert learned == {name for name in source.infos if ".mlp." in name}
     # of the feed-forward layers half of the weights, and the routers
     feed, heads = 3 * 3 * 72 * 32, 3 * 4 * 32
     found = certificate["multiplications"]

@@ -1,7 +1,7 @@
 """FTWT, Fire Together Wire Together: which filters of a convolution an image needs is predicted from the convolution's input.
 
 Elkerdawy et al. 2022, arXiv:2110.08232, section 3.  For input x (b, m, h, w) and y (b, n, h', w') = norm(conv(x)):
-predicted: p = sigmoid(H softmax(mean of x over h, w) + c), one 1x1 convolution H (n, m); filter i runs where p_i > 0.5, else y_i = 0.
+predicted: p = sigmoid(H m softmax(mean of x over h, w) + c), one 1x1 convolution H (n, m); filter i runs where p_i > 0.5, else y_i = 0.
 label: a_i = max over h', w' of |y_i| (of what is positive, where a rectifier follows), over their sum and sorted; the smallest set whose
 mass reaches `mass` is 1. Learned: KL to the original at the output, by all weights, + BCE(p, label), by the heads (x is detached): a mean
 over images, summed over filters and layers. SGD with momentum; the heads stay after half of the steps. `mass` is the one knob: what it will
