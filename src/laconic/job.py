@@ -22,7 +22,6 @@ from laconic.core.transform import Lesson, Model
 from laconic.cutting import Reduced, asked, config_of, drawn, recorded, remove, share, stored_bytes, weigh
 from laconic.data import Samples, Split
 from laconic.elastic import arrange, index_of, refuse_stacks, spread_over, stacks_of
-from laconic.encoders import feed
 from laconic.journal import Work
 from laconic.measurement import compare, hardware, load_of, peak_memory, said, sizes, summarize, watch
 from laconic.models import Source
@@ -343,10 +342,8 @@ def _sizes_below(source: Source, split: Split, index: Mapping[str, Any], seed: i
 
 
 def multiplied(written: Any, split: Split) -> dict[str, Any]:
-    """What a routed result multiplies for one input, counted over the certify data."""
+    """What a routed result, opened and run once, multiplies for one input, counted over the certify data."""
     model = written.load(torch.float32)
-    if written.traced and written.config is not None:
-        feed(model, split.given)
     return said(*load_of(model, split.certify.inputs.split(batch_of(written)), written.task), written.task)
 
 

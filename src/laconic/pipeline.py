@@ -987,6 +987,11 @@ def learn(
 def beside(source: Any, recipe: Recipe) -> dict[str, int]:
     """Bytes of what a recipe's router, or its decoder, adds to the model, by path."""
     if recipe.route is not None:
+        if source.parameters > TUNABLE:
+            raise UserError(
+                f"recipe {recipe.name} holds the whole model while it learns and is for {TUNABLE:,} weights at most, "
+                f"{source.spec} has {source.parameters:,}; take a smaller model, or another recipe"
+            )
         return {path: _own_bytes(part) for path, part in parts_of(source, build(recipe.route), source.skeleton())[0].items()}
     if recipe.decode is None:
         return {}
@@ -1039,11 +1044,6 @@ def learn_routed(
 ) -> tuple[nn.Module, dict[str, Routed], str]:
     """The opened model in memory with routed parts that have learned, and a sentence on it. The whole learns together, against the
     predictions of the source."""
-    if source.parameters > TUNABLE:
-        raise UserError(
-            f"{type(router).__name__} holds the whole model while it learns and is for {TUNABLE:,} weights at most, "
-            f"{source.spec} has {source.parameters:,}; take a smaller model, or a recipe that walks it"
-        )
     lesson = router.lesson
     batches = inputs.split(lesson.batch)
     # a batch of one row says nothing of a norm's statistics

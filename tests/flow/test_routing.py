@@ -253,6 +253,40 @@ def test_filters_through_the_whole_job(tmp_path):
     assert "multiplications" in checked["compared"]
 
 
+def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(60, 3, 32, 32, generator=g), torch.randint(0, 4, (60,), generator=g)
+
+
+def test_a_class_of_transformers(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=4, downsample_in_first_stage=False
+    )
+    model = transformers.ResNetForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    data = "tests.flow.test_routing:pictures"
+    result = api.compress(str(tmp_path / "model"), data, recipe=recipe(FILTERS), out=tmp_path / "out", log=lambda _: None)
+    assert result.certificate["multiplications"]["expected"] < result.certificate["multiplications"]["worst"]
+    x = pictures()[0][:8]
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        said = laconic.load(tmp_path / "out")(x).logits
+        torch.testing.assert_close(theirs(x).logits, said, rtol=1e-4, atol=1e-5)
+    assert len(routed(theirs)) == len(json.loads((tmp_path / "out" / "plan.json").read_text())["placed"]) > 3
+    assert api.verify(tmp_path / "out")["ok"]
+    found = api.measure(tmp_path / "out", speed=False, log=lambda _: None)
+    assert found["multiplications"] == pytest.approx(result.certificate["multiplications"]["expected"], rel=1e-3)
+
+
+def test_what_is_too_large_is_refused_before_work(small, monkeypatch, tmp_path):
+    from laconic import pipeline
+
+    monkeypatch.setattr(pipeline, "TUNABLE", 1000)
+    with pytest.raises(UserError, match="is for 1,000 weights at most"):
+        api.plan(str(small[0]), str(small[1]), recipe=recipe(EXPERTS), log=lambda _: None)
+
+
 @pytest.mark.long
 def test_the_real_resnet(shared, tmp_path):
     """Pretrained weights and images: what was written is read back, and its filters are chosen by the image."""
