@@ -1015,6 +1015,9 @@ def route_plan(
         folder = work.folder / "routing"
         model, parts, said = learn_routed(source, applied.view, inputs, router, seed=seed, folder=folder, progress=progress)
         stored = {source.tied.get(name, name): kept_tensor(value) for name, value in model.state_dict().items()}
+        described = {path: part.describe() for path, part in parts.items()}
+        # what comes next opens the model anew
+        del model, parts
         fresh = sorted(stored.keys() - {name for part in applied.parts for name in work.done(part)["kept"]})
         homes = {key: part.partition("/")[2] for key, part in zip(keys, applied.parts, strict=True)}
         for key, part in zip(keys, applied.parts, strict=True):
@@ -1025,7 +1028,7 @@ def route_plan(
             value |= {
                 "kept": [*value["kept"], *mine],
                 "bytes": value["bytes"] + sum(stored[name].numel() * stored[name].element_size() for name in mine),
-                "placed": {path: one.describe() for path, one in parts.items() if _home(f"{path}.", homes) == key},
+                "placed": {path: words for path, words in described.items() if _home(f"{path}.", homes) == key},
                 "notes": [*value["notes"], said],
             }
             if work.done(key) is None:

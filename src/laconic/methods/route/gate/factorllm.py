@@ -124,7 +124,7 @@ class Experts(Routed):
         weight: Tensor = layer.get_submodule(self.cuts[0][0]).weight  # type: ignore[assignment]
         try:
             return self.expert(0, weight.new_zeros(1, self.router.shape[1])).shape == (1, self.router.shape[1])
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, ValueError):
             return False
 
     def begin(self, generator: torch.Generator) -> None:
