@@ -42,6 +42,8 @@ Model = str | Path | nn.Module | None
 SAME = 1e-3
 # a result of up to so many parameters runs from dense copies: at most 2 GB in fp32, and many times faster than unpacking at each token
 DENSE = 500_000_000
+# samples of each part where all of a network learns with its routers, which takes more of them than statistics do
+ROUTED = (16384, 1024, 4096)
 # held-out prompts that a decoder is measured on
 DRAFTED = 16
 
@@ -101,12 +103,23 @@ def _affordable(source: Source) -> tuple[int, int, int] | None:
     return None if source.task != "text" or rows >= 64 else (min(128, 4 * rows), min(32, rows), rows)
 
 
-def _split(source: Source, data: str | Path | None, certify: str | Path | None, *, seed: int, length: int | None = None, log: Log) -> Split:
+def _split(
+    source: Source,
+    data: str | Path | None,
+    certify: str | Path | None,
+    *,
+    seed: int,
+    length: int | None = None,
+    routes: bool = False,
+    log: Log,
+) -> Split:
     if data is None and source.task == "text":
         log("no data was given: Python's standard library is used; your own text (--data FILE) fits your use better")
     limits = _affordable(source)
     if limits is not None:
         log(f"the model is large: {limits[0]} rows calibrate, {limits[1]} search, {limits[2]} certify")
+    if routes and source.task != "text":
+        limits = ROUTED
     split = open_data(
         None if data is None else str(data),
         source,
@@ -201,7 +214,8 @@ def _open_job(
     # a wrong budget is found before any data is read
     job.parse_budget(words, source, needed=bool(chosen.choices))
     seed = 0 if seed is None else seed
-    return _Job(source, _split(source, data, data_certify, seed=seed, length=length, log=log), chosen, words, seed)
+    split = _split(source, data, data_certify, seed=seed, length=length, routes=chosen.route is not None, log=log)
+    return _Job(source, split, chosen, words, seed)
 
 
 def plan(
@@ -898,7 +912,7 @@ def _verify_folder(folder: Path, progress: Progress, log: Log) -> dict[str, Any]
     if vectors.is_result(folder):
         found = vectors.measure(folder, None, ())
         progress("checking", 3, 3, "recall of the certificate's queries")
-        return _compared(folder, certificate, found)
+        return _compared(folder, certificate, found, None)
     source = _source(_spec(certificate["model"].get("spec")))
     if source.hashes() != certificate["model"].get("hashes"):
         name = source.spec or "(embedded)"
@@ -909,20 +923,27 @@ def _verify_folder(folder: Path, progress: Progress, log: Log) -> dict[str, Any]
         python = f" under Python {platform.python_version()}" if not certificate["data"].get("spec") else ""
         raise UserError(f"the certify data{python} is not that of the certificate (its hash differs); give back the data it names")
     progress("checking", 2, 3, "quality on the certify data")
-    found = job.quality_of(
-        source, artifact.stream(folder), split.certify, metric=split.metric, batch=batch_of(source), seed=int(certificate["seed"])
-    )
+    written = artifact.stream(folder)
+    if source.traced:
+        written.trace(split.calibrate.inputs[:1], split.given)
+    found = job.quality_of(source, written, split.certify, metric=split.metric, batch=batch_of(source), seed=int(certificate["seed"]))
+    load = job.multiplied(written, split) if "multiplications" in certificate else None
     progress("checking", 3, 3, "quality on the certify data")
-    return _compared(folder, certificate, found)
+    return _compared(folder, certificate, found, load)
 
 
-def _compared(folder: Path, certificate: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """What a certificate says beside what was measured now."""
+def _compared(folder: Path, certificate: Mapping[str, Any], found: Mapping[str, Any], load: Mapping[str, float] | None) -> dict[str, Any]:
+    """What a certificate says beside what was measured now; load: multiplications of a model that is routed."""
     differences = []
     for key, before in certificate["quality"].items():
         now = found.get(key)
         if isinstance(now, (int, float)) and isinstance(before, (int, float)) and not math.isclose(before, now, rel_tol=SAME, abs_tol=1e-9):
             differences.append({"key": key, "recorded": before, "measured": now})
     compared = sorted(set(found) & set(certificate["quality"]))
+    if load is not None:
+        compared.append("multiplications")
+        recorded = certificate["multiplications"]["expected"]
+        if not math.isclose(recorded, load["expected"], rel_tol=SAME):
+            differences.append({"key": "multiplications", "recorded": recorded, "measured": load["expected"]})
     same = not differences
     return {"ok": same, "folder": str(folder), "reproduced": same, "compared": compared, "differences": differences, "quality": found}

@@ -23,6 +23,7 @@ from laconic.architectures import DECODERS, decoder_anatomy
 from laconic.core.errors import UserError
 from laconic.core.packed import Held, Packed, restore
 from laconic.core.part import Part, restore_part
+from laconic.core.router import Routed
 from laconic.core.site import Anatomy
 from laconic.encoders import feed
 from laconic.experts import split_experts
@@ -111,7 +112,10 @@ def holdable(layer: nn.Module) -> bool:
 
 
 def put(module: nn.Module, path: str, layer: nn.Module) -> None:
-    """Set the submodule at `path`."""
+    """Set the submodule at `path`; a Routed part takes in what stood there."""
+    if isinstance(layer, Routed):
+        layer.around(path, module)
+        layer.train(module.training)
     owner, _, leaf = path.rpartition(".")
     module.get_submodule(owner).register_module(leaf, layer)
 

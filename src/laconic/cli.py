@@ -356,6 +356,12 @@ def vectors_table(out: str, certificate: Mapping[str, Any]) -> Table:
     return table
 
 
+def _load_words(load: Mapping[str, Any]) -> str:
+    """Expected and worst cost of what depends on the input."""
+    mean, most = load["expected"] / load["dense"], load["worst"] / load["dense"]
+    return f"{load['expected']:,.0f} on average ({mean:.1%}), {load['worst']:,.0f} at most ({most:.1%})"
+
+
 def result_table(out: str, certificate: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
     """What came out, before and after."""
     quality, parameters = certificate["quality"], certificate["model"]["parameters"]
@@ -373,6 +379,8 @@ def result_table(out: str, certificate: Mapping[str, Any], measurements: Mapping
     if "accuracy" in quality:
         table.add_row("accuracy", f"{quality['accuracy_original']:.2%}", f"{quality['accuracy']:.2%}")
     table.add_row("same first choice", "100 %", f"{quality['top1_agreement']:.2%}" + (" (collapsed)" if quality.get("collapsed") else ""))
+    if (load := certificate.get("multiplications")) is not None:
+        table.add_row(load["unit"], f"{load['dense']:,.0f}", _load_words(load))
     reload = certificate["reload"]
     table.add_row("read back and compared", "", f"{'same' if reload['ok'] else 'DIFFERS'} (difference {reload['difference']:.1e})")
     seconds = measurements.get("seconds", {}).get("total")
@@ -439,10 +447,16 @@ def plan(
     for group in made.get("cut", {}).get("left", ()):
         print(f"not cut: {group['group']}: {group['why']}")
     for kept in made["kept"]:
-        if kept["why"] != "one-dimensional":
+        if kept["why"] == "learned in the same bytes":
+            print(f"learned: {kept['tensor']}, {kept['bytes']:,} bytes, in the same bytes")
+        elif kept["why"] != "one-dimensional":
             print(f"kept as it is: {kept['tensor']}, {kept['bytes']:,} bytes, {kept['why']}")
     for note in made["notes"]:
         print(note)
+    for entry in made.get("placed", ()):
+        print(f"placed: {entry['part']}, {entry['bytes']:,} bytes, by {entry['by']}")
+    if (load := made.get("routed")) is not None:
+        print(f"foreseen: {load['dense']:,.0f} {load['unit']} become {_load_words(load)}")
     predicted = made["predicted"]
     print(
         f"predicted: {predicted['bytes']:,} bytes, {predicted['bits_per_weight']:.3f} bits a weight,"

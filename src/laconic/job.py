@@ -25,7 +25,7 @@ from laconic.cutting import Reduced, asked, config_of, drawn, recorded, remove, 
 from laconic.data import Samples, Split
 from laconic.elastic import Cut, Stacks, arrange, index_of, refuse_stacks, spread_over, stacks_of
 from laconic.journal import Work
-from laconic.measurement import compare, hardware, peak_memory, sizes, summarize, watch
+from laconic.measurement import compare, hardware, load_of, peak_memory, said, sizes, summarize, watch
 from laconic.models import Source
 from laconic.nesting import nest
 from laconic.pipeline import (
@@ -47,6 +47,7 @@ from laconic.pipeline import (
     probe_of,
     quiet,
     reload_difference,
+    route_plan,
     tune_plan,
     uniform_plan,
 )
@@ -183,6 +184,8 @@ def _run(
     if recipe.nest is not None:
         applied, stacks = _nested(source, split, budget, recipe, recipe.nest, plan, applied, work, progress)
     applied = _tuned(source, split, recipe, seed, plan, applied, stacks, work, progress, log)
+    if recipe.route is not None:
+        applied = route_plan(source, split.calibrate.inputs, applied, build(recipe.route), seed=seed, work=work, progress=progress)
     placed: dict[str, Any] = {}
     if recipe.decode is not None:
         rows = calibration_rows(source, split)
@@ -213,6 +216,7 @@ def _run(
     progress("measuring", 0, 1, "held-out data")
     found = quality_of(original, written, split.certify, metric=split.metric, batch=batch_of(source), seed=seed)
     sizes_below = _sizes_below(original, split, index, seed, work, progress) if index is not None else []
+    load = multiplied(written, split) if recipe.route is not None else None
     clock("measure", at)
     size = sizes(applied.bytes + beside, plan["model"]["bytes"], source.parameters)
     details = found.pop("details") | size.pop("details")
@@ -228,6 +232,7 @@ def _run(
         "details": details,
         **size,
         **({"elastic": sizes_below} if index is not None else {}),
+        **({"multiplications": load} if load is not None else {}),
         "files": hashes,
         "plan_sha256": hashes["plan.json"],
         "reload": {"ok": True, "difference": difference},
@@ -384,6 +389,12 @@ def _sizes_below(source: Source, split: Split, index: Mapping[str, Any], seed: i
         quality.pop("details")
         found.append({"bytes": limit, "bits_per_weight": limit * 8 / source.parameters, **quality})
     return found
+
+
+def multiplied(written: Any, split: Split) -> dict[str, Any]:
+    """What a routed result, opened and run once, multiplies for one input, counted over the certify data."""
+    model = written.load(torch.float32)
+    return said(*load_of(model, split.certify.inputs.split(batch_of(written)), written.task), written.task)
 
 
 def _written(work: Work, source: Source, split: Split, limit: int | None = None) -> Any:

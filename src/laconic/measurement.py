@@ -12,8 +12,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +25,8 @@ from laconic import artifact, models
 from laconic.calibration import answer_of
 from laconic.core.decoder import Decoder, Draw
 from laconic.core.errors import BrokenPromise, UserError
+from laconic.core.packed import Held
+from laconic.core.router import Load, Routed
 from laconic.core.state import State
 from laconic.decoding import Layers
 from laconic.encoders import feed
@@ -233,6 +235,70 @@ def sizes(bytes_stored: int, bytes_original: int, parameters: int, **more: Any) 
             "bits_per_weight": _exact(bits, "bits/weight", parameters=parameters),
         },
     }
+
+
+# ---- multiplications
+
+
+def routed(model: nn.Module) -> list[Routed]:
+    """The parts of a model."""
+    return [module for module in model.modules() if isinstance(module, Routed)]
+
+
+def load_of(model: nn.Module, batches: Iterable[Tensor], task: str) -> tuple[Load, int]:
+    """Multiplications of a model with weights for one token of text or one image, on average over what it is given, and over how many.
+    Products without weights (attention's own) and lookups are no part of it."""
+    parts = routed(model)
+    inside = {id(module) for part in parts for module in part.modules()}
+    others = [m for m in model.modules() if id(m) not in inside and (isinstance(m, Held) or artifact.holdable(m)) and not _looks_up(m)]
+    seen = total = 0
+
+    def count(layer: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal total
+        weight: Any = layer.weight
+        n = weight.shape[1] if type(layer).__name__ == "Conv1D" else weight.shape[0]
+        size = weight.numel() if isinstance(weight, Tensor) else weight.matrix[0] * weight.matrix[1]
+        total += size * output.numel() // n
+
+    for part in parts:
+        part.forget()
+    run = outputs(model)
+    with ExitStack() as stack, torch.inference_mode():
+        for layer in others:
+            stack.callback(layer.register_forward_hook(count).remove)
+        for batch in batches:
+            run(batch)
+            seen += batch.numel() if task == "text" else batch.shape[0]
+    found = Load(*[total / max(seen, 1)] * 3)
+    for part in parts:
+        # over the tokens of the whole model: a part may see fewer
+        found = found.plus(Load(*(value / max(seen, 1) for value in part.spent)))
+    return found, seen
+
+
+def multiplied(model: nn.Module, batches: Iterable[Tensor], task: str) -> dict[str, Any]:
+    """The keys of what a routed model multiplies: on average, at most, and what it would without routing."""
+    load, seen = load_of(model, batches, task)
+    unit = str(said(load, seen, task)["unit"])
+    return {
+        "multiplications": load.expected,
+        "multiplications_worst": load.worst,
+        "multiplications_original": load.dense,
+        "details": {
+            "multiplications": _entry(unit, seen, None, None, what="with weights, on average"),
+            "multiplications_worst": _exact(load.worst, unit, what="whatever the input"),
+            "multiplications_original": _exact(load.dense, unit),
+        },
+    }
+
+
+def _looks_up(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Embedding) or getattr(layer, "kind", "") == "Embedding"
+
+
+def said(load: Load, seen: int, task: str) -> dict[str, Any]:
+    """A load as plans and certificates have it."""
+    return {**load._asdict(), "unit": "multiplications/token" if task == "text" else "multiplications/image", "n": seen}
 
 
 # ---- speed
@@ -527,6 +593,8 @@ def measure(
         add(summarize(quality, metric=metric, seed=seed))
         add(sizes(own, own_original, source.parameters, files=files))
         details["bytes_original"] |= {"files": files_original}
+        if routed(compressed):
+            add(multiplied(compressed, samples.inputs.split(rows), source.task))
         if with_speed and source.task == "text":
             del original, compressed
             original = source.load(dtype).eval()

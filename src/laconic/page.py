@@ -726,6 +726,9 @@ def tiles(certificate: Mapping[str, Any], measured: Mapping[str, Any] | None, qu
         )
     if "top1_agreement" in quality and not collapsed(quality):
         found.append(Tile("Top-1 agreement", percent(quality["top1_agreement"], 2), "of predictions are those of the original"))
+    if (load := certificate.get("multiplications")) is not None:
+        most = f"of the original\u2019s on average, {percent(load['worst'] / load['dense'])} at most; {load['unit']}"
+        found.append(Tile("Multiplications", percent(load["expected"] / load["dense"]), most))
     if measured and reload_ok(certificate):
         speed = ratios(measured)
         for name, ratio in speed.items():

@@ -20,17 +20,20 @@ from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
 from laconic.core.packed import Dense, Packed, Soft, Transposed, below, restore, stored_class
-from laconic.core.part import Part
+from laconic.core.part import Part, restore_part
+from laconic.core.router import Routed, Router
 from laconic.core.site import Anatomy, Embedding, Segment, Site, Sublayer
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
 from laconic.core.transform import Change, Lesson, Model, Objective, Transform, Window
 from laconic.decoding import body_of
 from laconic.kernels.obs import predicted_loss
 from laconic.kernels.threads import suited
+from laconic.measurement import outputs
 from laconic.models import Source
 from laconic.narrow import narrowed
 from laconic.recipe import Recipe, build, level_of, level_words
 from laconic.reconstruction import Reconstruction
+from laconic.routing import begin, foreseen, install, parts_of
 from laconic.trials import AS_IS, Recorded, Trials, form_key
 from laconic.tuning import Targets, tune
 
@@ -38,6 +41,8 @@ Progress = Callable[[str, int, int, str], None]
 Log = Callable[[str], None]
 
 UNIFORM = "search.allocate.uniform"
+# why a tensor is kept whose values are not
+LEARNED = "learned in the same bytes"
 UNIT, PREDICTED, UNPRICED = "nats/token", "model output, second order", "not priced"
 
 
@@ -71,7 +76,11 @@ class Parts:
         self.held.update(dict.fromkeys([*value["forms"], *value["kept"]], key))
 
     def skeleton(self) -> nn.Module:
-        return self.source.skeleton()  # type: ignore[no-any-return]
+        bare: nn.Module = self.source.skeleton()
+        # of what is gone zeros are held; what is routed runs in parts
+        made = {path: restore_part(described) for path, described in self.placed.items()}
+        install(bare, {path: part for path, part in made.items() if isinstance(part, Routed)})
+        return bare
 
     def _tensors(self, key: str) -> dict[str, Tensor]:
         if self.cached[0] != key:
@@ -372,7 +381,12 @@ def make_plan(
     if not covered:
         # all that the recipe does is done elsewhere: what is there is kept
         only = Plan((), fixed, Damage(math.nan, UNIT, UNPRICED))
-        return plan_words(source, split, recipe, budget, bound, Menu((), only.bytes), only, kept, seed, frontier=[])
+        made = plan_words(source, split, recipe, budget, bound, Menu((), only.bytes), only, kept, seed, frontier=[])
+        if recipe.route is not None:
+            progress("reading the model", 0, 1, "what routing will take")
+            made["routed"] = foreseen(source, split.search.inputs, build(recipe.route), batch_of(source))
+            made["notes"] += made["routed"].pop("notes")
+        return made
     needs = recipe.search != UNIFORM
     rows_wanted = recipe.price_rows if source.task == "text" else None
     inputs = calibration_rows(source, split)[:rows_wanted] if needs else None
@@ -441,14 +455,16 @@ def plan_words(
         "data": split.record if split is not None else {},
         **({"align" if hasattr(source, "moves") else "cut": stage} if stage else {}),
         "choices": [_words(row) for row in plan.rows if row.method != AS_IS],
-        "kept": _kept_words(source, kept),
-        "placed": [{"part": path, "bytes": size, "by": recipe.decode} for path, size in beside(source, recipe).items()],
+        "kept": _learned_words(source, recipe, _kept_words(source, kept)),
+        "placed": [{"part": path, "bytes": size, "by": recipe.route or recipe.decode} for path, size in beside(source, recipe).items()],
         "notes": list(getattr(source, "notes", ())),
         "predicted": {
             "bytes": plan.bytes,
             "bits_per_weight": plan.bytes * 8 / source.parameters,
             "damage": None if math.isnan(plan.damage.value) else plan.damage.value,
-            "peak_memory_bytes": predicted_memory(source, split, build(recipe.tune) if recipe.tune else None),
+            # all of a routed model learns at once: a weight, its gradient, two moments and the original's
+            "peak_memory_bytes": predicted_memory(source, split, build(recipe.tune) if recipe.tune else None)
+            + (24 * source.parameters if recipe.route else 0),
         },
         "menu": [_words(row) for row in menu.rows],
         "pareto": pareto(menu, source.parameters) if frontier is None else frontier,
@@ -471,6 +487,17 @@ def _kept_words(source: Any, kept: Mapping[str, int]) -> list[dict[str, Any]]:
         return "one-dimensional" if flat else "the recipe leaves it" if name in offered else anatomy.why(name)
 
     return [{"tensor": name, "bytes": size, "why": why(name)} for name, size in sorted(kept.items())]
+
+
+def _learned_words(source: Any, recipe: Recipe, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is kept in its bytes, with a word on what a recipe's router learns of it."""
+    if recipe.route is None:
+        return kept
+    under = tuple(f"{path}." for path in beside(source, recipe)) if build(recipe.route).learns == "parts" else ("",)
+    learned = {
+        entry["tensor"] for entry in kept if entry["tensor"].startswith(under) and source.infos[entry["tensor"]].dtype.is_floating_point
+    }
+    return [entry | {"why": LEARNED} if entry["tensor"] in learned else entry for entry in kept]
 
 
 def predicted_memory(source: Any, split: Any = None, lesson: Lesson | None = None) -> int:
@@ -899,13 +926,18 @@ def tune_plan(
                     tensors[name] = kept_tensor(form.dense())
             if work.done(key) is None:
                 work.finish(key, value | {"notes": [*value["notes"], said]}, tensors)
+    return reviewed(source, keys, inputs, work)
+
+
+def reviewed(source: Any, keys: Sequence[str], inputs: Tensor, work: Any) -> Applied:
+    """A model whose finished parts have these keys."""
     view = Parts(source, work)
     for key in keys:
         view.add(key, work.done(key))
     notes = tuple(dict.fromkeys(note for key in keys for note in work.done(key)["notes"]))
     probe = probed(view, probe_of(source, inputs))
     view.cached = ("", {})
-    return Applied(tuple(keys), dict(view.forms), applied.bytes, notes, probe, view)
+    return Applied(tuple(keys), dict(view.forms), sum(work.done(key)["bytes"] for key in keys), notes, probe, view)
 
 
 # gives a form by its stored name after learning, None where nothing was learned of it
@@ -986,13 +1018,100 @@ def learn(
 
 
 def beside(source: Any, recipe: Recipe) -> dict[str, int]:
-    """Bytes of each part that a recipe's decoder places beside the model, by path."""
+    """Bytes of what a recipe's router, or its decoder, adds to the model, by path."""
+    if recipe.route is not None:
+        if source.parameters > TUNABLE:
+            raise UserError(
+                f"recipe {recipe.name} holds the whole model while it learns and is for {TUNABLE:,} weights at most, "
+                f"{source.spec} has {source.parameters:,}; take a smaller model, or another recipe"
+            )
+        return {path: _own_bytes(part) for path, part in parts_of(source, build(recipe.route), source.skeleton())[0].items()}
     if recipe.decode is None:
         return {}
     if getattr(source, "config", None) is None:
         raise UserError(f"recipe {recipe.name} places a decoder's parts, which needs a language model that was opened from a folder")
     placed = build(recipe.decode).place(body_of(source.config), None).place
-    return {path: sum(2 * p.numel() for p in part.parameters()) for path, part in placed.items()}
+    return {path: _own_bytes(part) for path, part in placed.items()}
+
+
+def _own_bytes(part: nn.Module) -> int:
+    return sum(2 * p.numel() for p in part.parameters())
+
+
+def route_plan(
+    source: Any, inputs: Tensor, applied: Applied, router: Router, *, seed: int, work: Any, progress: Progress = quiet
+) -> Applied:
+    """The applied model with routed parts in it, learned on calibration rows (count, ...) against the original's predictions: each part
+    of it is written anew under its own key, what a router holds with the segment that it stands in. A cut run learns again."""
+    keys = [f"routed/{part}" for part in applied.parts]
+    if not all(work.done(key) for key in keys):
+        folder = work.folder / "routing"
+        model, parts, said = learn_routed(source, applied.view, inputs, router, seed=seed, folder=folder, progress=progress)
+        stored = {source.tied.get(name, name): kept_tensor(value) for name, value in model.state_dict().items()}
+        described = {path: part.describe() for path, part in parts.items()}
+        # what comes next opens the model anew
+        del model, parts
+        fresh = sorted(stored.keys() - {name for part in applied.parts for name in work.done(part)["kept"]})
+        homes = {key: part.partition("/")[2] for key, part in zip(keys, applied.parts, strict=True)}
+        for key, part in zip(keys, applied.parts, strict=True):
+            mine = [name for name in fresh if _home(name, homes) == key]
+            value = dict(work.done(part))
+            tensors = {name: stored.get(name, tensor) for name, tensor in work.tensors(part).items()}
+            tensors |= {name: stored[name] for name in mine}
+            value |= {
+                "kept": [*value["kept"], *mine],
+                "bytes": value["bytes"] + sum(stored[name].numel() * stored[name].element_size() for name in mine),
+                "placed": {path: words for path, words in described.items() if _home(f"{path}.", homes) == key},
+                "notes": [*value["notes"], said],
+            }
+            if work.done(key) is None:
+                work.finish(key, value, tensors)
+    return reviewed(source, keys, inputs, work)
+
+
+def _home(name: str, homes: Mapping[str, str]) -> str:
+    """Of parts by key -> the segment's path ("" where it is none): the one that a tensor lies in."""
+    inside = [key for key, path in homes.items() if path and name.startswith(f"{path}.")]
+    return (inside or [key for key, path in homes.items() if not path])[0]
+
+
+def learn_routed(
+    source: Any, opened: Any, inputs: Tensor, router: Router, *, seed: int, folder: Path, progress: Progress = quiet
+) -> tuple[nn.Module, dict[str, Routed], str]:
+    """The opened model in memory with routed parts that have learned, and a sentence on it. The whole learns together, against the
+    predictions of the source."""
+    lesson = router.lesson
+    batches = inputs.split(lesson.batch)
+    # a batch of one row says nothing of a norm's statistics
+    batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) < lesson.batch else batches
+    progress("tuning", 0, lesson.steps, "the original's predictions")
+    rows = inputs[: sum(len(batch) for batch in batches)]
+    targets = Filed(Shelf(folder, 256 * 1024**2), finished_logits(source, rows, lesson.batch))
+    model = opened.skeleton()
+    opened.fill(model, "", torch.float32)
+    parts, notes = parts_of(source, router, model, inputs[:2])
+    install(model, parts)
+    begin(parts, seed)
+    learns: dict[str, nn.Module] = {"": model} if router.learns == "model" else dict(parts)
+    rates = {name for name, _ in lesson.rates}
+    for module in learns.values():
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name.rpartition(".")[2] in rates)
+    for part in parts.values():
+        part.run = "learning"
+        part.remember()
+    model.train(router.learns == "model")
+    run = outputs(model)
+    losses = tune(
+        lambda i, _: run(batches[i]), targets, learns, lesson, generator=torch.Generator().manual_seed(seed),
+        progress=lambda done, total: progress("tuning", done, total, "routers, and what they route"),
+    )  # fmt: skip
+    targets.shelf.clear()
+    model.eval().requires_grad_(False)
+    for part in parts.values():
+        part.run, part.error = "gathered", None
+    said = f"routed, learned over {lesson.steps} steps: {lesson.objective.name} {_first_and_last(losses)}"
+    return model, parts, "; ".join([said, *notes])
 
 
 def place_parts(

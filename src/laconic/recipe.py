@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError, nearest
 from laconic.core.menu import Order, Search
+from laconic.core.router import Router
 from laconic.core.score import Score
 from laconic.core.site import Conv, Embedding, Linear, Site, Sublayer, TensorId
 from laconic.core.state import State
@@ -32,7 +33,7 @@ HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding, "sublayer": Sublayer}
 # a matrix that any method can be asked about before a model is opened
 PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
-ROLES = (Transform, Score, Search, Lesson, Cut, Align, Order, State, Decoder)
+ROLES = (Transform, Score, Search, Lesson, Cut, Align, Order, State, Decoder, Router)
 # what a lesson's scope may be called
 SCOPES: dict[str, type[Scope]] = {"layer": Layer, "block": Window, "window": Window, "model": Model}
 
@@ -119,7 +120,8 @@ class Recipe(BaseModel):
     one another in a result that loads at any size up to its own, found on `order_rows` rows of the search data. nest: channels held in
     nested slices, which `tune` then learns together and `order` puts in sequence. decode: how the result is decoded; what that needs
     beside the model is learned last and counted in the budget. Without choices and cut all weights stay, and no budget is needed.
-    vectors: for a file of vectors in place of a model."""
+    route: what runs for which input, learned on calibration data; so far alone in a recipe. vectors: for a file of vectors in place of a
+    model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -137,11 +139,12 @@ class Recipe(BaseModel):
     order: str | None = None
     order_rows: int = Field(default=2, ge=1)
     decode: str | None = None
+    route: str | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in: what is stored in the output."""
         found = self.model_dump(mode="json")
-        for stage in ("cut", "align", "nest", "vectors"):
+        for stage in ("cut", "align", "nest", "route", "vectors"):
             if found[stage] is None:
                 # recipes without a stage are written and hashed as before there was one
                 del found[stage]
@@ -193,11 +196,23 @@ def check(recipe: Recipe) -> None:
     if recipe.vectors is not None:
         if not isinstance(build(recipe.vectors.lesson), Lesson):
             raise UserError(f"recipe {recipe.name}: {recipe.vectors.lesson} is no lesson; try nest.vector.mrl")
-        if recipe.choices or any((recipe.cut, recipe.align, recipe.nest, recipe.tune, recipe.order, recipe.decode)):
+        if recipe.choices or any((recipe.cut, recipe.align, recipe.nest, recipe.tune, recipe.order, recipe.route, recipe.decode)):
             raise UserError(f"recipe {recipe.name} is for vectors (`vectors`) and says something of models beside; keep one")
         return
-    if not recipe.choices and recipe.decode is None and all(stage is None for stage in (recipe.cut, recipe.align, recipe.nest)):
-        raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, a `cut`, `nest` or `decode`")
+    if (
+        not recipe.choices
+        and recipe.decode is None
+        and all(stage is None for stage in (recipe.cut, recipe.align, recipe.nest, recipe.route))
+    ):
+        raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, a `cut`, `nest`, `decode` or `route`")
+    if recipe.route is not None:
+        if not isinstance(build(recipe.route), Router):
+            raise UserError(f"recipe {recipe.name}: {recipe.route} is no router; try route.gate.factorllm")
+        others = [key for key in ("choices", "cut", "align", "nest", "tune", "order", "decode") if getattr(recipe, key)]
+        if others:
+            raise UserError(
+                f"recipe {recipe.name}: `route` beside {', '.join(f'`{key}`' for key in others)} is not there yet; leave one out"
+            )
     if recipe.cut is not None:
         if not isinstance(build(recipe.cut.method), Cut):
             raise UserError(f"recipe {recipe.name}: {recipe.cut.method} cuts no channels; try prune.cut.obspa")
@@ -242,8 +257,8 @@ def _check_nest(recipe: Recipe, nest: Nesting) -> None:
     if not isinstance(build(nest.method), Cut):
         raise UserError(f"recipe {recipe.name}: {nest.method} weighs no channels; try prune.cut.obspa")
     _regex(nest.where, recipe)
-    if recipe.choices or recipe.decode is not None:
-        raise UserError(f"recipe {recipe.name} has `nest` beside `choices` or `decode`: not yet; nest alone, or leave it out")
+    if recipe.choices or recipe.decode is not None or recipe.align is not None:
+        raise UserError(f"recipe {recipe.name} has `nest` beside `choices`, `align` or `decode`: not yet; nest alone, or leave it out")
     if recipe.order is None:
         raise UserError(f"recipe {recipe.name} nests channels and says no `order` for their slices; give it nest.order.mixnmatch")
     if recipe.tune is not None and not isinstance(getattr(build(recipe.tune), "scope", None), Model):

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from laconic.core.errors import UserError
 from laconic.core.packed import Soft
+from laconic.core.router import Routed
 from laconic.core.transform import Lesson
 
 Run = Callable[[int, Mapping[str, Tensor]], Tensor]
@@ -54,19 +55,20 @@ def tune(
     generator: torch.Generator,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
-    """Learns the forms in place, all together; returns the objective of each step, a mean over its passes, without the forms' own
-    penalties. run(i, weights): output for batch i with these dense weights, by the names of the forms that are Soft, smaller ones where the
-    lesson asks for the first slices (any other module is learned as it is, and `run` calls it itself); targets[i]: what it must meet."""
+    """Learns the forms in place, all together; returns the objective of each step, a mean over its passes, without the penalties of forms
+    and routers. run(i, weights): output for batch i with these dense weights, by the names of the forms that are Soft, smaller ones where
+    the lesson asks for the first slices (any other module is learned as it is, and `run` calls it itself); targets[i]: what it must
+    meet."""
     named = [(name.rpartition(".")[2], p) for form in forms.values() for name, p in form.named_parameters()]
-    groups = [{"params": [p for name, p in named if name == learned], "lr": rate} for learned, rate in lesson.rates]
+    groups: list[dict[str, Any]] = [{"params": [p for name, p in named if name == learned], "lr": rate} for learned, rate in lesson.rates]
     groups = [group for group in groups if group["params"]]
     if not groups:
         have = ", ".join(sorted({name for name, _ in named})) or "nothing"
         said = ", ".join(name for name, _ in lesson.rates) or "nothing"
         raise UserError(f"{type(lesson).__name__} has rates for {said}, but what can be learned here is {have}: give rates for that")
-    optimiser: torch.optim.Optimizer = Signed(groups) if lesson.optimiser == "signed" else torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimiser = _optimiser(groups, lesson)
     rates = [group["lr"] for group in optimiser.param_groups]
-    parts = [part for form in forms.values() for part in form.modules() if isinstance(part, Soft)]
+    parts = [part for form in forms.values() for part in form.modules() if isinstance(part, Soft | Routed)]
     soft = {name: form for name, form in forms.items() if isinstance(form, Soft)}
     most = max((form.parts for form in soft.values()), default=1)
     order = shuffled(len(targets), generator)
@@ -91,6 +93,15 @@ def tune(
         found.append(sum(losses) / len(losses))
         progress(step + 1, lesson.steps)
     return found
+
+
+def _optimiser(groups: list[dict[str, Any]], lesson: Lesson) -> torch.optim.Optimizer:
+    if lesson.optimiser == "signed":
+        return Signed(groups)
+    if lesson.optimiser == "momentum":
+        # a rate for each group
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return torch.optim.Adam(groups, betas=(0.9, 0.95))
 
 
 def _decayed(lesson: Lesson, step: int) -> float:

@@ -47,6 +47,7 @@ LAYERS = [
         "nesting",
         "elastic",
         "measurement",
+        "routing",
         "selection",
     ),
     ("job",),

@@ -27,10 +27,10 @@ from laconic.core.site import Conv, Linear, Site
 from laconic.core.state import Ragged, State
 from laconic.core.statistic import Gram
 from laconic.core.transform import Cut, Lesson, Level, Model, Transform
-from laconic.cutting import drawn, remove, share, stored_bytes, weigh
+from laconic.cutting import Reduced, drawn, remove, share, stored_bytes, weigh
 from laconic.data import Samples, Texts, open_data
 from laconic.kernels.obs import output_error
-from laconic.measurement import compare, outputs
+from laconic.measurement import compare, load_of, outputs
 from laconic.models import Source, open_model
 from laconic.pipeline import Parts, learn, quiet
 from laconic.recipe import Cutting
@@ -505,13 +505,7 @@ def cut(bench: Bench, method: Cut, keep: float, seed: int, inputs: Literal["data
     looked at is drawn by the seed, and norms move by it where they are to, whatever the method."""
 
     def make() -> Smaller:
-        # the methods are given; the name is for plans
-        cutting = Cutting(method="prune.cut.obspa", inputs=inputs, norms=norms)
-        seen, work, size = drawn(bench.source, bench.drawn(seed), cutting, seed), Remembering(), bench.batch
-        weighed = weigh(bench.source, seen, cutting, method, batch=size, work=work, progress=quiet)
-        gone = share(bench.source, weighed, int(keep * stored_bytes(bench.source, {})), even=True)
-        groups = weighed.groups
-        reduced = remove(bench.source, seen, cutting, method, groups, gone, batch=size, prefix="cut", work=work, progress=quiet)
+        reduced = narrowed(bench, method, keep, seed, inputs, norms)
         model = reduced.load(torch.float32)
         one = bench.certify.inputs[:1]
         before = multiplications(bench.source.load(torch.float32), one)
@@ -521,22 +515,19 @@ def cut(bench: Bench, method: Cut, keep: float, seed: int, inputs: Literal["data
     return made
 
 
+def narrowed(bench: Bench, method: Cut, keep: float, seed: int, inputs: Literal["data", "noise"], norms: bool = True) -> Reduced:
+    """As `cut`, opened."""
+    # the methods are given; the name is for plans
+    cutting = Cutting(method="prune.cut.obspa", inputs=inputs, norms=norms)
+    seen, work, size = drawn(bench.source, bench.drawn(seed), cutting, seed), Remembering(), bench.batch
+    weighed = weigh(bench.source, seen, cutting, method, batch=size, work=work, progress=quiet)
+    gone = share(bench.source, weighed, int(keep * stored_bytes(bench.source, {})), even=True)
+    return remove(bench.source, seen, cutting, method, weighed.groups, gone, batch=size, prefix="cut", work=work, progress=quiet)
+
+
 def multiplications(model: nn.Module, inputs: Tensor) -> int:
-    """Of all convolutions and linear layers for one input."""
-    total = 0
-
-    def count(layer: nn.Module, args: Any, output: Tensor) -> None:
-        nonlocal total
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        channels = output.shape[1] if weight.dim() > 2 else output.shape[-1]
-        total += weight.numel() * output.numel() // channels
-
-    hooks = [layer.register_forward_hook(count) for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    with torch.no_grad():
-        outputs(model)(inputs)
-    for hook in hooks:
-        hook.remove()
-    return total
+    """With weights, for each row of the inputs."""
+    return round(load_of(model, [inputs], "rows")[0].dense)
 
 
 # ---- caches

@@ -14,8 +14,8 @@ from laconic.core.packed import stored_class
 
 class Part(nn.Module, ABC):
     """A module that takes another's place and is called as that one was. What it needs of that one it takes over, under the same names;
-    what it holds besides are buffers, stored as the model's own tensors are. Stored parts are named by their module path below
-    `laconic.methods`."""
+    what it holds besides are buffers, or, where it is Routed, tensors that are learned, stored as the model's own are. Stored parts are
+    named by their module path below `laconic.methods`."""
 
     part: ClassVar[str]
 

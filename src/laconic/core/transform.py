@@ -74,7 +74,7 @@ class Lesson(ABC):
     rates: tuple[tuple[str, float], ...]
     steps: int
     batch: int = 8
-    optimiser: Literal["adam", "signed"] = "adam"
+    optimiser: Literal["adam", "signed", "momentum"] = "adam"
     decay: Literal["constant", "linear", "cosine"] = "linear"
     scope: Scope = MODEL
     targets: Literal["float", "prefix", "both"] = "float"
