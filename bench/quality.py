@@ -34,7 +34,8 @@ RESULTS = ROOT / "bench" / "results"
 PEERS = ROOT / "bench" / "peers"
 SOURCE = ROOT / "src" / "laconic"
 # what every row of ours depends on, beside the methods of the recipes and what both import of core, methods and kernels
-RELEVANT = ("anatomy.py", "architectures.py", "budget.py", "calibration.py", "experts.py", "job.py", "pipeline.py", "recipe.py",
+RELEVANT = ("aligning.py", "anatomy.py", "architectures.py", "budget.py", "calibration.py", "cutting.py", "decoding.py", "elastic.py",
+            "experts.py", "job.py", "nesting.py", "pipeline.py", "recipe.py", "reconstruction.py", "routing.py", "trials.py",
             "tuning.py")  # fmt: skip
 # the recipes of our rows
 OURS = ("auto", "gptq", "rtn")

@@ -35,11 +35,14 @@ def original(folder: Path, *, tied: bool, bias: bool = True) -> Path:
 
 
 def form_of(name: str, weight: Tensor) -> Packed | None:
-    """Some of every form: a sum of a base and a low rank for the MLP, plain for the rest, none for the keys and all vectors."""
+    """Some of every form: a sum of a base and a low rank for the MLP, the numbers themselves for the queries, a sum of one for the rest,
+    none for the keys and all vectors."""
     if weight.dim() < 2 or "k_proj" in name:
         return None
-    if "mlp" not in name:
+    if "q_proj" in name:
         return Dense(weight)
+    if "mlp" not in name:
+        return Sum(Dense(weight))
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
     return Sum(Dense((weight.float() * 0.5).bfloat16()), Product(Dense((u[:, :4] * s[:4]).T.contiguous()), Dense(v[:4])))
 
@@ -97,7 +100,9 @@ def test_load(case: tuple[Path, Any, dict[str, Tensor]]) -> None:
     assert isinstance(model.lm_head, Held)
     assert isinstance(model.model.layers[1].mlp.up_proj.weight, Sum)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == bool(source.tied)
-    assert isinstance(model.model.layers[0].self_attn.k_proj, nn.Linear)
+    # held by no form, and held as they are
+    assert type(model.model.layers[0].self_attn.k_proj) is nn.Linear
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     assert model.model.layers[0].self_attn.q_proj.bias is not None
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     thawed = artifact.load(out, thaw=True)
