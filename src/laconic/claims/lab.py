@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec
@@ -23,10 +23,11 @@ from laconic.calibration import Walk, observed, release
 from laconic.core.claim import Lab, Measurement, Verdict
 from laconic.core.menu import Damage, Judge, Plan
 from laconic.core.packed import Packed
-from laconic.core.site import Conv, Linear, Site
+from laconic.core.router import Routed, Router
+from laconic.core.site import Anatomy, Conv, Linear, Site
 from laconic.core.state import Ragged, State
 from laconic.core.statistic import Gram
-from laconic.core.transform import Cut, Lesson, Level, Model, Transform
+from laconic.core.transform import Change, Cut, Lesson, Level, Model, Transform
 from laconic.cutting import Reduced, drawn, remove, share, stored_bytes, weigh
 from laconic.data import Samples, Texts, open_data
 from laconic.kernels.obs import output_error
@@ -117,6 +118,17 @@ def spread(values: Sequence[float], unit: str) -> Measurement:
     """Mean, extremes and standard deviation over seeds."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return Measurement(statistics.fmean(values), unit, len(values), min(values), max(values), deviation)
+
+
+def swapped(router: Router, kind: type[Routed]) -> Router:
+    """A stand-in: the same router, its parts of another class."""
+
+    class Swapped(type(router)):  # type: ignore[misc]
+        def place(self, site: Site, anatomy: Anatomy) -> Change:
+            placed = super().place(site, anatomy).place
+            return Change(place={path: kind.restore(part.describe()) for path, part in placed.items() if isinstance(part, Routed)})
+
+    return Swapped(**{field.name: getattr(router, field.name) for field in fields(router)})  # type: ignore[arg-type]
 
 
 # ---- models

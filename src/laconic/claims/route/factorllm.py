@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Found, judged, measured, on, spread
+from laconic.claims.lab import ONE, SEEDS, Bench, Found, judged, measured, on, spread, swapped
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
-from laconic.core.router import Routed, Router
-from laconic.core.site import Anatomy, Site, Sublayer
-from laconic.core.transform import Change, Lesson
+from laconic.core.router import Router
 from laconic.measurement import load_of, outputs
 from laconic.methods.route.gate.factorllm import Experts, FactorLLM
 from laconic.pipeline import learn_routed
@@ -28,24 +26,6 @@ from laconic.tuning import tune
 ROWS, TOKENS = 256, 128
 Theirs = Literal["unlabelled", "guessed", "narrow"]
 SHORT = FactorLLM(rate=1e-3, router_rate=1e-2, batch=8)
-
-
-@dataclass(frozen=True)
-class Swapped(Router):
-    """A stand-in: the parts of `inner` in another class."""
-
-    acts_on = (Sublayer,)
-    learns: ClassVar[Literal["parts", "model"]] = "parts"
-    inner: FactorLLM
-    kind: type[Experts]
-
-    @property
-    def lesson(self) -> Lesson:
-        return self.inner.lesson
-
-    def place(self, site: Site, anatomy: Anatomy) -> Change:
-        placed = self.inner.place(site, anatomy).place
-        return Change(place={path: self.kind.restore(part.describe()) for path, part in placed.items() if isinstance(part, Routed)})
 
 
 class Mistaught(Experts):
@@ -130,7 +110,7 @@ def _lower(lab: Lab, bench: Bench, ours: Router, theirs: Theirs, base: FactorLLM
     if theirs == "narrow":
         name, rival = "as few neurons, the same for all tokens", [_narrow(lab, bench, base, seed) for seed in seeds]
     elif theirs == "guessed":
-        name, rival = "experts by chance", [_routed(lab, bench, Swapped(replace(base, weight=0.0), Guessing), seed) for seed in seeds]
+        name, rival = "experts by chance", [_routed(lab, bench, swapped(replace(base, weight=0.0), Guessing), seed) for seed in seeds]
     else:
         name, rival = "routers by the objective alone", [_routed(lab, bench, replace(base, weight=0.0), seed) for seed in seeds]
     numbers: dict[str, Measurement] = {"loss of the original": spread([mine[0].original], "nats/token")}
@@ -147,7 +127,7 @@ def _compared(theirs: Theirs, plain: bool, broken: bool, lab: Lab) -> Verdict:
         lab,
         "stories260k",
         lambda bench: _lower(
-            lab, bench, Swapped(replace(base, weight=10.0), Mistaught) if broken else base, theirs, base, ONE if broken else SEEDS
+            lab, bench, swapped(replace(base, weight=10.0), Mistaught) if broken else base, theirs, base, ONE if broken else SEEDS
         ),
     )
 

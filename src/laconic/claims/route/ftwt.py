@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Found, judged, measured, multiplications, narrowed, on, spread
+from laconic.claims.lab import ONE, SEEDS, Bench, Found, judged, measured, multiplications, narrowed, on, spread, swapped
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
-from laconic.core.router import Load, Routed, Router
-from laconic.core.site import Anatomy, Conv, Site
-from laconic.core.transform import Change, Lesson
+from laconic.core.router import Load, Router
 from laconic.measurement import load_of, outputs, routed
 from laconic.methods.prune.cut.spa import Spa
 from laconic.methods.prune.score.magnitude import Magnitude
@@ -41,24 +39,6 @@ class Done(NamedTuple):
     def share(self) -> float:
         """Of the original's multiplications, on average."""
         return self.load.expected / self.load.dense
-
-
-@dataclass(frozen=True)
-class Swapped(Router):
-    """A stand-in: the parts of `inner` in another class."""
-
-    acts_on = (Conv,)
-    learns: ClassVar[Literal["parts", "model"]] = "model"
-    inner: FTWT
-    kind: type[Gated]
-
-    @property
-    def lesson(self) -> Lesson:
-        return self.inner.lesson
-
-    def place(self, site: Site, anatomy: Anatomy) -> Change:
-        placed = self.inner.place(site, anatomy).place
-        return Change(place={path: self.kind.restore(part.describe()) for path, part in placed.items() if isinstance(part, Routed)})
 
 
 class Astray(Gated):
@@ -176,7 +156,7 @@ Check = Callable[[Lab, Bench, Router, Sequence[int]], Verdict]
 
 def _on(check: Check | None, kind: type[Gated] | None, lab: Lab) -> Verdict:
     base = _ours(lab)
-    router, seeds = (base, SEEDS) if kind is None else (Swapped(base, kind), ONE)
+    router, seeds = (base, SEEDS) if kind is None else (swapped(base, kind), ONE)
     if check is None:
         return on(lab, "resnet20", lambda bench: _better(lab, bench, router, base, seeds))
     return on(lab, "resnet20", lambda bench: check(lab, bench, router, seeds))
