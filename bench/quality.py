@@ -693,7 +693,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs or checks; the exit code."""
     args = arguments(argv)
-    # what peers store is measured as dense matrices, and ours by the same products of torch: the native ones round otherwise in the 8th digit
+    # what peers store is measured by torch's products of dense matrices, and so is ours: the native ones differ in the 8th digit
     os.environ["LACONIC_KERNELS"] = "reference"
     if args.check:
         reasons = stale(args.out, args.model)
