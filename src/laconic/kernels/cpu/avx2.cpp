@@ -130,8 +130,7 @@ void row(const Weight& w, const Whole& q, const Words<BITS>& words, int64_t n, c
         }
     }
     for (int64_t g = 0; g < w.groups; g++) {
-        const float zero = w.zeros ? float(code_at(w.zeros + n * w.zero_stride, g, BITS)) : float(1 << (BITS - 1));
-        const float offset = from_bf16(scales[g]) * zero;
+        const float offset = from_bf16(scales[g]) * zero_at(w, n, g);
         for (int i = 0; i < ROWS; i++) away[i] += offset * q.sums[size_t((begin + i) * w.groups + g)];
     }
     for (int i = 0; i < ROWS; i++) out[i * w.n] = sum_of(total[i]) - away[i];
@@ -167,8 +166,7 @@ void decode(const Weight& w, const Words<BITS>& words, int64_t n, const uint8_t*
     for (int64_t j = 0; j < w.m; j += 16) {
         const __m256i code = words.load(codes + j / 8 * BITS);
         const int64_t g = j / w.group;
-        const float zero = w.zeros ? float(code_at(w.zeros + n * w.zero_stride, g, BITS)) : float(1 << (BITS - 1));
-        const __m256 away = _mm256_set1_ps(zero), scale = _mm256_set1_ps(from_bf16(w.scales[n * w.groups + g]));
+        const __m256 away = _mm256_set1_ps(zero_at(w, n, g)), scale = _mm256_set1_ps(from_bf16(w.scales[n * w.groups + g]));
         const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(code)));
         const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(code, 1)));
         _mm256_storeu_ps(out + j, _mm256_mul_ps(_mm256_sub_ps(low, away), scale));

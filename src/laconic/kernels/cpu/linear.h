@@ -54,6 +54,11 @@ inline int code_at(const uint8_t* row, int64_t index, int bits) {
     return (word >> shift) & ((1 << bits) - 1);
 }
 
+// the zero of a group of a row
+inline float zero_at(const Weight& w, int64_t row, int64_t group) {
+    return w.zeros ? float(code_at(w.zeros + row * w.zero_stride, group, w.bits)) : float(1 << (w.bits - 1));
+}
+
 // Codes become words of 16 bits by shifts alone: plane p of word j is code planes * j + p of a block. A block is what one load of codes stands for,
 // 64 bytes where a width divides 8, else 8 * bits bytes.
 inline int planes(int bits) { return bits == 4 ? 4 : bits == 2 ? 8 : 2; }

@@ -27,9 +27,8 @@ LACONIC_CLONES void place(float* out, int64_t count, float zero, float scale) {
 void decode_row(const Weight& w, int64_t row, float* out) {
     numbers(w.codes + row * w.stride, w.m, w.bits, out);
     for (int64_t g = 0; g < w.groups; g++) {
-        const float zero = w.zeros ? float(code_at(w.zeros + row * w.zero_stride, g, w.bits)) : float(1 << (w.bits - 1));
         const int64_t begin = g * w.group;
-        place(out + begin, std::min(w.group, w.m - begin), zero, from_bf16(w.scales[row * w.groups + g]));
+        place(out + begin, std::min(w.group, w.m - begin), zero_at(w, row, g), from_bf16(w.scales[row * w.groups + g]));
     }
 }
 
