@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,34 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
 def small(tiny: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
     """The folder of a Llama of 3 layers, and text for it."""
     return tiny(layers=3, blocks=200)
+
+
+@pytest.fixture
+def flat_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], tuple[str, str]]:
+    """Makes a module with a network that has no stack of layers, and so many batches of 16 for it; -> names of its factory and data."""
+
+    def make(batches: int) -> tuple[str, str]:
+        name = f"flat_net_{batches}"
+        (tmp_path / f"{name}.py").write_text(
+            textwrap.dedent(f"""
+            import torch
+            from torch import nn
+
+            def make():
+                torch.manual_seed(1)
+                return nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5)).eval()
+
+            def data():
+                g = torch.Generator().manual_seed(0)
+                for _ in range({batches}):
+                    x = torch.randn(16, 3, 4, 4, generator=g)
+                    yield x, torch.randint(0, 5, (16,), generator=g)
+
+            data.metric = "accuracy"
+            """)
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return f"{name}:make", f"{name}:data"
+
+    return make

@@ -176,37 +176,18 @@ def test_cut_off_while_it_is_ordered_it_goes_on(
     assert len(trials) == rounds + 1 and trials[2] == trials[3]
 
 
-def test_a_module_without_layers_is_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "flat_net.py").write_text(
-        textwrap.dedent("""
-        import torch
-        from torch import nn
-
-        def make():
-            torch.manual_seed(1)
-            return nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5)).eval()
-
-        def data():
-            g = torch.Generator().manual_seed(0)
-            for _ in range(6):
-                x = torch.randn(16, 3, 4, 4, generator=g)
-                yield x, torch.randint(0, 5, (16,), generator=g)
-
-        data.metric = "accuracy"
-        """)
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_a_module_without_layers_is_cut_too(tmp_path: Path, flat_net: Callable[[int], tuple[str, str]]) -> None:
+    factory, data = flat_net(6)
     levels = tuple({"blocks": blocks, "rank": 2} for blocks in (1, 4))
     recipe = Recipe.model_validate({
         "name": "flat", "search": "search.allocate.uniform", "judge": False, "order": "nest.order.rounds",
         "choices": [{"method": "nest.bits.bitstack", "levels": levels, "kinds": ["linear"]}],
     })  # fmt: skip
-    laconic.compress("flat_net:make", "flat_net:data", budget="size=99%", recipe=recipe, out=tmp_path / "out", **SAYS)
+    laconic.compress(factory, data, budget="size=99%", recipe=recipe, out=tmp_path / "out", **SAYS)
     first, *_, last = sizes(tmp_path / "out")
     x = torch.randn(4, 3, 4, 4)
     with torch.no_grad():
-        original = open_model("flat_net:make").load(torch.float32)(x)
+        original = open_model(factory).load(torch.float32)(x)
         errors = [float((laconic.load(tmp_path / "out", budget=f"size={limit}B")(x) - original).norm()) for limit in (first, last)]
     assert errors[1] < errors[0] / 3
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -180,34 +179,15 @@ def test_biases_turned_weights_and_an_order_by_trial(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "nested_net.py").write_text(
-        textwrap.dedent("""
-        import torch
-        from torch import nn
-
-        def make():
-            torch.manual_seed(1)
-            return nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5)).eval()
-
-        def data():
-            g = torch.Generator().manual_seed(0)
-            for _ in range(12):
-                x = torch.randn(16, 3, 4, 4, generator=g)
-                yield x, torch.randint(0, 5, (16,), generator=g)
-
-        data.metric = "accuracy"
-        """)
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    laconic.compress("nested_net:make", "nested_net:data", recipe=recipe_of(), out=tmp_path / "out", **SAYS)
+def test_a_network_of_ones_own(tmp_path: Path, flat_net: Callable[[int], tuple[str, str]]) -> None:
+    factory, data = flat_net(12)
+    laconic.compress(factory, data, recipe=recipe_of(), out=tmp_path / "out", **SAYS)
     left = {one["group"]: one["why"] for one in json.loads((tmp_path / "out" / "plan.json").read_text())["nest"]["left"]}
     # a matrix has slices along one of its axes
     assert "other axis" in left["3"] and "inputs or outputs" in left["5"]
     x = torch.randn(4, 3, 4, 4)
     with torch.no_grad():
-        original = open_model("nested_net:make").load(torch.float32)(x)
+        original = open_model(factory).load(torch.float32)(x)
         errors = []
         for limit in ends(tmp_path / "out"):
             model = laconic.load(tmp_path / "out", budget=f"size={limit}B")
