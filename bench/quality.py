@@ -7,9 +7,7 @@ the gate: exit code 1 where the table no longer fits the model or the code."""
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -19,7 +17,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.panel import BASELINE, PANELS, POINTS, ahead, is_ours, least_bytes, page, title
+from laconic.sources import hash_of, reached
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -64,48 +62,6 @@ def say(line: str) -> None:
 # ---- hashes
 
 
-def code_of(text: str) -> str:
-    """Python source without comments, docstrings and blank lines: what its behaviour depends on."""
-    lines = text.splitlines()
-    drop: set[int] = set()
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            drop.update(range(node.body[0].lineno - 1, node.body[0].end_lineno or 0))
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            number, column = token.start
-            lines[number - 1] = lines[number - 1][:column]
-    kept = (line.rstrip() for number, line in enumerate(lines) if number not in drop)
-    return "\n".join(line for line in kept if line)
-
-
-def hash_of_files(paths: Sequence[Path], base: Path) -> str:
-    """sha256 over names and contents; of Python files the code alone."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        content = code_of(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else path.read_bytes()
-        digest.update(f"{path.relative_to(base).as_posix()} {hashlib.sha256(content).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def reached(start: Sequence[Path]) -> set[Path]:
-    """These files and all of core, methods and kernels that they import, and that those import."""
-    found: set[Path] = set()
-    waiting = list(start)
-    while waiting:
-        path = waiting.pop()
-        if path in found:
-            continue
-        found.add(path)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("laconic.core", "laconic.methods", "laconic.kernels")):
-                inside = SOURCE.joinpath(*node.module.split(".")[1:])
-                tried = [inside.with_suffix(".py"), *(inside / f"{alias.name}.py" for alias in node.names)]
-                waiting += [near for near in tried if near.is_file()]
-    return found
-
-
 def relevant() -> list[Path]:
     """The files that decide what our rows come to."""
     recipes = [SOURCE / "recipes" / f"{name}.yaml" for name in OURS]
@@ -116,12 +72,12 @@ def relevant() -> list[Path]:
 
 def code_hash() -> str:
     """Of all these files."""
-    return hash_of_files(relevant(), SOURCE)
+    return hash_of(relevant())
 
 
 def evaluator_hash() -> str:
     """Of the code that turns logits into figures."""
-    return hash_of_files([SOURCE / EVALUATOR], SOURCE)
+    return hash_of([SOURCE / EVALUATOR])
 
 
 def model_hash(folder: Path) -> str:
@@ -177,7 +133,7 @@ class Peer:
 
     def script_hash(self) -> str:
         """Of its script and of what the scripts share."""
-        return hash_of_files([p for p in (PEERS / f"{self.name}.py", PEERS / "common.py") if p.is_file()], PEERS)
+        return hash_of([p for p in (PEERS / f"{self.name}.py", PEERS / "common.py") if p.is_file()], PEERS)
 
     def runs(self, panels: Sequence[str], quick: bool) -> list[Run]:
         """Everything to be run, the first of each panel alone where quick."""

@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -826,14 +827,17 @@ def verify(
     *,
     family: str | None = None,
     full: bool = False,
+    again: bool = False,
+    claim: int | None = None,
     lab: str | Path | None = None,
     progress: Progress = quiet,
     log: Log = say,
 ) -> dict[str, Any]:
     """A folder: its certificate measured again. A method, or all of a family: the claims of their papers.
 
-    full: at full scale, and the verdicts are recorded. lab: folder of real data. The answer's `ok` is false where a certificate was not
-    reproduced, a claim fails, or a claim's broken stand-in did not fail."""
+    full: at full scale; each verdict is recorded as it comes, so that a run which was stopped goes on, and a claim whose verdict stands
+    on the present code and models is not run `again`. claim: one of a method's by its number, from 1. lab: folder of real data. The
+    answer's `ok` is false where a certificate was not reproduced, a claim fails, or a claim's broken stand-in did not fail."""
     if (name is None) == (family is None):
         raise UserError("verify needs one thing: a method (quantize.round.gptq), a folder (out), or --family quantize")
     if name is not None and Path(name).is_dir():
@@ -848,18 +852,14 @@ def verify(
         if not claims:
             log(f"{entry.name}: no claim is written yet")
             continue
-        results = [_judge(entry.name, claim, data, full, log) for claim in claims]
-        answer: dict[str, Any] = {
-            "name": entry.name,
-            "quick": not full,
-            "versions": job.versions(),
-            "hardware": measurement.hardware(),
-            "claims": results,
-        }
-        if full:
-            catalogue.VERDICTS.mkdir(exist_ok=True)
-            _write(catalogue.verdicts_file(entry.name), answer)
-        found.append(answer)
+        if claim is not None and not (name is not None and 1 <= claim <= len(claims)):
+            raise UserError(
+                f"--claim {claim}: name a method and one of its claims, 1 to {len(claims)}; `laconic show {entry.name}` lists them"
+            )
+        chosen = claims if claim is None else claims[claim - 1 : claim]
+        found.append(
+            {"name": entry.name, "quick": not full, "claims": [_verdict(entry, one, claims, data, full, again, log) for one in chosen]}
+        )
     if not found:
         raise UserError(f"{name or f'family {family}'} has no claim to verify; see `laconic show` for what each method promises")
     ok = all(c["result"] != "fails" and c["broken"]["result"] != "holds" for answer in found for c in answer["claims"])
@@ -885,15 +885,35 @@ def _lab_data(lab: str | Path | None) -> Path | None:
     return beside.resolve() if beside.is_dir() else None
 
 
+def _verdict(
+    entry: catalogue.Entry, claim: Claim, claims: Sequence[Claim], data: Path | None, full: bool, again: bool, log: Log
+) -> dict[str, Any]:
+    """A claim's verdict: the recorded one where it still stands, else a new one."""
+    if not full:
+        return _judge(entry.name, claim, data, full, log)
+    ground = catalogue.ground(entry.name, claim.scale)
+    had = next((one for one in entry.verdicts if one["says"] == claim.says), None)
+    if had is not None and had.get("ground") == ground and not again:
+        log(f"{entry.name}: {had['result']}, as recorded (--again runs it anew): {claim.says}")
+        return had
+    verdict = _judge(entry.name, claim, data, full, log) | {"ground": ground}
+    # a promise that could not be looked at is no verdict
+    if verdict["result"] != "cannot be checked here":
+        catalogue.record(entry.name, verdict, [one.says for one in claims])
+    return verdict
+
+
 def _judge(name: str, claim: Claim, data: Path | None, full: bool, log: Callable[[str], None]) -> dict[str, Any]:
     log(f"{name}: {claim.says}")
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
         bench_of = Lab(data=data, quick=not full, log=log, scratch=Path(scratch))
         verdict = claim.check(bench_of)
         # where the claim cannot be checked, neither can its stand-in
         broken = claim.broken(bench_of) if verdict.result != "cannot be checked here" else verdict
     log(f"{name}: {verdict.result}" + (f" ({verdict.reason})" if verdict.reason else ""))
-    return {"says": claim.says, "where": asdict(claim.where), "scale": claim.scale, **_plain(verdict), "broken": _plain(broken)}
+    made = {"seconds": round(time.monotonic() - began, 1), "versions": job.versions(), "hardware": measurement.hardware()}
+    return {"says": claim.says, "where": asdict(claim.where), "scale": claim.scale, **_plain(verdict), "broken": _plain(broken), **made}
 
 
 def _plain(verdict: Verdict) -> dict[str, Any]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from laconic.core.errors import UserError, nearest
+from laconic.sources import hash_of, reached
 
 HOME = Path(__file__).parent
 METHODS = HOME / "methods"
 CLAIMS = HOME / "claims"
 VERDICTS = HOME / "verdicts"
+MODELS = HOME / "zoo" / "models"
 
 # names are stored in recipes and certificates: a moved file leaves its old name here, old -> new
 ALIASES: dict[str, str] = {}
@@ -198,6 +201,26 @@ def verdicts_file(name: str) -> Path:
 
 
 def verdicts(name: str) -> list[dict[str, Any]]:
-    """The recorded verdicts of a method, one for each claim."""
+    """The recorded verdicts of a method, one for each claim that was run in full."""
     path = verdicts_file(name)
     return list(json.loads(path.read_text(encoding="utf-8"))["claims"]) if path.is_file() else []
+
+
+def record(name: str, verdict: Mapping[str, Any], order: Sequence[str]) -> None:
+    """Put the verdict of one claim in its place among the method's; `order`: all sentences of its claims. Others that are recorded stay."""
+    known = {had["says"]: had for had in verdicts(name)} | {verdict["says"]: dict(verdict)}
+    path = verdicts_file(name)
+    path.parent.mkdir(exist_ok=True)
+    # whole or not at all: whoever is stopped here keeps what was recorded before
+    new = path.with_suffix(".new")
+    new.write_text(
+        json.dumps({"name": name, "claims": [known[says] for says in order if says in known]}, indent=1) + "\n", encoding="utf-8"
+    )
+    new.replace(path)
+
+
+def ground(name: str, scale: str) -> str:
+    """A hash of what a verdict of a method stands on: its file, its claims' file, what both import of core, methods and kernels, and the
+    embedded models that the claim's scale names. Not of what else moves data and models about."""
+    models = [folder / "model.safetensors" for folder in sorted(MODELS.iterdir()) if re.search(rf"\b{folder.name}\b", scale)]
+    return hash_of([*reached([METHODS.joinpath(*name.split(".")).with_suffix(".py"), claims_file(name)]), *models])

@@ -684,11 +684,19 @@ def show(
     for law, reason in entry.exceptions.items():
         print(f"exception: {law}, {reason}")
     recorded = {verdict["says"]: verdict for verdict in entry.verdicts}
-    for says in claims:
-        verdict = recorded.get(says)
-        print(f"claim: {says} [{verdict['result'] if verdict else 'no verdict recorded yet'}]")
+    for number, says in enumerate(claims, 1):
+        print(f"claim {number}: {says} [{_standing(name, recorded.get(says))}]")
     if not claims:
         print("claim: none written yet")
+
+
+def _standing(name: str, verdict: Mapping[str, Any] | None) -> str:
+    from laconic import catalogue
+
+    if verdict is None:
+        return "no verdict recorded yet"
+    stands = verdict.get("ground") == catalogue.ground(catalogue.find(name).name, verdict["scale"])
+    return verdict["result"] + ("" if stands else ", found with earlier code or another model")
 
 
 @app.command(epilog=_examples("laconic verify quantize.round.gptq", "laconic verify --family prune --full", "laconic verify out"))
@@ -698,7 +706,9 @@ def verify(
         str | None, typer.Argument(metavar="NAME|FOLDER", help="A method, or a folder of `compress`.", show_default=False)
     ] = None,
     family: Annotated[str | None, typer.Option("--family", help="All methods of a family.", show_default=False)] = None,
-    full: Annotated[bool, typer.Option("--full/--quick", help="At full scale; the verdicts are recorded.")] = False,
+    full: Annotated[bool, typer.Option("--full/--quick", help="At full scale; each verdict is recorded, a stopped run goes on.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="With --full: also claims whose recorded verdict still stands.")] = False,
+    claim: Annotated[int | None, typer.Option("--claim", help="One claim of a method, by its number.", show_default=False)] = None,
     lab: Annotated[str | None, typer.Option("--lab", help="Folder of real data for claims (../shared/data).", show_default=False)] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -709,7 +719,7 @@ def verify(
     from laconic import api
 
     with Voice() as voice:
-        found = api.verify(name, family=family, full=full, lab=lab, progress=voice.progress, log=voice.log)
+        found = api.verify(name, family=family, full=full, again=again, claim=claim, lab=lab, progress=voice.progress, log=voice.log)
     if as_json:
         _print_json(found)
     elif "folder" in found:

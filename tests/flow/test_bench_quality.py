@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench import panel, quality
+from laconic.sources import code_of
 
 MODEL, TEXT = "stories260k", "text/tinystories_1000.jsonl.gz"
 
@@ -82,7 +83,7 @@ def test_the_page_marks_best_collapsed_and_missing() -> None:
 
 def test_comments_and_docstrings_are_no_code() -> None:
     text = '"""Doc."""\n\nx = "# no comment"  # one\n\n\ndef f():\n    """Doc."""\n    return x\n'
-    assert quality.code_of(text) == 'x = "# no comment"\ndef f():\n    return x'
+    assert code_of(text) == 'x = "# no comment"\ndef f():\n    return x'
     assert quality.code_hash() == quality.code_hash() and len(quality.code_hash()) == 64
 
 

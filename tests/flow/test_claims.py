@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from laconic import api, catalogue
 from laconic.claims.lab import judged, open_bench, spread
-from laconic.core.claim import Claim, Lab, Measurement
+from laconic.core.claim import Claim, Lab, Measurement, Paper, Result, Verdict
+from laconic.core.errors import UserError
 
 NAMES = [entry.name for entry in catalogue.entries()]
 EACH = [(name, claim) for name in NAMES for claim in api.claims_of(name)]
@@ -80,3 +82,56 @@ def test_verdicts() -> None:
     assert judged(["this", "that"], {}) == ("fails", {}, "this; that")
     assert spread([1.0, 3.0], "nats") == Measurement(2.0, "nats", 2, 1.0, 3.0, 2**0.5)
     assert spread([1.0], "nats").spread is None
+
+
+def test_verdicts_are_recorded_as_they_come_and_not_found_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, runs = "quantize.round.rtn", []
+    monkeypatch.setattr(catalogue, "VERDICTS", tmp_path)
+
+    def claim(says: str, result: Result) -> Claim:
+        def check(lab: Lab) -> Verdict:
+            runs.append(says)
+            if stopped and says == "Second.":
+                raise KeyboardInterrupt
+            return Verdict(result, {})
+
+        return Claim(says, Paper("Somebody", 2020, "arXiv:2001.00001"), "nano", check, lambda lab: Verdict("fails", {}))
+
+    claims = [claim("First.", "holds"), claim("Second.", "fails"), claim("Third.", "cannot be checked here")]
+    monkeypatch.setattr(api, "claims_of", lambda _: tuple(claims))
+    verify = partial(api.verify, name, lab=None, log=lambda _: None)
+    stopped = True
+    with pytest.raises(KeyboardInterrupt):
+        verify(full=True)
+    assert [one["says"] for one in catalogue.verdicts(name)] == ["First."]
+    stopped = False
+    found = verify(full=True)
+    assert runs == ["First.", "Second.", "Second.", "Third."]
+    assert not found["ok"]
+    recorded = catalogue.verdicts(name)
+    assert [(one["says"], one["result"]) for one in recorded] == [("First.", "holds"), ("Second.", "fails")]
+    assert {"seconds", "versions", "hardware", "broken", "ground"} <= set(recorded[0])
+    # of one number, again
+    verify(full=True, again=True, claim=2)
+    assert runs[4:] == ["Second."]
+    # what the quick form finds is not recorded, and what was found with other code is found anew
+    verify()
+    assert catalogue.verdicts(name)[0] == recorded[0]
+    monkeypatch.setattr(catalogue, "ground", lambda name, scale: "other")
+    del runs[:]
+    verify(full=True)
+    assert runs == ["First.", "Second.", "Third."]
+    # a claim that is no more goes with the next that is recorded
+    del claims[0]
+    verify(full=True, again=True)
+    assert [one["says"] for one in catalogue.verdicts(name)] == ["Second."]
+    with pytest.raises(UserError, match="--claim 3: name a method and one of its claims, 1 to 2"):
+        verify(claim=3)
+
+
+def test_a_verdict_stands_on_code_and_model() -> None:
+    grounds = {
+        catalogue.ground(name, scale) for name in ("quantize.round.rtn", "quantize.round.gptq") for scale in ("nano", "mamba", "MNIST")
+    }
+    assert len(grounds) == 6
+    assert catalogue.ground("quantize.round.rtn", "nano, as above") == catalogue.ground("quantize.round.rtn", "nano")

@@ -53,6 +53,7 @@ LAYERS = [
     ("job",),
     ("vectors",),
     ("page", "serve"),
+    ("sources",),
     ("catalogue",),
     ("api", "claims"),
     ("cli",),
