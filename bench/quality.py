@@ -313,7 +313,7 @@ def make_ours(job: Job) -> Row:
 
 
 def _level(level: Mapping[str, Any]) -> str:
-    plain = {key: value for key, value in level.items() if value is not None}
+    plain = {key: value for key, value in level.items() if value is not None and (key, value) != ("scales", "bf16")}
     return " ".join(f"{key}=({_level(value)})" if isinstance(value, Mapping) else f"{key}={value}" for key, value in plain.items())
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from laconic.core.part import Part
 from laconic.core.site import Anatomy, Edge, Gated, Site, Stage
 from laconic.core.statistic import Statistic
 from laconic.core.transform import Align, Move, Stretched, Turned
-from laconic.models import NOTHING, Source, TensorInfo
+from laconic.models import Derived, Source, TensorInfo
 from laconic.pipeline import finished_logits
 from laconic.recipe import Aligning
 
@@ -80,18 +79,12 @@ class Folded(NamedTuple):
     plus: float
 
 
-class Aligned(Source):
-    """A model with parts in their places and moves along its edges. Figures over all parameters, hashes and the tokenizer are those of the
-    original."""
+class Aligned(Derived):
+    """A model with parts in their places and moves along its edges."""
 
     def __init__(self, original: Source, parts: Mapping[str, Part], moves: Mapping[str, Move]) -> None:
-        self.original, self.parts = original, dict(parts)
-        self.spec, self.path, self.config, self.task = original.spec, original.path, original.config, original.task
-        self.parameters, self.tied, self.context = original.parameters, original.tied, original.context
-        self._computed = original._computed
-        self.notes: tuple[str, ...] = tuple(getattr(original, "notes", ()))
-        # what a plan says of it
-        self.record: dict[str, Any] = {}
+        Derived.__init__(self, original)
+        self.parts = dict(parts)
         # what the parts hold besides what they took over
         self.extra: dict[str, Tensor] = {}
         self.infos: dict[str, TensorInfo] = dict(original.infos)
@@ -150,9 +143,6 @@ class Aligned(Source):
         """The same with nothing rounded in its parts."""
         return Aligned(self.original, {path: part.exact() for path, part in self.parts.items()}, self.moves)
 
-    def trace(self, example: Any, given: Mapping[str, Tensor] = NOTHING) -> None:
-        """Nothing to do: the architecture is known."""
-
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         if name in self.extra:
             return self.extra[name][start:stop].clone()
@@ -176,15 +166,6 @@ class Aligned(Source):
         for path, part in self.parts.items():
             stand(model, path, type(part).restore(part.describe()))
         return model
-
-    def tokenizer(self) -> Any:
-        return self.original.tokenizer()
-
-    def companions(self) -> list[Path]:
-        return self.original.companions()
-
-    def hashes(self) -> dict[str, str]:
-        return self.original.hashes()
 
 
 def align(source: Source, inputs: Tensor, aligning: Aligning, method: Align, *, batch: int, work: Any, progress: Progress) -> Aligned:

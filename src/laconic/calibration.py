@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -195,6 +196,21 @@ class Shelf:
         """Forget everything."""
         for key in [*self.held, *self.filed]:
             self.drop(key)
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """Tensors 0 to count - 1 of a shelf under `prefix`, read in fp32 when they are needed: the targets of a lesson."""
+
+    shelf: Shelf
+    count: int
+    prefix: str = ""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.shelf.get(f"{self.prefix}{i}").float()
 
 
 def rows_of(site: Site, x: Tensor, module: nn.Module) -> Tensor:

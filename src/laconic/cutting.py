@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,7 +22,7 @@ from laconic.core.score import Everywhere, keep_top
 from laconic.core.site import Anatomy, Embedding, Group, Member, Scan, Segment, Site
 from laconic.core.transform import Cut
 from laconic.kernels.threads import suited
-from laconic.models import NOTHING, Source
+from laconic.models import Derived, Source
 from laconic.narrow import Shape, narrow, narrowed
 from laconic.recipe import Cutting
 
@@ -501,24 +500,18 @@ def _norms(
     return value
 
 
-class Reduced(Source):
-    """A model without what was cut out of it. Figures over all parameters, hashes and the tokenizer are those of the original."""
+class Reduced(Derived):
+    """A model without what was cut out of it."""
 
     def __init__(self, original: Source, work: Any, parts: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, Shape]) -> None:
-        self.original, self.work, self.shapes = original, work, dict(shapes)
-        self.spec, self.path, self.config, self.task = original.spec, original.path, original.config, original.task
-        self.traced = original.traced
-        self.parameters, self.tied, self.context = original.parameters, original.tied, original.context
-        self._computed = original._computed
+        Derived.__init__(self, original)
+        self.work, self.shapes = work, dict(shapes)
         self.infos = {
             name: info._replace(dtype=torch.float32, shape=self.shapes[name], file="", start=0, stop=4 * math.prod(self.shapes[name]))
             if name in self.shapes
             else info
             for name, info in original.infos.items()
         }
-        self.notes: tuple[str, ...] = tuple(getattr(original, "notes", ()))
-        # what a plan says of the cut
-        self.record: dict[str, Any] = {}
         self.held: dict[str, str] = {}
         self.cached: tuple[str, dict[str, Tensor]] = ("", {})
         self._anatomy: Anatomy | None = None
@@ -543,9 +536,6 @@ class Reduced(Source):
                 self._anatomy = decoder_anatomy(before.row, self.config, {n: i.shape for n, i in self.infos.items()}, stored)
         return self._anatomy
 
-    def trace(self, example: Any, given: Mapping[str, Tensor] = NOTHING) -> None:
-        """Nothing to do: the original was traced."""
-
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         if (key := self.held.get(name)) is None:
             return self.original.read_rows(name, start, stop)
@@ -560,15 +550,6 @@ class Reduced(Source):
 
     def skeleton(self) -> nn.Module:
         return narrow(self.original.skeleton(), lambda name: self.shapes.get(self.tied.get(name, name)))
-
-    def tokenizer(self) -> Any:
-        return self.original.tokenizer()
-
-    def companions(self) -> list[Path]:
-        return self.original.companions()
-
-    def hashes(self) -> dict[str, str]:
-        return self.original.hashes()
 
 
 # ---- what is said and stored of a cut

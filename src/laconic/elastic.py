@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from laconic.calibration import KEPT, Shelf, Walk, release
+from laconic.calibration import KEPT, Shelf, Shelved, Walk, release
 from laconic.core.errors import UserError
 from laconic.core.menu import Damage, Order
 from laconic.core.packed import Packed
@@ -23,7 +23,7 @@ from laconic.core.site import Anatomy
 from laconic.kernels.losses import Divergence
 from laconic.models import Source
 from laconic.narrow import Shape, narrow, narrowed
-from laconic.pipeline import UNIT, Filed, Progress, finished_logits, quiet
+from laconic.pipeline import UNIT, Progress, filed, finished_logits, quiet
 
 MEASURED = "model output, search data"
 # what makes a value, or takes it from a journal where it is already there
@@ -131,13 +131,13 @@ def arrange(
     against the original. Each call of a trial is one stage of the journal."""
     total = sum(len(sizes) - 1 for sizes in stacks.bytes.values())
     done = 0
-    filed: list[Filed] = []
+    held: list[Shelved] = []
 
-    def targets() -> Filed:
+    def targets() -> Shelved:
         # the original's predictions are needed only where a trial is left to be made
-        if not filed:
-            filed.append(Filed(Shelf(shelf, 256 * 1024**2), finished_logits(original, inputs, batch)))
-        return filed[0]
+        if not held:
+            held.append(filed(Shelf(shelf, 256 * 1024**2), finished_logits(original, inputs, batch)))
+        return held[0]
 
     calls = 0
 
@@ -152,12 +152,12 @@ def arrange(
     found = list(order(stacks.bytes, trial))
     if sorted(found) != sorted(name for name, sizes in stacks.bytes.items() for _ in sizes[1:]):
         raise ValueError(f"{type(order).__name__} does not name every part once")
-    for one in filed:
+    for one in held:
         one.shelf.clear()
     return found
 
 
-def damages(view: Cut, names: Sequence[str], inputs: Tensor, targets: Filed, *, batch: int) -> dict[str, float]:
+def damages(view: Cut, names: Sequence[str], inputs: Tensor, targets: Shelved, *, batch: int) -> dict[str, float]:
     """KL(original || model) in nats a prediction with one part more of each of `names` alone. One segment is in memory at a time; the
     hidden states of as many variants go along as KEPT bytes hold."""
     layers = [segment for segment in view.anatomy.segments() if segment.name]
@@ -169,7 +169,7 @@ def damages(view: Cut, names: Sequence[str], inputs: Tensor, targets: Filed, *, 
     return found
 
 
-def _walked(view: Cut, names: Sequence[str], inputs: Tensor, targets: Filed, batch: int) -> dict[str, float]:
+def _walked(view: Cut, names: Sequence[str], inputs: Tensor, targets: Shelved, batch: int) -> dict[str, float]:
     walk = Walk(view, inputs, batch=batch)
     walk.begin()
     states: dict[str, list[Tensor]] = {}

@@ -170,6 +170,40 @@ class Source(ABC):
         return module
 
 
+class Derived(Source):
+    """A model that is computed from another, its `original`, of which figures over all parameters, hashes, tokenizer and files are."""
+
+    def __init__(self, original: Source) -> None:
+        self.original = original
+        self.spec, self.path, self.config, self.task = original.spec, original.path, original.config, original.task
+        self.parameters, self.tied, self.context = original.parameters, original.tied, original.context
+        self.traced, self._computed = original.traced, original._computed
+        self.notes: tuple[str, ...] = tuple(getattr(original, "notes", ()))
+        # what a plan says of it
+        self.record: dict[str, Any] = {}
+
+    def trace(self, example: Any, given: Mapping[str, Tensor] = NOTHING) -> None:
+        """Nothing to do: the original is known."""
+
+    def tokenizer(self) -> Any:
+        return self.original.tokenizer()
+
+    def companions(self) -> list[Path]:
+        return self.original.companions()
+
+    def hashes(self) -> dict[str, str]:
+        return self.original.hashes()
+
+
+def stored_paths(opened: Any, module: nn.Module, prefix: str = "") -> dict[str, str]:
+    """Where a module of an opened model (or the whole of it) holds what is stored: path of the first parameter by stored name."""
+    found: dict[str, str] = {}
+    for path, _ in module.named_parameters():
+        name = f"{prefix}.{path}" if prefix else path
+        found.setdefault(opened.tied.get(name, name), path)
+    return found
+
+
 def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 

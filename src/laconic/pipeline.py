@@ -15,7 +15,21 @@ from torch import Tensor, nn
 from laconic import __version__
 from laconic.artifact import holdable
 from laconic.budget import parse_budget
-from laconic.calibration import KEPT, PRICING, Shelf, Walk, answer_of, as_held, as_if_once, fed, joined, kept_tensor, observed, release
+from laconic.calibration import (
+    KEPT,
+    PRICING,
+    Shelf,
+    Shelved,
+    Walk,
+    answer_of,
+    as_held,
+    as_if_once,
+    fed,
+    joined,
+    kept_tensor,
+    observed,
+    release,
+)
 from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
@@ -29,7 +43,7 @@ from laconic.decoding import body_of
 from laconic.kernels.obs import predicted_loss
 from laconic.kernels.threads import suited
 from laconic.measurement import outputs
-from laconic.models import Source
+from laconic.models import Source, stored_paths
 from laconic.narrow import narrowed
 from laconic.recipe import Recipe, build, level_of, level_words
 from laconic.reconstruction import Reconstruction
@@ -417,7 +431,7 @@ def trials(source: Any, inputs: Tensor, objective: Objective, work: Any) -> Tria
 
     def original() -> Targets:
         logits = (found for row in rows for found in finished_logits(source, row, row.shape[0]))
-        return Filed(Shelf(work.folder / "judge", 512 * 1024**2), logits)
+        return filed(Shelf(work.folder / "judge", 512 * 1024**2), logits)
 
     return Trials(source, rows, original, objective, work)
 
@@ -692,7 +706,7 @@ def apply_plan(
     take_in(key, value)
     probe = probed(view, probe_rows)
     view.cached = ("", {})
-    expected = int(plan["predicted"]["bytes"]) - sum(entry["bytes"] for entry in plan.get("placed", ()))
+    expected = int(plan["predicted"]["bytes"]) - _beside(plan)
     held = sum(entry["bytes"] for entry in (work.done(k) for k in parts))
     if held != expected:
         raise ValueError(f"the result holds {held} bytes where the plan says {expected}")
@@ -797,7 +811,7 @@ def _compress_segment(
 
 def _take_out(walk: Walk, module: nn.Module, segment: Segment, offer: Offer, source: Any, value: dict[str, Any]) -> None:
     """A sub-layer that goes: its weights in the walk are what its forms say, zeros."""
-    own = {source.tied.get(name, name): p for path, p in module.named_parameters() if (name := f"{segment.name}.{path}")}
+    own = {name: module.get_parameter(path) for name, path in stored_paths(source, module, segment.name).items()}
     weights = {role: own[tensor.name].data for role, tensor in offer.site.tensors.items()}
     change = offer.transform(offer.site, weights, {}, offer.level)
     value["bytes"] += _same_bytes(offer, change)
@@ -887,20 +901,13 @@ def _table_stats(source: Any, inputs: Tensor, site: Site, chosen: Mapping[str, O
 TUNABLE = 200_000_000
 
 
-class Filed:
+def filed(shelf: Shelf, logits: Iterator[Tensor]) -> Shelved:
     """The original's predictions for each batch, in half precision, in memory up to a limit and on disk beyond it."""
-
-    def __init__(self, shelf: Shelf, logits: Iterator[Tensor]) -> None:
-        self.shelf, self.count = shelf, 0
-        for batch in logits:
-            shelf.put(str(self.count), batch.half())
-            self.count += 1
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> Tensor:
-        return self.shelf.get(str(i)).float()
+    count = 0
+    for batch in logits:
+        shelf.put(str(count), batch.half())
+        count += 1
+    return Shelved(shelf, count)
 
 
 def tune_plan(
@@ -952,13 +959,12 @@ def _whole(
     batches = inputs.split(lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source)))
     progress("tuning", 0, lesson.steps, "the original's predictions")
     shelf = Shelf(work.folder / "tuning", 256 * 1024**2)
-    targets = Filed(shelf, finished_logits(teacher, inputs, batches[0].shape[0]))
+    targets = filed(shelf, finished_logits(teacher, inputs, batches[0].shape[0]))
     model = applied.view.skeleton()
     applied.view.fill(model, "", torch.float32)
     held = {name: packed for name in applied.forms if (packed := applied.view.packed(name)) is not None}
     if lesson.entire:
-        kept = dict.fromkeys(source.tied.get(name, name) for name, _ in model.named_parameters())
-        held |= {name: Dense(kept_tensor(applied.view.read(name))) for name in kept if name not in held}
+        held |= {name: Dense(kept_tensor(applied.view.read(name))) for name in stored_paths(source, model) if name not in held}
     forms, losses = learn(source, model, held, batches, targets, lesson, seed=seed, progress=progress)
     shelf.clear()
     return forms.get, f"tuned over {lesson.steps} steps: {lesson.objective.name} {_first_and_last(losses)}"
@@ -987,9 +993,7 @@ def learn(
     """What can be learned of the forms, by stored name, learned together; and the objective of each step. model: filled with the weights
     that stay; targets: the outputs that each of the batches must meet. Where a lesson asks for the first slices of what is joined, a
     narrower module around the same tensors computes with them."""
-    path: dict[str, str] = {}
-    for name, _ in model.named_parameters():
-        path.setdefault(source.tied.get(name, name), name)
+    path = stored_paths(source, model)
     softs: dict[str, Soft] = {}
     for name, packed in held.items():
         soft = lesson.soften(packed, source.read(name).float().reshape(packed.shape))
@@ -1086,7 +1090,7 @@ def learn_routed(
     batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) < lesson.batch else batches
     progress("tuning", 0, lesson.steps, "the original's predictions")
     rows = inputs[: sum(len(batch) for batch in batches)]
-    targets = Filed(Shelf(folder, 256 * 1024**2), finished_logits(source, rows, lesson.batch))
+    targets = filed(Shelf(folder, 256 * 1024**2), finished_logits(source, rows, lesson.batch))
     model = opened.skeleton()
     opened.fill(model, "", torch.float32)
     parts, notes = parts_of(source, router, model, inputs[:2])
@@ -1149,7 +1153,7 @@ def learn_parts(
                 hidden.put(str(i), batch)
         walk.advance(module, segment)
         release(module)
-    targets = Filed(Shelf(folder / "targets", KEPT), walk.logits())
+    targets = filed(Shelf(folder / "targets", KEPT), walk.logits())
     stored = f"{walk.head_name()}.weight"
     head = opened.read(source.tied.get(stored, stored)).float()
     for part in parts.values():

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from laconic.calibration import KEPT, Opened, Shelf, Walk, columns_of, release
+from laconic.calibration import KEPT, Opened, Shelf, Shelved, Walk, columns_of, release
 from laconic.core.packed import Packed, Soft, below
 from laconic.core.site import Conv, Linear, Segment, Site
 from laconic.core.transform import Layer, Lesson, Window
+from laconic.models import stored_paths
 from laconic.tuning import Run, Targets, tune
 
 # batches on which a part's error is measured before and after
@@ -154,7 +155,7 @@ class Reconstruction:
         for name in self._names(span):
             if name not in softs and (soft := self._soft(name)) is not None:
                 softs[name] = soft
-        paths = [_paths(self.source, module, segment.name) for module, segment in zip(modules, span, strict=True)]
+        paths = [stored_paths(self.source, module, segment.name) for module, segment in zip(modules, span, strict=True)]
 
         def run(i: int, weights: Mapping[str, Tensor]) -> Tensor:
             models = [
@@ -187,7 +188,7 @@ class Reconstruction:
                 count = self._seen(walk, original, module, reference, segment, site, shelf)
                 if count:
                     run = functools.partial(self._layer, leaf, site, shelf)
-                    value = self._learn(key, {name: soft}, {name}, run, _Shelved(shelf, count), site.name)
+                    value = self._learn(key, {name: soft}, {name}, run, Shelved(shelf, count, "y"), site.name)
                 shelf.clear()
             if value is not None:
                 self._take_in(key, value)
@@ -261,29 +262,6 @@ class Reconstruction:
         self.errors.append((value["errors"][0], value["errors"][1]))
 
 
-@dataclass(frozen=True)
-class _Shelved:
-    """Targets on a shelf."""
-
-    shelf: Shelf
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> Tensor:
-        return self.shelf.get(f"y{i}")
-
-
 def _with(module: nn.Module, weights: Mapping[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
     """A module's output with other weights, by their path in it."""
     return torch.func.functional_call(module, dict(weights), args, kwargs)
-
-
-def _paths(source: Any, module: nn.Module, prefix: str) -> dict[str, str]:
-    """Path in the module of each stored name."""
-    found: dict[str, str] = {}
-    for path, _ in module.named_parameters():
-        name = f"{prefix}.{path}" if prefix else path
-        found.setdefault(source.tied.get(name, name), path)
-    return found

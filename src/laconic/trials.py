@@ -19,6 +19,7 @@ from laconic.core.menu import Damage, Judge, Plan, Row
 from laconic.core.packed import Dense, Packed, below, restore
 from laconic.core.site import Segment
 from laconic.core.transform import Objective
+from laconic.models import stored_paths
 from laconic.tuning import Targets
 
 Product = Callable[[Tensor], Tensor]
@@ -129,10 +130,12 @@ class _Placing:
 
     def within(self, module: nn.Module, segment: Segment) -> Callable[[int], None]:
         """What is done before a batch runs through a segment."""
-        prefix, tied = f"{segment.name}.", self.trials.source.tied
-        own = {tied.get(prefix + path, prefix + path): (p, path) for path, p in module.named_parameters()}
-        owner = {path: module.get_submodule(path.rpartition(".")[0]) for _, path in own.values()}
-        parameters = [(name, p, owner[path]) for name, (p, path) in own.items() if name in self.chosen[0]]
+        own = stored_paths(self.trials.source, module, segment.name)
+        parameters = [
+            (name, module.get_parameter(path), module.get_submodule(path.rpartition(".")[0]))
+            for name, path in own.items()
+            if name in self.chosen[0]
+        ]
 
         def ready(i: int) -> None:
             for name, p, layer in parameters:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import torch
 
 from laconic.core.menu import Budget, Cost, Damage, Menu, Row
+from laconic.core.packed import restore
 from laconic.core.score import Unit
 from laconic.core.site import Linear, Site, TensorId
 from laconic.core.statistic import Fisher, Gram
 from laconic.kernels.bits import pack, packed_width, unpack
-from laconic.kernels.grids import Grid, decode, encode, fit_clipped, fit_range
+from laconic.kernels.grids import Grid, decode, encode, fit_clipped, fit_range, notched, notches
 from laconic.kernels.lowrank import low_rank
 from laconic.kernels.obs import inverse_factor, predicted_loss, round_columns
 from laconic.methods.prune.cut.drop import Drop, Sparsity
 from laconic.methods.prune.score.magnitude import Magnitude
 from laconic.methods.prune.score.wanda import Wanda, wanda
+from laconic.methods.quantize.grid.grouped import Grouped
 from laconic.methods.quantize.residual.lorc import Compensated, LoRC
 from laconic.methods.quantize.round.gptq import GPTQ
 from laconic.methods.quantize.round.rtn import RTN
@@ -61,6 +64,51 @@ def test_rtn_ragged_last_group_has_its_own_scale():
     form = held(RTN()(site(1, 7), {"weight": w}, {}, Grid(2, 2)))
     assert form.scales.shape == (1, 4)
     assert torch.equal(form.dense(), torch.tensor([[0.0, 3.0, 0.0, 30.0, 0.0, 300.0, 6.984375]]))
+
+
+def test_scales_of_8_bits_by_hand():
+    # powers of 2^(1/32): 2^0, 2^(1/32) = 1.0219 (1.0234375 in bf16), 2^-1; halfway between two of them is 1.01089
+    assert notches(torch.tensor([1.0, 1.0108, 1.0110, 0.5, 0.0])).tolist() == [0, 0, 1, -32, -4032]
+    assert notched(torch.tensor([0, 1, -32, 31, -4032, 33])).tolist() == [1.0, 1.0234375, 0.5, 1.9609375, 2.0**-126, 2.046875]
+    every = torch.arange(-3000, 3000)
+    assert torch.equal(notches(notched(every)), every.to(torch.int32))
+    assert torch.equal(notched(every).to(torch.bfloat16).float(), notched(every))
+    # least and greatest 0 and 3: scale 1, stored as 255 above -255. The second row's scale would be 2^-10; the finest that can be stored
+    # beside 1 is 2^(-255/32) = 0.003998 (0.00399780 in bf16), and 0.0029 is 0.73 of it
+    w = torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0029, 0.001]])
+    grid = Grid(2, None, scales="log8")
+    form = held(RTN()(site(2, 4), {"weight": w}, {}, grid))
+    assert (form.scales.dtype, form.scales.tolist(), form.least.tolist()) == (torch.uint8, [[255], [0]], [-255])
+    assert form.dense().tolist() == [[0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.003997802734375, 0.0]]
+    # codes 2 x 1 byte, scales 2 x 1, zeros 2 x 1, and 2 for all
+    assert form.nbytes == 8 == RTN().stored(site(2, 4), grid)
+    # found one after another, as GPTQ does: a scale that cannot be stored is raised, and its codes are chosen again
+    codes, scale, zero = torch.tensor([[0, 1, 2, 3], [0, 0, 3, 1]], dtype=torch.uint8), torch.tensor([[1.0], [2.0**-10]]), torch.zeros(2, 1)
+    late = Grouped.of((2, 4), grid, codes, scale, zero)
+    assert all(torch.equal(late.tensors()[name], tensor) for name, tensor in form.tensors().items())
+    # rows of zeros are in nobody's way, and a matrix of nothing but zeros is one
+    form = held(RTN()(site(2, 4), {"weight": torch.tensor([[0.0] * 4, [0.0, 0.01, 0.02, 0.03]])}, {}, grid))
+    assert form.dense()[0].tolist() == [0.0] * 4 and torch.allclose(form.dense()[1], torch.tensor([0.0, 0.01, 0.02, 0.03]), rtol=0.012)
+    assert not held(RTN()(site(2, 4), {"weight": torch.zeros(2, 4)}, {}, grid)).dense().any()
+
+
+def test_scales_of_8_bits_cost_half_and_lose_nothing():
+    draw = torch.Generator().manual_seed(0)
+    w = torch.randn(64, 256, generator=draw) * torch.randn(64, 1, generator=draw).exp()
+    errors = {}
+    for scales in ("bf16", "log8"):
+        grid = Grid(3, 32, scales=scales)
+        form = held(RTN()(site(64, 256), {"weight": w}, {}, grid))
+        assert form.nbytes == Grouped.bytes_of(64, 256, grid) == 64 * (96 + 3 + 8 * (2 if scales == "bf16" else 1)) + (scales == "log8") * 2
+        again = restore(json.loads(json.dumps(form.describe())), form.tensors())
+        assert torch.equal(again.dense(), form.dense())
+        assert torch.equal(again.rows(slice(3, 9)), form.dense()[3:9])
+        x = torch.randn(5, 256, generator=draw)
+        torch.testing.assert_close(again.matmul(x), x @ form.dense().T, rtol=1e-4, atol=1e-4)
+        # what a product has asked for is not stored
+        assert again.nbytes == form.nbytes
+        errors[scales] = float((form.dense() - w).square().mean())
+    assert errors["log8"] < 1.01 * errors["bf16"]
 
 
 def test_clipping_helps_where_one_weight_is_far_out():

@@ -1,29 +1,45 @@
 """Grouped integer grids: w is about (code - zero) * scale, codes of b bits, one scale (and zero) for each group of a row.
 
-Widths that the group does not divide end in a shorter last group; a group of None is the whole row."""
+Widths that the group does not divide end in a shorter last group; a group of None is the whole row. Scales have values of bf16, or are
+powers of 2^(1/32), of which one matrix can store any 256 in a row, 8 octaves, in a byte each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# scales of 8 bits: steps of an octave, and how many of them a matrix can store
+NOTCHES, SPAN = 32, 256
+# 2^(i/32) as bf16 knows it
+_OCTAVE = torch.tensor([2 ** (i / NOTCHES) for i in range(NOTCHES)], dtype=torch.float64).to(torch.bfloat16).float()
+
 
 @dataclass(frozen=True)
 class Grid:
-    """bits 1 to 8; group = weights of a row that share a scale (None: the whole row); symmetric: zero fixed at 2^(bits-1)."""
+    """bits 1 to 8; group = weights of a row that share a scale (None: the whole row); symmetric: zero fixed at 2^(bits-1); scales: as they
+    are stored, in 16 bits or in 8."""
 
     bits: int
     group: int | None = 64
     symmetric: bool = False
+    scales: Literal["bf16", "log8"] = "bf16"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits}: a grid has 1 to 8 bits")
         if self.group is not None and self.group < 1:
             raise ValueError(f"group={self.group}: a group has at least one weight; leave it out for whole rows")
+        if self.scales not in ("bf16", "log8"):
+            raise ValueError(f"scales={self.scales}: scales are stored as bf16 or as log8")
+
+    @property
+    def row(self) -> Grid:
+        """The same with one group a row."""
+        return replace(self, group=None)
 
     def width(self, m: int) -> int:
         """Weights in a full group of a row of m."""
@@ -58,21 +74,44 @@ def _ends(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return runs.amin(-1).clamp(max=0.0), runs.amax(-1).clamp(min=0.0)
 
 
+def notches(scale: Tensor) -> Tensor:
+    """The nearest powers of 2^(1/32) as whole numbers, int32; the finest for zeros."""
+    return (scale.float().clamp(min=2.0**-126).log2() * NOTCHES).round().to(torch.int32)
+
+
+def notched(number: Tensor) -> Tensor:
+    """The scales that such numbers stand for, fp32 with bf16 values, the same on every processor."""
+    octave = number.div(NOTCHES, rounding_mode="floor").clamp(-126, 127).to(torch.int32)
+    # a power of two is its exponent's bits
+    return _OCTAVE.to(number.device)[(number % NOTCHES).long()] * (octave + 127).bitwise_left_shift(23).view(torch.float32)
+
+
+def storable(scale: Tensor, grid: Grid) -> Tensor:
+    """All scales of a matrix (n, g) as they can be stored beside each other: those over 8 octaves below the greatest are raised."""
+    if grid.scales == "bf16" or not scale.numel():
+        return scale.to(torch.bfloat16).float()
+    number = notches(scale)
+    return notched(number.clamp(min=int(number.max()) - SPAN + 1))
+
+
+def rounded_scale(scale: Tensor, grid: Grid) -> Tensor:
+    """A scale with the value that it is stored with."""
+    return scale.to(torch.bfloat16).float() if grid.scales == "bf16" else notched(notches(scale))
+
+
 def _scale_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     top = 2**grid.bits - 1
-    if grid.symmetric:
-        span = 2 * torch.maximum(-low, high)
-        scale = (span / max(top, 1)).to(torch.bfloat16).float()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        return scale, torch.full_like(scale, 2 ** (grid.bits - 1))
-    scale = ((high - low) / top).to(torch.bfloat16).float()
+    span = 2 * torch.maximum(-low, high) if grid.symmetric else high - low
+    scale = rounded_scale(span / max(top, 1), grid)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if grid.symmetric:
+        return scale, torch.full_like(scale, 2 ** (grid.bits - 1))
     return scale, (-low / scale).round().clamp(0, top)
 
 
 def fit_range(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero from least and greatest weight. weight (n, m) -> scale (n, g) fp32 with bf16 values, zero (n, g) whole numbers.
-    A group of zeros gets scale 1, so that nothing divides by zero."""
+    A group of zeros gets scale 1, or the finest there is, so that nothing divides by zero."""
     return _scale_zero(*_ends(weight, grid), grid)
 
 
@@ -103,9 +142,9 @@ def through(x: Tensor, rounded: Tensor) -> Tensor:
     return x + (rounded - x).detach()
 
 
-def as_stored(scale: Tensor) -> Tensor:
-    """A learned scale with the value that it is stored with, in bf16; its gradient passes that rounding."""
-    return through(scale, scale.to(torch.bfloat16).float())
+def as_stored(scale: Tensor, grid: Grid) -> Tensor:
+    """A learned scale with the value that it is stored with; its gradient passes that rounding."""
+    return through(scale, rounded_scale(scale.detach(), grid))
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:

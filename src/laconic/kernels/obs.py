@@ -141,7 +141,7 @@ def round_columns(
         for scale, zero, grid in zip(scales, zeros, grids, strict=True):
             scale[:], zero[:] = fit(base, grid, slice(None))
     widths = [grid.width(m) for grid in grids]
-    whole_rows = [Grid(grid.bits, None, grid.symmetric) for grid in grids]
+    whole_rows = [grid.row for grid in grids]
     # one row for each (grid, output channel); scale and zero of the column at hand
     work = base[:, visit].repeat(count, 1)
     top = torch.tensor([2.0**grid.bits - 1 for grid in grids]).repeat_interleave(n)

@@ -84,7 +84,7 @@ class _Groups:
             near = window.ahead(i, begins, end)
             likely = keep_top(saliency(near, self.factor, slice(at, end)), min(self.width, end - at), among=PerRow())
             likely[:, 0] = True
-            scale, zero = fit_range(near * likely, Grid(self.grid.bits, None, self.grid.symmetric))
+            scale, zero = fit_range(near * likely, self.grid.row)
             self.scale[begins, group[begins]], self.zero[begins, group[begins]] = scale[:, 0], zero[:, 0]
         self.taken += keep
         scale, zero = self.scale.gather(1, group[:, None])[:, 0], self.zero.gather(1, group[:, None])[:, 0]

@@ -1,7 +1,9 @@
-"""Grouped integer codes: b-bit codes packed densely by row, one bf16 scale (and one b-bit zero) for each group of a row.
+"""Grouped integer codes: b-bit codes packed densely by row, one scale (and one b-bit zero) for each group of a row.
 
-Stored: codes (n, ceil(m b / 8)) uint8; scales (n, g) bf16; zeros (n, ceil(g b / 8)) uint8 unless symmetric. w = (code - zero) * scale.
-Bits per weight: b + 16 / group (+ b / group for zeros). A last group that the row does not fill is legal and counted."""
+Stored: codes (n, ceil(m b / 8)) uint8; scales (n, g) bf16, or uint8 and one int16 `least` for all, scale = 2^((least + scales) / 32);
+zeros (n, ceil(g b / 8)) uint8 unless symmetric. w = (code - zero) * scale.
+Bits per weight: b + 16 / group, or b + 8 / group (+ b / group for zeros). A last group that the row does not fill is legal and counted.
+Scales of 8 bits lose nothing that can be seen: codes are chosen for the scales as they are stored, at most 1.1 % from any wished one."""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from typing_extensions import Self
 
 from laconic.core.packed import Packed, Soft, Way
 from laconic.kernels.bits import pack, packed_width, unpack
-from laconic.kernels.grids import Grid, as_stored, grouped, through, ungrouped
+from laconic.kernels.grids import SPAN, Grid, as_stored, encode, grouped, notched, notches, storable, through, ungrouped
 from laconic.kernels.linear import grouped_dense, grouped_linear
 
 
@@ -24,31 +26,57 @@ class Grouped(Packed):
     form = "quantize.grid.grouped.Grouped"
     codes: Tensor
     scales: Tensor
+    least: Tensor
     zeros: Tensor
 
-    def __init__(self, shape: tuple[int, ...], grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None, least: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.shape, self.grid = tuple(shape), grid
+        # of scales of 8 bits: in 16 bits, once a product has asked for them
+        self.wide: Tensor | None = None
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
-        if zeros is not None:
-            self.register_buffer("zeros", zeros)
+        for name, tensor in (("zeros", zeros), ("least", least)):
+            if tensor is not None:
+                self.register_buffer(name, tensor)
 
     @classmethod
     def of(cls, shape: tuple[int, ...], grid: Grid, codes: Tensor, scale: Tensor, zero: Tensor) -> Self:
-        """From plain codes (n, m) uint8 and scale, zero (n, g)."""
+        """From plain codes (n, m) uint8 and scale, zero (n, g). Scales that cannot be stored beside the others are raised, their groups'
+        codes chosen again."""
+        if grid.scales != "bf16" and bool((raised := storable(scale, grid)).gt(scale).any()):
+            plain = ungrouped((grouped(codes.float(), grid) - zero[..., None]) * scale[..., None], codes.shape[1])
+            codes, scale = encode(plain, raised, zero, grid), raised
+        return cls.packed(shape, grid, pack(codes, grid.bits), scale, zero)
+
+    @classmethod
+    def packed(cls, shape: tuple[int, ...], grid: Grid, codes: Tensor, scale: Tensor, zero: Tensor) -> Self:
+        """From packed codes and a scale and zero (n, g) that can be stored as they are."""
         zeros = None if grid.symmetric else pack(zero.to(torch.uint8), grid.bits)
-        return cls(shape, grid, pack(codes, grid.bits), scale.to(torch.bfloat16), zeros)
+        if grid.scales == "bf16":
+            return cls(shape, grid, codes, scale.to(torch.bfloat16), zeros)
+        number = notches(scale)
+        least = number.max().sub(SPAN - 1) if number.numel() else number.new_zeros(())
+        return cls(shape, grid, codes, number.sub(least).to(torch.uint8), zeros, least.to(torch.int16).reshape(1))
 
     @staticmethod
     def bytes_of(n: int, m: int, grid: Grid) -> int:
         """Stored bytes of an (n, m) matrix."""
         g = grid.count(m)
-        return n * (packed_width(m, grid.bits) + 2 * g + (0 if grid.symmetric else packed_width(g, grid.bits)))
+        scales = 2 * g * n if grid.scales == "bf16" else g * n + 2
+        return n * (packed_width(m, grid.bits) + (0 if grid.symmetric else packed_width(g, grid.bits))) + scales
+
+    def wide_scales(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """Scales of the chosen rows (rows, g) bf16."""
+        if self.grid.scales == "bf16":
+            return self.scales[index]
+        return notched(self.scales[index].to(torch.int32) + self.least.to(torch.int32)).to(torch.bfloat16)
 
     def plain(self, index: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (rows, m) uint8, scale and zero (rows, g) fp32 of the chosen rows."""
-        scale = self.scales[index].float()
+        scale = self.wide_scales(index).float()
         codes = unpack(self.codes[index], self.grid.bits, self.matrix[1])
         if self.grid.symmetric:
             return codes, scale, torch.full_like(scale, 2 ** (self.grid.bits - 1))
@@ -56,10 +84,15 @@ class Grouped(Packed):
 
     def rows(self, index: Tensor | slice) -> Tensor:
         zeros = None if self.grid.symmetric else self.zeros[index]
-        return grouped_dense(self.codes[index], self.scales[index], zeros, self.grid, self.matrix[1])
+        return grouped_dense(self.codes[index], self.wide_scales(index), zeros, self.grid, self.matrix[1])
 
     def matmul(self, x: Tensor) -> Tensor:
-        return grouped_linear(x, self.codes, self.scales, None if self.grid.symmetric else self.zeros, self.grid)
+        scales = self.scales
+        if self.grid.scales != "bf16":
+            if self.wide is None or self.wide.device != scales.device:
+                self.wide = self.wide_scales()
+            scales = self.wide
+        return grouped_linear(x, self.codes, scales, None if self.grid.symmetric else self.zeros, self.grid)
 
     def dense(self) -> Tensor:
         return self.rows(slice(None)).reshape(self.shape)
@@ -69,12 +102,13 @@ class Grouped(Packed):
 
     def describe(self) -> dict[str, Any]:
         grid = self.grid
-        return {"form": self.form, "shape": list(self.shape), "bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric}
+        found = {"form": self.form, "shape": list(self.shape), "bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric}
+        return found if grid.scales == "bf16" else {**found, "scales": grid.scales}
 
     @classmethod
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        grid = Grid(described["bits"], described["group"], described["symmetric"])
-        return cls(tuple(described["shape"]), grid, tensors["codes"], tensors["scales"], tensors.get("zeros"))
+        grid = Grid(described["bits"], described["group"], described["symmetric"], described.get("scales", "bf16"))
+        return cls(tuple(described["shape"]), grid, tensors["codes"], tensors["scales"], tensors.get("zeros"), tensors.get("least"))
 
 
 # how far from its code, in steps, a weight may begin
@@ -101,7 +135,7 @@ class Stepped(Soft):
         self.step = nn.Parameter(torch.zeros_like(scale))
 
     def _scale(self) -> Tensor:
-        return as_stored(self.scale * self.step.exp())
+        return as_stored(self.scale * self.step.exp(), self.grid)
 
     def _codes(self) -> Tensor:
         return through(self.position, self.position.round()).clamp(0, 2**self.grid.bits - 1)

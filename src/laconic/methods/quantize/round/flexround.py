@@ -64,7 +64,7 @@ class Divided(Soft):
 
     def _both(self) -> tuple[Tensor, Tensor]:
         """Codes (n, g, width) and scale (n, g)."""
-        scale = as_stored(self.scale * self.s1.exp())
+        scale = as_stored(self.scale * self.s1.exp(), self.grid)
         return divided(self.runs, scale[..., None], self._factor(), self.zero[..., None], self.grid.bits), scale
 
     def dense(self) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from laconic.core.claim import Card, Paper
 from laconic.core.site import Conv, Embedding, Linear, Site
 from laconic.core.transform import Change, Stats, Transform
-from laconic.kernels.grids import Grid, encode, fit_clipped, fit_range
+from laconic.kernels.bits import pack
+from laconic.kernels.grids import Grid, encode, fit_clipped, fit_range, storable
 from laconic.methods.quantize.grid.grouped import Grouped
 
 CARD = Card(Paper("Jacob et al.", 2018, "arXiv:1712.05877", "section 2.1, eq. 1"), catalogue="", sibling="quantize.round.gptq")
@@ -27,8 +28,13 @@ ROWS = 4 * 1024 * 1024
 
 def round_to_nearest(weight: Tensor, grid: Grid, clip: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """weight (n, m) -> codes (n, m) uint8, scale (n, g), zero (n, g)."""
-    scale, zero = fit_clipped(weight, grid) if clip else fit_range(weight, grid)
+    scale, zero = fit(weight, grid, clip)
     return encode(weight, scale, zero, grid), scale, zero
+
+
+def fit(weight: Tensor, grid: Grid, clip: bool) -> tuple[Tensor, Tensor]:
+    """weight (n, m) -> scale and zero (n, g)."""
+    return fit_clipped(weight, grid) if clip else fit_range(weight, grid)
 
 
 @dataclass(frozen=True)
@@ -48,16 +54,15 @@ class RTN(Transform):
             codes = encode(weight.float(), scale, zero, level)
             return Change(hold={site.tensors["weight"]: Grouped.of(site.shape, level, codes, scale, zero)})
         step = max(1, ROWS // m)
-        pieces = [
-            Grouped.of((min(step, n - i), m), level, *round_to_nearest(weight[i : i + step].float(), level, self.clip))
+        # all scales first: what one can be stored as depends on the others
+        fitted = [fit(weight[i : i + step].float(), level, self.clip) for i in range(0, n, step)]
+        scale, zero = storable(torch.cat([s for s, _ in fitted]), level), torch.cat([z for _, z in fitted])
+        packed = [
+            pack(encode(weight[i : i + step].float(), scale[i : i + step], zero[i : i + step], level), level.bits)
             for i in range(0, n, step)
         ]
-        if len(pieces) == 1:
-            held = Grouped(site.shape, level, pieces[0].codes, pieces[0].scales, None if level.symmetric else pieces[0].zeros)
-        else:
-            zeros = None if level.symmetric else torch.cat([p.zeros for p in pieces])
-            held = Grouped(site.shape, level, torch.cat([p.codes for p in pieces]), torch.cat([p.scales for p in pieces]), zeros)
-        return Change(hold={site.tensors["weight"]: held})
+        joined = packed[0] if len(packed) == 1 else torch.cat(packed)
+        return Change(hold={site.tensors["weight"]: Grouped.packed(site.shape, level, joined, scale, zero)})
 
     def stored(self, site: Site, level: Grid) -> int:
         return Grouped.bytes_of(*site.matrix, level)
