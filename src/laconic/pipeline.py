@@ -899,6 +899,8 @@ def _table_stats(source: Any, inputs: Tensor, site: Site, chosen: Mapping[str, O
 
 # a lesson over the whole model is left out where the model has more parameters than this: it needs some 24 bytes for each
 TUNABLE = 200_000_000
+# of a lesson over the whole model, at once: its loss and gradient take some six times as much
+LOGITS = 64 * 1024**2
 
 
 def filed(shelf: Shelf, logits: Iterator[Tensor]) -> Shelved:
@@ -956,7 +958,9 @@ def _whole(
 ) -> tuple[Forms, str]:
     """All that can be learned, together, against the teacher's outputs, and a sentence on it."""
     # images are small: a step sees as many as a batch of the walk
-    batches = inputs.split(lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source)))
+    batch = lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source))
+    rows = at_once(source, inputs, batch)
+    batches = inputs.split(rows)
     progress("tuning", 0, lesson.steps, "the original's predictions")
     shelf = Shelf(work.folder / "tuning", 256 * 1024**2)
     targets = filed(shelf, finished_logits(teacher, inputs, batches[0].shape[0]))
@@ -965,9 +969,15 @@ def _whole(
     held = {name: packed for name in applied.forms if (packed := applied.view.packed(name)) is not None}
     if lesson.entire:
         held |= {name: Dense(kept_tensor(applied.view.read(name))) for name in stored_paths(source, model) if name not in held}
-    forms, losses = learn(source, model, held, batches, targets, lesson, seed=seed, progress=progress)
+    forms, losses = learn(source, model, held, batches, targets, lesson, seed=seed, together=batch // rows, progress=progress)
     shelf.clear()
     return forms.get, f"tuned over {lesson.steps} steps: {lesson.objective.name} {_first_and_last(losses)}"
+
+
+def at_once(source: Any, inputs: Tensor, batch: int) -> int:
+    """How many rows of a step of `batch` are in memory together, a divisor of it: as many as keep their logits within LOGITS bytes."""
+    wide = 4 * inputs[0].numel() * getattr(source.config, "vocab_size", 1) if source.task == "text" else 0
+    return max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * wide <= LOGITS))
 
 
 def _by_parts(source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, seed: int, work: Any, progress: Progress) -> tuple[Forms, str]:
@@ -988,11 +998,12 @@ def learn(
     lesson: Lesson,
     *,
     seed: int,
+    together: int = 1,
     progress: Progress = quiet,
 ) -> tuple[dict[str, Packed], list[float]]:
     """What can be learned of the forms, by stored name, learned together; and the objective of each step. model: filled with the weights
-    that stay; targets: the outputs that each of the batches must meet. Where a lesson asks for the first slices of what is joined, a
-    narrower module around the same tensors computes with them."""
+    that stay; targets: the outputs that each of the batches must meet; together: batches that make a step. Where a lesson asks for the
+    first slices of what is joined, a narrower module around the same tensors computes with them."""
     path = stored_paths(source, model)
     softs: dict[str, Soft] = {}
     for name, packed in held.items():
@@ -1012,7 +1023,7 @@ def learn(
 
     losses = tune(
         run, targets, softs, lesson,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed), together=together,
         progress=lambda done, total: progress("tuning", done, total, "all layers together"),
     )  # fmt: skip
     return {name: soft.harden() for name, soft in softs.items()}, losses

@@ -53,12 +53,14 @@ def tune(
     lesson: Lesson,
     *,
     generator: torch.Generator,
+    together: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
     """Learns the forms in place, all together; returns the objective of each step, a mean over its passes, without the penalties of forms
     and routers. run(i, weights): output for batch i with these dense weights, by the names of the forms that are Soft, smaller ones where
     the lesson asks for the first slices (any other module is learned as it is, and `run` calls it itself); targets[i]: what it must
-    meet."""
+    meet. together: neighbouring batches that make a step, their gradients added one after another, so that one batch's activations are in
+    memory; the objective is then their mean."""
     named = [(name.rpartition(".")[2], p) for form in forms.values() for name, p in form.named_parameters()]
     groups: list[dict[str, Any]] = [{"params": [p for name, p in named if name == learned], "lr": rate} for learned, rate in lesson.rates]
     groups = [group for group in groups if group["params"]]
@@ -68,31 +70,41 @@ def tune(
         raise UserError(f"{type(lesson).__name__} has rates for {said}, but what can be learned here is {have}: give rates for that")
     optimiser = _optimiser(groups, lesson)
     rates = [group["lr"] for group in optimiser.param_groups]
-    parts = [part for form in forms.values() for part in form.modules() if isinstance(part, Soft | Routed)]
+    every = [part for form in forms.values() for part in form.modules()]
+    learned, routed = [part for part in every if isinstance(part, Soft)], [part for part in every if isinstance(part, Routed)]
     soft = {name: form for name, form in forms.items() if isinstance(form, Soft)}
     most = max((form.parts for form in soft.values()), default=1)
-    order = shuffled(len(targets), generator)
+    order = shuffled(-(-len(targets) // together), generator)
     found = []
     for step in range(lesson.steps):
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * _decayed(lesson, step)
         optimiser.zero_grad(set_to_none=True)
-        i = next(order)
+        first = next(order) * together
+        batches = range(first, min(first + together, len(targets)))
         losses = []
         for number, count in enumerate(lesson.prefixes(most, generator)):
             weights = {name: (form.first(count) if count < form.parts else form).dense() for name, form in soft.items()}
-            loss = lesson.objective(run(i, weights), targets[i], None)
-            total = loss
-            for part in parts if not number else ():
-                if (penalty := part.penalty(step / lesson.steps)) is not None:
-                    total = total + penalty
-            # one pass after another, so that no two graphs are in memory
-            total.backward()
-            losses.append(float(loss.detach()))
+            # the forms' own graph is gone through once, with what all batches say of the dense weights
+            leaves = {name: weight.detach().requires_grad_(weight.requires_grad) for name, weight in weights.items()}
+            for i in batches:
+                loss = lesson.objective(run(i, leaves), targets[i], None)
+                losses.append(float(loss.detach()))
+                # one pass after another, so that no two graphs are in memory
+                sum(_penalties(routed, step, lesson) if not number else [], loss).div(len(batches)).backward()
+            asked = [name for name, leaf in leaves.items() if leaf.grad is not None]
+            penalties = _penalties(learned, step, lesson) if not number else []
+            if asked or penalties:
+                grads = [leaves[name].grad for name in asked]
+                torch.autograd.backward([weights[name] for name in asked] + penalties, [*grads, *(None for _ in penalties)])
         optimiser.step()
         found.append(sum(losses) / len(losses))
         progress(step + 1, lesson.steps)
     return found
+
+
+def _penalties(parts: Sequence[Soft | Routed], step: int, lesson: Lesson) -> list[Tensor]:
+    return [penalty for part in parts if (penalty := part.penalty(step / lesson.steps)) is not None]
 
 
 def _optimiser(groups: list[dict[str, Any]], lesson: Lesson) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from laconic import pipeline
 from laconic.core.errors import UserError
 from laconic.core.site import Linear, Site, TensorId
 from laconic.data import open_data
@@ -17,6 +18,7 @@ from laconic.job import compress
 from laconic.kernels.grids import Grid
 from laconic.kernels.losses import Divergence
 from laconic.methods.quantize.grid.grouped import Stepped
+from laconic.methods.quantize.round.adaround import AdaRound
 from laconic.methods.quantize.round.rtn import RTN
 from laconic.methods.quantize.train.straight import Straight
 from laconic.models import open_model
@@ -118,6 +120,38 @@ def test_only_what_a_lesson_names_is_learned(optimiser):
     assert float(soft.step.abs().sum()) == 0
     assert torch.equal(soft.harden().scales, held.scales)
     assert not torch.equal(soft.harden().codes, held.codes)
+
+
+def test_rows_at_once_keep_their_logits_small(small):
+    source = open_model(small[0])
+    rows, wide = torch.zeros(8, 1024, dtype=torch.int64), 4 * 1024 * source.config.vocab_size
+    limit = pipeline.LOGITS
+    assert pipeline.at_once(source, rows, 6) == max(n for n in (1, 2, 3, 6) if n == 1 or n * wide <= limit)
+    assert pipeline.at_once(source, torch.zeros(8, limit // wide * 1024 // 3, dtype=torch.int64), 8) == 2
+    assert pipeline.at_once(source, torch.zeros(1, 2 * limit // source.config.vocab_size, dtype=torch.int64), 4) == 1
+
+
+@pytest.mark.parametrize("lesson", [Straight(steps=30), AdaRound(steps=30)], ids=["without penalties", "with penalties"])
+def test_batches_one_after_another_are_one_large_batch(lesson):
+    weight, x = (
+        torch.randn(6, 16, generator=torch.Generator().manual_seed(0)),
+        torch.randn(10, 5, 16, generator=torch.Generator().manual_seed(1)),
+    )
+    (held,) = RTN()(Site("a", Linear(), {"weight": TensorId("a.weight")}, (6, 16)), {"weight": weight}, {}, Grid(2, 8)).hold.values()
+
+    def learned(size: int, together: int) -> tuple[list[float], Tensor]:
+        batches = x.split(size)
+        soft = lesson.soften(held, weight)
+        losses = tune(
+            lambda i, weights: batches[i] @ weights["a"].T, [b @ weight.T for b in batches], {"a": soft}, lesson,
+            generator=torch.Generator().manual_seed(2), together=together,
+        )  # fmt: skip
+        return losses, soft.dense().detach()
+
+    # the last step of a pass has two rows, not four
+    whole, apart = learned(4, 1), learned(1, 4)
+    torch.testing.assert_close(torch.tensor(whole[0]), torch.tensor(apart[0]), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(whole[1], apart[1], rtol=1e-5, atol=1e-5)
 
 
 def test_the_divergence_is_that_of_torch_and_masks_count_nothing():
