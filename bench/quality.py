@@ -313,7 +313,8 @@ def make_ours(job: Job) -> Row:
 
 
 def _level(level: Mapping[str, Any]) -> str:
-    plain = {key: value for key, value in level.items() if value is not None and (key, value) != ("scales", "bf16")}
+    usual = (("scales", "bf16"), ("zeros", "whole"))
+    plain = {key: value for key, value in level.items() if value is not None and (key, value) not in usual}
     return " ".join(f"{key}=({_level(value)})" if isinstance(value, Mapping) else f"{key}={value}" for key, value in plain.items())
 
 

@@ -89,8 +89,9 @@ def level_words(level: Mapping[str, Any]) -> str:
         group = rest.pop("group", None)
         words.append(f"{bits}b {'row' if group is None else f'g{group}'}{' sym' if rest.pop('symmetric', False) else ''}")
         rest.pop("symmetric", None)
-        if rest.get("scales") == "bf16":
-            del rest["scales"]
+        for usual in (("scales", "bf16"), ("zeros", "whole")):
+            if usual in rest.items():
+                del rest[usual[0]]
     if (rank := rest.pop("rank", None)) is not None:
         words.append(f"+ r{rank}")
     words.extend(f"{key} {value}" for key, value in rest.items() if value is not None)
@@ -102,7 +103,8 @@ def nominal_bits(level: Mapping[str, Any]) -> float | None:
     if "bits" not in level or "rank" in level or "keep" in level:
         return None
     group = level.get("group")
-    beside = (8 if level.get("scales") == "log8" else 16) + (0 if level.get("symmetric") else level["bits"])
+    zero = 0 if level.get("symmetric") else level["bits"] + (level.get("zeros") == "half")
+    beside = (8 if level.get("scales") == "log8" else 16) + zero
     return float(level["bits"]) + (beside / group if group else 0.0)
 
 

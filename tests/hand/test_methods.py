@@ -111,6 +111,26 @@ def test_scales_of_8_bits_cost_half_and_lose_nothing():
     assert errors["log8"] < 1.01 * errors["bf16"]
 
 
+def test_zeros_half_way_by_hand():
+    # -1.5, -0.5, 0.5, 1.5: scale 1; the zero would be 1.5, which whole numbers miss by half a step
+    w = torch.tensor([[-1.5, -0.5, 0.5, 1.5]])
+    half = held(RTN()(site(1, 4), {"weight": w}, {}, Grid(2, None, zeros="half")))
+    assert half.dense().tolist() == w.tolist()
+    # codes 1 byte, scale 2, one zero of 3 bits: 1.5 is three halves
+    assert (half.nbytes, half.zeros.tolist()) == (4, [[3]])
+    whole = held(RTN()(site(1, 4), {"weight": w}, {}, Grid(2, None)))
+    assert whole.dense().tolist() == [[-2.0, 0.0, 0.0, 1.0]]
+    # symmetric: no zero is stored, the outermost codes are the greatest weight and its opposite
+    both = held(RTN()(site(1, 4), {"weight": torch.tensor([[-0.4, -1.5, 0.1, 0.9]])}, {}, Grid(2, None, symmetric=True, zeros="half")))
+    assert both.dense().tolist() == [[-0.5, -1.5, 0.5, 0.5]]
+    assert both.nbytes == 3
+    for form in (half, both):
+        assert form.nbytes == Grouped.bytes_of(1, 4, form.grid)
+        again = restore(json.loads(json.dumps(form.describe())), form.tensors())
+        assert torch.equal(again.dense(), form.dense())
+        assert torch.equal(again.matmul(torch.eye(4)).T, form.dense())
+
+
 def test_clipping_helps_where_one_weight_is_far_out():
     w = torch.tensor([[0.1, -0.1, 0.12, -0.09, 0.11, -0.12, 0.08, 1.0]])
     grid = Grid(2, None)

@@ -247,7 +247,10 @@ def test_the_first_parts_of_a_form_are_a_form_of_the_same_tensors(path, transfor
 # ---- lessons
 
 LESSONS = found.lessons()
-GRIDS = [Grid(8, None), Grid(4, 16), Grid(3, None), Grid(3, 16, symmetric=True), Grid(2, 7), Grid(1, None), Grid(2, 16, scales="log8")]
+GRIDS = [
+    Grid(8, None), Grid(4, 16), Grid(3, None), Grid(3, 16, symmetric=True), Grid(2, 7), Grid(1, None),
+    Grid(2, 16, scales="log8"), Grid(2, 16, zeros="half"), Grid(3, 16, True, "log8", "half"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -21,12 +21,14 @@ _OCTAVE = torch.tensor([2 ** (i / NOTCHES) for i in range(NOTCHES)], dtype=torch
 @dataclass(frozen=True)
 class Grid:
     """bits 1 to 8; group = weights of a row that share a scale (None: the whole row); symmetric: zero fixed at 2^(bits-1); scales: as they
-    are stored, in 16 bits or in 8."""
+    are stored, in 16 bits or in 8; zeros: whole numbers, or also half-way between two codes, and if symmetric always there, so that as
+    many codes are above zero as below: what few bits want."""
 
     bits: int
     group: int | None = 64
     symmetric: bool = False
     scales: Literal["bf16", "log8"] = "bf16"
+    zeros: Literal["whole", "half"] = "whole"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -35,6 +37,23 @@ class Grid:
             raise ValueError(f"group={self.group}: a group has at least one weight; leave it out for whole rows")
         if self.scales not in ("bf16", "log8"):
             raise ValueError(f"scales={self.scales}: scales are stored as bf16 or as log8")
+        if self.zeros not in ("whole", "half"):
+            raise ValueError(f"zeros={self.zeros}: zeros are whole or half numbers")
+
+    @property
+    def middle(self) -> float:
+        """The zero of a symmetric grid."""
+        return 2 ** (self.bits - 1) - (0.5 if self.zeros == "half" else 0.0)
+
+    @property
+    def zero_steps(self) -> int:
+        """Steps of a stored zero in one code."""
+        return 2 if self.zeros == "half" else 1
+
+    @property
+    def zero_bits(self) -> int:
+        """Bits of a stored zero."""
+        return 0 if self.symmetric else self.bits + (self.zeros == "half")
 
     @property
     def row(self) -> Grid:
@@ -105,8 +124,14 @@ def _scale_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     scale = rounded_scale(span / max(top, 1), grid)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     if grid.symmetric:
-        return scale, torch.full_like(scale, 2 ** (grid.bits - 1))
-    return scale, (-low / scale).round().clamp(0, top)
+        return scale, torch.full_like(scale, grid.middle)
+    return scale, (-low / scale * grid.zero_steps).round().div(grid.zero_steps).clamp(0, top)
+
+
+def parted(zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros as whole numbers and what is over them: codes are round(w / scale + over) + whole."""
+    whole = zero.floor()
+    return whole, zero - whole
 
 
 def fit_range(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -129,7 +154,9 @@ def fit_clipped(
     for i in range(steps):
         shrink = 1.0 - (1.0 - least) * i / max(steps - 1, 1)
         s, z = _scale_zero(low * shrink, high * shrink, grid)
-        error = ((runs / s[..., None]).round_().add_(z[..., None]).clamp_(0, top).sub_(z[..., None]).mul_(s[..., None]) - runs).square_()
+        whole, over = parted(z)
+        codes = (runs / s[..., None]).add_(over[..., None]).round_().add_(whole[..., None]).clamp_(0, top)
+        error = (codes.sub_(z[..., None]).mul_(s[..., None]) - runs).square_()
         loss = (error if weigh is None else error * weigh).sum(-1)
         better = loss < best
         best = torch.where(better, loss, best)
@@ -150,7 +177,8 @@ def as_stored(scale: Tensor, grid: Grid) -> Tensor:
 def encode(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """Nearest codes, (n, m) uint8."""
     m = weight.shape[1]
-    codes = (grouped(weight, grid) / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, 2**grid.bits - 1)
+    whole, over = parted(zero)
+    codes = (grouped(weight, grid) / scale[..., None]).add_(over[..., None]).round_().add_(whole[..., None]).clamp_(0, 2**grid.bits - 1)
     return codes.reshape(weight.shape[0], -1)[:, :m].to(torch.uint8)
 
 

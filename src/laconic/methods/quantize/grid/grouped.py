@@ -1,8 +1,8 @@
 """Grouped integer codes: b-bit codes packed densely by row, one scale (and one b-bit zero) for each group of a row.
 
 Stored: codes (n, ceil(m b / 8)) uint8; scales (n, g) bf16, or uint8 and one int16 `least` for all, scale = 2^((least + scales) / 32);
-zeros (n, ceil(g b / 8)) uint8 unless symmetric. w = (code - zero) * scale.
-Bits per weight: b + 16 / group, or b + 8 / group (+ b / group for zeros). A last group that the row does not fill is legal and counted.
+zeros (n, ceil(g z / 8)) uint8 unless symmetric, z = b bits, or b + 1 where they are counted in halves. w = (code - zero) * scale.
+Bits per weight: b + 16 / group, or b + 8 / group (+ z / group for zeros). A last group that the row does not fill is legal and counted.
 Scales of 8 bits lose nothing that can be seen: codes are chosen for the scales as they are stored, at most 1.1 % from any wished one."""
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import Self
 
 from laconic.core.packed import Packed, Soft, Way
 from laconic.kernels.bits import pack, packed_width, unpack
-from laconic.kernels.grids import SPAN, Grid, as_stored, encode, grouped, notched, notches, storable, through, ungrouped
+from laconic.kernels.grids import SPAN, Grid, as_stored, decode, encode, grouped, notched, notches, storable, through, ungrouped
 from laconic.kernels.linear import grouped_dense, grouped_linear
 
 
@@ -54,7 +55,7 @@ class Grouped(Packed):
     @classmethod
     def packed(cls, shape: tuple[int, ...], grid: Grid, codes: Tensor, scale: Tensor, zero: Tensor) -> Self:
         """From packed codes and a scale and zero (n, g) that can be stored as they are."""
-        zeros = None if grid.symmetric else pack(zero.to(torch.uint8), grid.bits)
+        zeros = None if grid.symmetric else pack((zero * grid.zero_steps).to(torch.uint8), grid.zero_bits)
         if grid.scales == "bf16":
             return cls(shape, grid, codes, scale.to(torch.bfloat16), zeros)
         number = notches(scale)
@@ -66,7 +67,7 @@ class Grouped(Packed):
         """Stored bytes of an (n, m) matrix."""
         g = grid.count(m)
         scales = 2 * g * n if grid.scales == "bf16" else g * n + 2
-        return n * (packed_width(m, grid.bits) + (0 if grid.symmetric else packed_width(g, grid.bits))) + scales
+        return n * (packed_width(m, grid.bits) + packed_width(g, grid.zero_bits)) + scales
 
     def wide_scales(self, index: Tensor | slice = slice(None)) -> Tensor:
         """Scales of the chosen rows (rows, g) bf16."""
@@ -79,14 +80,18 @@ class Grouped(Packed):
         scale = self.wide_scales(index).float()
         codes = unpack(self.codes[index], self.grid.bits, self.matrix[1])
         if self.grid.symmetric:
-            return codes, scale, torch.full_like(scale, 2 ** (self.grid.bits - 1))
-        return codes, scale, unpack(self.zeros[index], self.grid.bits, scale.shape[1]).float()
+            return codes, scale, torch.full_like(scale, self.grid.middle)
+        return codes, scale, unpack(self.zeros[index], self.grid.zero_bits, scale.shape[1]).float() / self.grid.zero_steps
 
     def rows(self, index: Tensor | slice) -> Tensor:
+        if self.grid.zeros == "half":
+            return decode(*self.plain(index), self.grid)
         zeros = None if self.grid.symmetric else self.zeros[index]
         return grouped_dense(self.codes[index], self.wide_scales(index), zeros, self.grid, self.matrix[1])
 
     def matmul(self, x: Tensor) -> Tensor:
+        if self.grid.zeros == "half":
+            return F.linear(x, self.dense().reshape(self.matrix).to(x.dtype))
         scales = self.scales
         if self.grid.scales != "bf16":
             if self.wide is None or self.wide.device != scales.device:
@@ -103,11 +108,14 @@ class Grouped(Packed):
     def describe(self) -> dict[str, Any]:
         grid = self.grid
         found = {"form": self.form, "shape": list(self.shape), "bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric}
-        return found if grid.scales == "bf16" else {**found, "scales": grid.scales}
+        # what is usual is not said, as it was not before there was anything else
+        unusual = {"scales": grid.scales} if grid.scales != "bf16" else {}
+        return found | unusual | ({"zeros": grid.zeros} if grid.zeros != "whole" else {})
 
     @classmethod
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        grid = Grid(described["bits"], described["group"], described["symmetric"], described.get("scales", "bf16"))
+        named = {name: described[name] for name in ("bits", "group", "symmetric", "scales", "zeros") if name in described}
+        grid = Grid(**named)
         return cls(tuple(described["shape"]), grid, tensors["codes"], tensors["scales"], tensors.get("zeros"), tensors.get("least"))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from laconic.core.claim import Card, Paper
 from laconic.core.packed import Packed, Soft
 from laconic.core.transform import BLOCK, Lesson, Objective, Scope
-from laconic.kernels.grids import grouped, ungrouped
+from laconic.kernels.grids import grouped, parted, ungrouped
 from laconic.kernels.losses import SquaredError
 from laconic.methods.quantize.grid.grouped import Grouped
 
@@ -66,22 +66,25 @@ class Chosen(Soft):
 
     scale: Tensor
     zero: Tensor
+    whole: Tensor
     below: Tensor
 
     def __init__(self, held: Grouped, target: Tensor, weigh: float) -> None:
         super().__init__()
         self.shape, self.grid, self.weigh = held.shape, held.grid, weigh
         _, scale, zero = held.plain()
+        whole, over = parted(zero)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
-        wished = grouped(target.reshape(held.matrix).float(), self.grid) / scale[..., None]
+        self.register_buffer("whole", whole)
+        wished = grouped(target.reshape(held.matrix).float(), self.grid) / scale[..., None] + over[..., None]
         self.register_buffer("below", wished.floor())
         rest = wished - self.below
         rest = torch.where(wished.round() > self.below, rest.clamp(min=0.5 + CLEAR), rest.clamp(max=0.5 - CLEAR))
         self.v = nn.Parameter(unrectified(rest))
 
     def _codes(self, choice: Tensor) -> Tensor:
-        return (self.below + choice + self.zero[..., None]).clamp(0, 2**self.grid.bits - 1)
+        return (self.below + choice + self.whole[..., None]).clamp(0, 2**self.grid.bits - 1)
 
     def dense(self) -> Tensor:
         runs = (self._codes(rectified(self.v)) - self.zero[..., None]) * self.scale[..., None]

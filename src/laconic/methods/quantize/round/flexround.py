@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from laconic.core.claim import Card, Paper
 from laconic.core.packed import Packed, Soft
 from laconic.core.transform import BLOCK, Lesson, Objective, Scope
-from laconic.kernels.grids import as_stored, grouped, through, ungrouped
+from laconic.kernels.grids import as_stored, grouped, parted, through, ungrouped
 from laconic.kernels.losses import SquaredError
 from laconic.methods.quantize.grid.grouped import Grouped
 
@@ -30,8 +30,9 @@ CARD = Card(Paper("Lee et al.", 2023, "arXiv:2306.00317", "section 3, eq. 2-4"),
 
 def divided(runs: Tensor, s1: Tensor, factor: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Codes of weights in groups, (n, g, width); s1, zero (n, g, 1); factor: the logarithm of S2 * s3 * s4, as wide as it comes."""
-    wished = runs / (s1 * factor.exp())
-    return (through(wished, wished.round()) + zero).clamp(0, 2**bits - 1)
+    whole, over = parted(zero)
+    wished = runs / (s1 * factor.exp()) + over
+    return (through(wished, wished.round()) + whole).clamp(0, 2**bits - 1)
 
 
 class Divided(Soft):
