@@ -1,4 +1,5 @@
-"""Products with a matrix of grouped codes as it is stored: `grouped_linear`; `grouped_dense`: the matrix itself. Both in torch.ops.laconic.
+"""Products with a matrix of grouped codes as it is stored: `grouped_linear`; `grouped_linear_int8`, with inputs rounded to 8 bits on the fly;
+`grouped_dense`: the matrix itself. All in torch.ops.laconic.
 
 The native kernels multiply codes with integers: an entry of x in fp32 becomes two of 16 bits, in steps of the greatest of its run of 16
 to 256 columns, and loses nothing that a sum in fp32 would keep; one in bf16 becomes one, wrong by at most 2^-16 of the greatest. Runs are
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laconic.kernels.bits import packed_width, unpack
-from laconic.kernels.grids import Grid, decode
+from laconic.kernels.grids import Grid, decode, through
 from laconic.kernels.native import native
 
 # more rows of bf16 than this are quicker over dense rows, made PANEL weights at a time: by the kernel, and by bits where it has a quicker
@@ -22,9 +23,12 @@ ROWS: dict[str, dict[int, int]] = {"plain": {}, "avx2": {}, "avx512": {2: 256, 4
 OTHER = {"plain": 4, "avx2": 16, "avx512": 96}
 FP32 = 4
 PANEL = 1 << 20
+# columns of x that share a scale where x has 8 bits: a group, or so many of one that is longer
+RUN = 128
 
 _OPS = torch.library.Library("laconic", "DEF")
 _OPS.define("grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group) -> Tensor")
+_OPS.define("grouped_linear_int8(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group) -> Tensor")
 _OPS.define("grouped_dense(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group, int m) -> Tensor")
 
 
@@ -38,6 +42,17 @@ def grouped_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | Non
         # torch's dispatcher takes as long as a small product does
         return _linear(x, codes, scales, zeros, bits, group)
     found: Tensor = torch.ops.laconic.grouped_linear(x, codes, scales, zeros, bits, group)
+    return found
+
+
+def grouped_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+    """grouped_linear with x rounded to whole numbers of -127 to 127 as it comes, one scale for each run of a row's columns: a group, or 128
+    columns of one that is longer. Sums of a run are exact in whole numbers and are added in fp32. A row with NaN or an infinity is not
+    rounded; the gradient passes as if none was."""
+    bits, group = grid.bits, grid.group or 0
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
+        return _linear_int8(x, codes, scales, zeros, bits, group)
+    found: Tensor = torch.ops.laconic.grouped_linear_int8(x, codes, scales, zeros, bits, group)
     return found
 
 
@@ -59,6 +74,29 @@ def reference_dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: G
     scale = scales.float()
     zero = torch.full_like(scale, 2 ** (grid.bits - 1)) if zeros is None else unpack(zeros, grid.bits, scale.shape[1]).float()
     return decode(unpack(codes, grid.bits, m), scale, zero, grid)
+
+
+def reference_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+    """grouped_linear_int8 by torch's own operations, a run at a time: whole numbers below 2^24, so their sums in fp32 are exact."""
+    m, wide = x.shape[-1], x.float()
+    whole = reference_dense(codes, torch.ones_like(scales), zeros, grid, m)
+    most = wide.new_tensor(127.0)
+    out = wide.new_zeros(*x.shape[:-1], codes.shape[0])
+    width = grid.width(m) if m else 1
+    for g, start in enumerate(range(0, m, width)):
+        end = min(start + width, m)
+        for begin in range(start, end, RUN):
+            part = slice(begin, min(begin + RUN, end))
+            peak = wide[..., part].abs().amax(-1, keepdim=True)
+            some = peak >= 1e-33
+            # by tensors: torch turns a division of or by a plain number into other operations, which round otherwise
+            near = (wide[..., part] * torch.where(some, most / peak, 0.0)).round()
+            scale = torch.where(some, peak / most, 0.0) * scales[:, g].float()
+            out = out + F.linear(near, whole[:, part]) * scale
+    finite = torch.isfinite(wide).all(-1, keepdim=True)
+    if not bool(finite.all()):
+        out = torch.where(finite, out, reference_linear(wide, codes, scales, zeros, grid))
+    return out.to(x.dtype)
 
 
 @lru_cache(maxsize=1024)
@@ -87,11 +125,16 @@ def _checked(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, gro
     return grid
 
 
-def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
-    m, n = x.shape[-1], codes.shape[0]
-    grid = _checked(codes, scales, zeros, bits, group, m)
+def _checked_with(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Grid:
+    grid = _checked(codes, scales, zeros, bits, group, x.shape[-1])
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"x is {x.dtype}; it has to be torch.float32, torch.bfloat16 or torch.float16")
+    return grid
+
+
+def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
+    m, n = x.shape[-1], codes.shape[0]
+    grid = _checked_with(x, codes, scales, zeros, bits, group)
     there = native()
     rows = x.numel() // m if m else 0
     if there is None or not rows or not n:
@@ -108,6 +151,24 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits
         # NaN and infinities go the reference's way
         return reference_linear(x, codes, scales, zeros, grid)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def _linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
+    m, n = x.shape[-1], codes.shape[0]
+    grid = _checked_with(x, codes, scales, zeros, bits, group)
+    there = native()
+    rows = x.numel() // m if m else 0
+    if there is None or not rows or not n:
+        return reference_linear_int8(x, codes, scales, zeros, grid)
+    given = (x if x.dtype != torch.float16 else x.float()).contiguous()
+    out = torch.empty(*x.shape[:-1], n, dtype=given.dtype)
+    kept = [t.contiguous() for t in (codes, scales, zeros) if t is not None]
+    if not there.module.linear_int8(
+        given.data_ptr(), given.dtype == torch.bfloat16, rows, *_stored(kept), n, m, bits, group, out.data_ptr(), _threads(), there.level
+    ):
+        # NaN and infinities go the reference's way
+        return reference_linear_int8(x, codes, scales, zeros, grid)
+    return out.to(x.dtype)
 
 
 def _by_panels(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
@@ -147,6 +208,12 @@ def _any_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, 
     return reference_linear(x, codes, scales, zeros, _checked(codes, scales, zeros, bits, group, x.shape[-1]))
 
 
+def _any_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
+    grid = _checked_with(x, codes, scales, zeros, bits, group)
+    found = reference_linear_int8(x.detach(), codes, scales, zeros, grid)
+    return through(reference_linear(x, codes, scales, zeros, grid), found) if x.requires_grad else found
+
+
 def _any_dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int) -> Tensor:
     return reference_dense(codes, scales, zeros, _checked(codes, scales, zeros, bits, group, m), m)
 
@@ -156,11 +223,20 @@ _OPS.impl("grouped_linear", _linear, "CPU")
 _OPS.impl("grouped_linear", _any_linear, "CUDA")
 _OPS.impl("grouped_linear", _any_linear, "AutogradCPU")
 _OPS.impl("grouped_linear", _any_linear, "AutogradCUDA")
+_OPS.impl("grouped_linear_int8", _linear_int8, "CPU")
+_OPS.impl("grouped_linear_int8", _any_linear_int8, "CUDA")
+_OPS.impl("grouped_linear_int8", _any_linear_int8, "AutogradCPU")
+_OPS.impl("grouped_linear_int8", _any_linear_int8, "AutogradCUDA")
 _OPS.impl("grouped_dense", _dense, "CPU")
 _OPS.impl("grouped_dense", _any_dense, "CUDA")
 
 
 @torch.library.register_fake("laconic::grouped_linear", lib=_OPS)
+def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@torch.library.register_fake("laconic::grouped_linear_int8", lib=_OPS)
 def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
