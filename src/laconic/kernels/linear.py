@@ -1,5 +1,5 @@
-"""Products with a matrix of grouped codes as it is stored: `grouped_linear`; `grouped_linear_int8`, with inputs rounded to 8 bits on the fly;
-`grouped_dense`: the matrix itself. All in torch.ops.laconic.
+"""Products with a matrix of grouped codes as it is stored: `grouped_linear`, and `grouped_linear_int8`, where inputs are rounded to 8 bits
+as they come; `grouped_dense`: the matrix itself. All in torch.ops.laconic.
 
 The native kernels multiply codes with integers: an entry of x in fp32 becomes two of 16 bits, in steps of the greatest of its run of 16
 to 256 columns, and loses nothing that a sum in fp32 would keep; one in bf16 becomes one, wrong by at most 2^-16 of the greatest. Runs are

@@ -24,7 +24,6 @@ template <int BITS>
 struct Octets {
     static constexpr int P = BITS == 4 ? 2 : BITS == 2 ? 4 : 1;
     static constexpr int BYTES = P > 1 ? 64 : 8 * BITS;
-    static constexpr int64_t WIDTH = 64 * P;
     Bytes<BITS> bytes;
 
     __m512i raw(const uint8_t* at, __mmask64 there) const {
@@ -231,7 +230,8 @@ bool along(const Product& p) {
 // ---- many rows
 
 // A step is four columns of x and of a panel: step P * l + k are columns 4 P l + P i + k, i = 0..3. Steps of a run follow each other, and so do those of all
-// rows of a tile: x is [chunk][run][tile][step][row of the tile] of four bytes; scale and away, -(sum of x), are [run][row].
+// rows of a tile: x is [chunk][run][tile][step][row of the tile] of four bytes; scale is [run][row] and so is
+// away: -(sum of x), times the zero where all groups have the same.
 struct Tiled {
     int64_t steps, chunk; // chunk: rows that pass by a panel together
     int32_t* x;
@@ -241,6 +241,9 @@ struct Tiled {
 
 // tiles of nearly one height; the first row of each
 inline int64_t tile_at(int64_t rows, int64_t tiles, int64_t tile) { return rows * tile / tiles; }
+
+// _mm512_dpbusd_epi32 in place: with the intrinsic g++ copies sums from register to register, and to the stack, which halves the speed of a tile
+inline void add(__m512i& sum, __m512i codes, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x)); }
 
 // sums of one run, T rows by WIDE outputs, added to `out`
 template <int T, bool ZEROS>
@@ -256,15 +259,15 @@ void tile(const uint8_t* panel, const int32_t* x, int64_t steps, const float* sc
         }
     } else {
 #pragma GCC unroll 12
-        for (int i = 0; i < T; i++) sum[i][0] = sum[i][1] = _mm512_set1_epi32(away[i] * *zero);
+        for (int i = 0; i < T; i++) sum[i][0] = sum[i][1] = _mm512_set1_epi32(away[i]);
     }
     for (int64_t s = 0; s < steps; s++, panel += 4 * WIDE, x += T) {
         const __m512i low = _mm512_load_si512(panel), high = _mm512_load_si512(panel + 64);
 #pragma GCC unroll 12
         for (int i = 0; i < T; i++) {
             const __m512i by = _mm512_set1_epi32(x[i]);
-            sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], low, by);
-            sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], high, by);
+            add(sum[i][0], low, by);
+            add(sum[i][1], high, by);
         }
     }
     const __m512 low = _mm512_load_ps(scale), high = _mm512_load_ps(scale + 16);
@@ -305,47 +308,60 @@ inline void transpose(__m512i (&v)[16]) {
     }
 }
 
-// codes of WIDE rows of the weight from `row` on, step by step, with scale and zero of each group; rows behind the last are zeros
+// codes of WIDE rows of the weight from `row` on, blocks `begin` to `end`, step by step; rows behind the last are zeros
 template <int BITS>
-void fill(const Weight& w, const Octets<BITS>& octets, int64_t row, int64_t steps, uint8_t* panel, float* scale, int32_t* zero) {
+void fill(const Weight& w, const Octets<BITS>& octets, int64_t row, int64_t begin, int64_t end, uint8_t* panel) {
     constexpr int P = Octets<BITS>::P, BYTES = Octets<BITS>::BYTES;
     const int64_t number = std::min<int64_t>(WIDE, w.n - row);
-    for (int64_t from = 0, s = 0; from < int64_t(w.stride); from += BYTES, s += 16 * P) {
-        const __mmask64 there = first(std::min<int64_t>(BYTES, int64_t(w.stride) - from));
+    for (int64_t b = begin; b < end; b++, panel += 16 * P * 4 * WIDE) {
+        const __mmask64 there = first(std::min<int64_t>(BYTES, int64_t(w.stride) - b * BYTES));
+        const uint8_t* at = w.codes + row * w.stride + b * BYTES;
         for (int half = 0; half < 2; half++) {
             __m512i v[16];
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) {
-                const int64_t at = 16 * half + i;
-                v[i] = at < number ? octets.raw(w.codes + (row + at) * w.stride + from, there) : _mm512_setzero_si512();
-            }
+            for (int i = 0; i < 16; i++) v[i] = 16 * half + i < number ? octets.raw(at + (16 * half + i) * w.stride, there) : _mm512_setzero_si512();
             transpose(v);
-            const int64_t last = std::min<int64_t>(16, (steps - s + P - 1) / P);
-            for (int64_t l = 0; l < last; l++) {
+#pragma GCC unroll 16
+            for (int l = 0; l < 16; l++) {
                 __m512i plane[P];
                 octets.apart(v[l], plane);
-                for (int k = 0; k < P; k++) _mm512_store_si512(panel + (s + l * P + k) * 4 * WIDE + half * 64, plane[k]);
+                for (int k = 0; k < P; k++) _mm512_store_si512(panel + (l * P + k) * 4 * WIDE + half * 64, plane[k]);
             }
         }
     }
+}
+
+// scale and zero of each group of WIDE rows from `row` on
+template <int BITS>
+void grids(const Weight& w, const Octets<BITS>& octets, int64_t row, float* scale, int32_t* zero) {
+    const int64_t number = std::min<int64_t>(WIDE, w.n - row);
     for (int64_t i = 0; i < WIDE; i++) {
-        alignas(64) uint8_t bytes[64];
+        alignas(64) uint8_t bytes[64] = {};
         for (int64_t g = 0; g < w.groups; g++) {
             scale[g * WIDE + i] = i < number ? from_bf16(w.scales[(row + i) * w.groups + g]) : 0.0f;
             if (!w.zeros) continue;
             if (g % 64 == 0 && i < number) _mm512_store_si512(bytes, zeros_of<BITS>(w, octets.bytes, row + i, g));
-            zero[g * WIDE + i] = i < number ? bytes[g % 64] : 0;
+            zero[g * WIDE + i] = bytes[g % 64];
         }
     }
+}
+
+// asks for the codes of the next panel, columns begin to end, while this one is computed with
+template <int BITS>
+inline void ask(const Weight& w, int64_t row, int64_t begin, int64_t end) {
+    for (int64_t i = row, last = std::min(w.n, row + WIDE); i < last; i++)
+        for (int64_t at = begin * BITS / 8; at < (end * BITS + 7) / 8; at += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(w.codes + i * w.stride + at), _MM_HINT_T1);
 }
 
 template <int BITS>
 bool tiled(const Product& p) {
     constexpr int P = Octets<BITS>::P;
+    constexpr int64_t width = 64 * P, most = std::max(width, RUN);
     const Weight& w = p.w;
     const Runs runs(w);
     const Octets<BITS> octets;
-    const int64_t blocks = (w.m + 64 * P - 1) / (64 * P), wide = (w.n + WIDE - 1) / WIDE;
+    const int64_t blocks = (w.m + width - 1) / width, wide = (w.n + WIDE - 1) / WIDE;
     Tiled q;
     q.steps = (w.m + 4 * P - 1) / (4 * P) * P;
     // fewer rows at a time where there are fewer panels than threads
@@ -381,7 +397,7 @@ bool tiled(const Product& p) {
                 for (int64_t l = begin; l < end; l++)
                     for (int k = 0; k < P; k++, to += tall) std::memcpy(to, row + ((l / 16 * P + k) * 16 + l % 16) * 4, 4);
                 q.scale[run * p.rows + r] = scale[run];
-                q.away[run * p.rows + r] = -sum[run];
+                q.away[run * p.rows + r] = w.zeros ? -sum[run] : -sum[run] * (1 << (BITS - 1));
             }
         }
     }
@@ -389,25 +405,33 @@ bool tiled(const Product& p) {
 #pragma omp parallel num_threads(p.threads)
     {
         const size_t numbers = size_t(w.groups) * WIDE;
-        uint8_t* panel = near.of(size_t(q.steps) * 4 * WIDE + (2 * numbers + size_t(q.chunk) * WIDE) * 4);
-        float* scale = reinterpret_cast<float*>(panel + q.steps * 4 * WIDE);
+        uint8_t* panel = near.of(size_t(most) * WIDE + (2 * numbers + size_t(q.chunk) * WIDE) * 4);
+        float* scale = reinterpret_cast<float*>(panel + most * WIDE);
         int32_t* zero = reinterpret_cast<int32_t*>(scale + numbers);
         float* out = scale + 2 * numbers;
-        const int32_t half = 1 << (BITS - 1);
-#pragma omp for schedule(dynamic)
+        // neighbours together, so that what is asked for is used by who asked
+        const int64_t share = std::max<int64_t>(1, wide * chunks / (8 * p.threads));
+#pragma omp for schedule(dynamic, share)
         for (int64_t item = 0; item < wide * chunks; item++) {
             const int64_t column = item / chunks * WIDE, chunk = item % chunks, size = rows_of(chunk), tiles = (size + TALL - 1) / TALL;
-            fill<BITS>(w, octets, column, q.steps, panel, scale, zero);
+            grids<BITS>(w, octets, column, scale, zero);
+            // a panel is what the blocks of a run hold: one run of several blocks, or several runs of one block
+            int64_t filled = 0, first_block = 0;
             std::fill(out, out + size * WIDE, 0.0f);
             for (int64_t run = 0; run < runs.count; run++) {
                 const int64_t begin = runs.begin(run) / (4 * P) * P, steps = (runs.end(run) + 4 * P - 1) / (4 * P) * P - begin;
                 const int64_t g = runs.group_of(run), place = run * p.rows + chunk * q.chunk;
                 const int32_t* x = q.x + chunk * q.chunk * q.steps + begin * size;
+                if (runs.begin(run) >= filled * width) {
+                    first_block = filled, filled = (runs.end(run) + width - 1) / width;
+                    fill<BITS>(w, octets, column, first_block, filled, panel);
+                }
+                const uint8_t* codes = panel + (begin - first_block * 16 * P) * 4 * WIDE;
+                ask<BITS>(w, column + WIDE, runs.begin(run), runs.end(run));
                 for (int64_t t = 0; t < tiles; t++) {
                     const int64_t top = tile_at(size, tiles, t), tall = tile_at(size, tiles, t + 1) - top;
-                    (w.zeros ? TILES<true> : TILES<false>)[tall](panel + begin * 4 * WIDE, x + steps * top, steps, scale + g * WIDE,
-                                                                 w.zeros ? zero + g * WIDE : &half, q.scale + place + top, q.away + place + top,
-                                                                 out + top * WIDE);
+                    (w.zeros ? TILES<true> : TILES<false>)[tall](codes, x + steps * top, steps, scale + g * WIDE,
+                                                                 zero + g * WIDE, q.scale + place + top, q.away + place + top, out + top * WIDE);
                 }
             }
             const int64_t number = std::min<int64_t>(WIDE, w.n - column);

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from laconic.core.packed import Packed, Soft, Way
 from laconic.kernels.bits import pack, packed_width, unpack
 from laconic.kernels.grids import Grid, as_stored, grouped, through, ungrouped
-from laconic.kernels.linear import grouped_dense, grouped_linear
+from laconic.kernels.linear import grouped_dense, grouped_linear, grouped_linear_int8
 
 
 class Grouped(Packed):
@@ -29,6 +29,7 @@ class Grouped(Packed):
     def __init__(self, shape: tuple[int, ...], grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
         super().__init__()
         self.shape, self.grid = tuple(shape), grid
+        self._product = grouped_linear
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         if zeros is not None:
@@ -59,7 +60,12 @@ class Grouped(Packed):
         return grouped_dense(self.codes[index], self.scales[index], zeros, self.grid, self.matrix[1])
 
     def matmul(self, x: Tensor) -> Tensor:
-        return grouped_linear(x, self.codes, self.scales, None if self.grid.symmetric else self.zeros, self.grid)
+        return self._product(x, self.codes, self.scales, None if self.grid.symmetric else self.zeros, self.grid)
+
+    def round_inputs(self, bits: int) -> bool:
+        if bits == 8:
+            self._product = grouped_linear_int8
+        return bits == 8
 
     def dense(self) -> Tensor:
         return self.rows(slice(None)).reshape(self.shape)
