@@ -80,8 +80,11 @@ def forms(n: int, m: int, gigabytes: float) -> dict[str, Form]:
     for grid in GRIDS:
         size = sum(t.numel() * t.element_size() for t in codes(n, m, grid) if t is not None)
         matrices = pool(lambda grid=grid: codes(n, m, grid), size)
-        for inputs, (product, _) in PRODUCTS.items():
-            made[name(grid) + inputs] = Form(size, matrices, lambda x, w, grid=grid, product=product: product(x, *w, grid))
+        for number, (inputs, (product, _)) in enumerate(PRODUCTS.items()):
+            # each begins elsewhere, so that none finds in a cache what the one before it read
+            start = number * len(matrices) // len(PRODUCTS)
+            turned = matrices[start:] + matrices[:start]
+            made[name(grid) + inputs] = Form(size, turned, lambda x, w, grid=grid, product=product: product(x, *w, grid))
     return made
 
 
