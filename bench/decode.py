@@ -1,10 +1,11 @@
 """Speed of generating with a Llama-shaped stack: laconic's held layers, torch in bf16, llama.cpp's 4-bit formats, in one run.
 
-    python -m bench.decode [--forms int4,int8,bf16,q4_0,q4_k,q8_0] [--threads 2] [--rounds 5] [--out FILE]
+    python -m bench.decode [--forms int4,int4a8,int8,bf16,q4_0,q4_k,q8_0] [--threads 2] [--rounds 5] [--out FILE]
 
 Width 2,048, feed-forward 5,632, 8 layers, 32 query and 4 KV heads of 64, vocabulary 32,000, random weights: 418 million weights are read
 for a token. Each form is a process of its own that waits while the others work; they take turns, --rounds times, and medians are printed.
-int*: symmetric codes in groups of 128, head included, embedding in bf16, run by transformers' own forward pass with its dynamic cache.
+int*: symmetric codes in groups of 128, head included, embedding in bf16, run by transformers' own forward pass with its dynamic cache;
+int*a8: the same with inputs of products rounded to 8 bits as they come (llama.cpp rounds them in runs of 32 and 256).
 llama.cpp needs `bash bench/peers/install.sh llamacpp`; its files (3 GB) are made once in --scratch and stay there."""
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ CONFIG = {
 
 
 def build(form: str) -> Any:
-    """The stack with its linear layers as `form` says: int1 to int8, or bf16."""
+    """The stack with its linear layers as `form` says: int1 to int8, with a8 behind it for inputs of 8 bits, or bf16."""
     import torch
     from torch import nn
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    from laconic.artifact import put
+    from laconic.artifact import put, round_inputs
     from laconic.core.packed import Held
     from laconic.kernels.bits import packed_width
     from laconic.kernels.grids import Grid
@@ -59,12 +60,14 @@ def build(form: str) -> Any:
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and form.startswith("int"):
-            put(model, name, held(layer, int(form[3:])))
+            put(model, name, held(layer, int(form[3])))
         elif isinstance(layer, nn.Linear | nn.Embedding):
             layer.weight = drawn(*layer.weight.shape)
         elif hasattr(layer, "variance_epsilon"):
             layer.weight = nn.Parameter(torch.ones(CONFIG["hidden_size"], dtype=dtype), requires_grad=False)
     model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    if form.endswith("a8"):
+        round_inputs(model, 8)
     return model.eval()
 
 
@@ -74,6 +77,8 @@ def serve(form: str, threads: int) -> None:
     from transformers.cache_utils import DynamicCache
 
     torch.set_num_threads(threads)
+    if not right(form):
+        sys.exit("its products are not equal to the reference's")
     model = build(form)
 
     @torch.inference_mode()
@@ -91,6 +96,25 @@ def serve(form: str, threads: int) -> None:
     print("ready", flush=True)
     for _ in sys.stdin:
         print(json.dumps(turn()), flush=True)
+
+
+def right(form: str) -> bool:
+    """Whether the products of a form are equal to their reference, for the rows that are timed."""
+    import torch
+
+    from bench.linear import NEAR, PRODUCTS, codes
+    from laconic.kernels.grids import Grid
+
+    if not form.startswith("int"):
+        return True
+    grid, (product, reference) = Grid(int(form[3]), 128, True), PRODUCTS[" a8" if form.endswith("a8") else ""]
+    w = codes(37, CONFIG["hidden_size"], grid)
+    for rows in (1, PROMPT):
+        x = torch.randn(rows, CONFIG["hidden_size"])
+        want = reference(x, *w, grid)
+        if not float((product(x, *w, grid) - want).abs().max() / want.abs().max()) <= NEAR:
+            return False
+    return True
 
 
 def stack(folder: Path) -> Path:
@@ -125,7 +149,7 @@ def main() -> None:
 
     form_of = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__, formatter_class=form_of)
-    parser.add_argument("--forms", default="bf16,int8,int4,int3,int2,q8_0,q4_0,q4_k")
+    parser.add_argument("--forms", default="bf16,int8,int8a8,int4,int4a8,int3,int3a8,int2,int2a8,q8_0,q4_0,q4_k")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "laconic-bench-decode")

@@ -3,8 +3,9 @@
     python -m bench.linear [--shape 5632x2048] [--rows 1,8,32,128,512] [--inputs bf16|fp32] [--threads N] [--pool GB] [--out FILE]
 
 Every form has a pool of distinct matrices of at least --pool gigabytes; forms take turns, a few matrices each, so that a slow moment of the
-machine is nobody's. torch's products have inputs of their own dtype, all others those of --inputs. Bandwidth is that of a sum over a pool
-of fp32 vectors, taken in the same turns. A form whose products are not equal to the reference's has no figures; exit code 1."""
+machine is nobody's. torch's products have inputs of their own dtype, all others those of --inputs; a8: inputs are rounded to 8 bits as they
+come. Bandwidth is that of a sum over a pool of fp32 vectors, taken in the same turns. A form whose products are not equal to the
+reference's has no figures; exit code 1."""
 
 from __future__ import annotations
 
@@ -24,13 +25,18 @@ from torch.nn import functional as F
 
 from laconic.kernels.bits import packed_width
 from laconic.kernels.grids import Grid
-from laconic.kernels.linear import grouped_linear, reference_linear
+from laconic.kernels.linear import grouped_linear, grouped_linear_int8, reference_linear, reference_linear_int8
 from laconic.kernels.native import native
 
 GRIDS = [
     Grid(8, 128, True), Grid(6, 64), Grid(4, 128, True), Grid(4, 64), Grid(4, 32, True),
     Grid(3, 128, True), Grid(3, 64), Grid(2, 128, True), Grid(2, 64),
 ]  # fmt: skip
+# inputs as they are, and in 8 bits: the product and its reference
+PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "": (grouped_linear, reference_linear),
+    " a8": (grouped_linear_int8, reference_linear_int8),
+}
 # error against the product in fp32, as a share of the greatest result
 NEAR = 1e-3
 TURN = 4
@@ -73,18 +79,24 @@ def forms(n: int, m: int, gigabytes: float) -> dict[str, Form]:
         made[label] = Form(size, pool(lambda dtype=dtype: torch.randn(n, m).to(dtype), size), lambda x, w: F.linear(x.to(w.dtype), w))
     for grid in GRIDS:
         size = sum(t.numel() * t.element_size() for t in codes(n, m, grid) if t is not None)
-        made[name(grid)] = Form(size, pool(lambda grid=grid: codes(n, m, grid), size), lambda x, w, grid=grid: grouped_linear(x, *w, grid))
+        matrices = pool(lambda grid=grid: codes(n, m, grid), size)
+        for number, (inputs, (product, _)) in enumerate(PRODUCTS.items()):
+            # each begins elsewhere, so that none finds in a cache what the one before it read
+            start = number * len(matrices) // len(PRODUCTS)
+            turned = matrices[start:] + matrices[:start]
+            made[name(grid) + inputs] = Form(size, turned, lambda x, w, grid=grid, product=product: product(x, *w, grid))
     return made
 
 
 def equal(m: int, rows: int) -> list[str]:
-    """Grids whose products are wrong, over a few outputs."""
+    """Forms whose products are wrong, over a few outputs."""
     x, bad = torch.randn(rows, m), []
     for grid in GRIDS:
         w = codes(37, m, grid)
-        right = reference_linear(x, *w, grid)
-        if float((grouped_linear(x, *w, grid) - right).abs().max() / right.abs().max()) > NEAR:
-            bad.append(name(grid))
+        for inputs, (product, reference) in PRODUCTS.items():
+            right = reference(x, *w, grid)
+            if not float((product(x, *w, grid) - right).abs().max() / right.abs().max()) <= NEAR:
+                bad.append(name(grid) + inputs)
     return bad
 
 
@@ -143,7 +155,7 @@ def main() -> None:
                     "share_of_bandwidth": form.nbytes / t / bandwidth, "gflops": 2 * n * m * rows / t / 1e9,
                 }  # fmt: skip
                 print(
-                    f"{label:11s} {t * 1e3:8.3f} ms  {took[BF16] / t:5.2f}x bf16  {took[FP32] / t:5.2f}x fp32  "
+                    f"{label:13s} {t * 1e3:8.3f} ms  {took[BF16] / t:5.2f}x bf16  {took[FP32] / t:5.2f}x fp32  "
                     f"{form.nbytes / t / bandwidth:4.0%} of bandwidth  {2 * n * m * rows / t / 1e9:6.0f} GFLOP/s",
                     flush=True,
                 )

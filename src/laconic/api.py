@@ -349,16 +349,28 @@ def load(
     dtype: torch.dtype = torch.float32,
     thaw: bool = False,
     budget: Budget | Sequence[str] | str | None = None,
+    inputs: int | None = None,
+    log: Log = say,
 ) -> nn.Module:
-    """A result or an original as a torch.nn.Module in eval mode. thaw: dense copies in `dtype`, faster and as large as the original.
+    """A result or an original as a torch.nn.Module in eval mode. thaw: dense copies in `dtype`, as large as the original.
+    inputs: 8 rounds what matrices of grouped codes are multiplied with to 8 bits as it comes: faster on many tokens, and other numbers.
     budget: an elastic result (recipe bitstack, matformer) cut to it; only the bytes of what fits are read. Of a
     result of vectors, `recall=0.9`, `dims=64` or `size=10%`; it computes short vectors and searches them."""
     if isinstance(path, (str, Path)) and vectors.is_result(path):
+        _as_they_are(path, inputs)
         return vectors.load(path, _words(budget))
     limit = _limit(path, budget)
     if isinstance(path, (str, Path)) and path and is_artifact(path):
-        return artifact.load(path, dtype=dtype, thaw=thaw, limit=limit)
+        return artifact.load(path, dtype=dtype, thaw=thaw, limit=limit, inputs=inputs, log=log)
+    _as_they_are(path, inputs)
     return _source(path).load(dtype)
+
+
+def _as_they_are(path: Model, inputs: int | None) -> None:
+    """UserError for rounded inputs of what holds no matrix in codes."""
+    if inputs is not None:
+        name = path or "the embedded model"
+        raise UserError(f"{name} holds no matrix in codes, so its products take inputs as they are: leave inputs out, or compress it first")
 
 
 def _limit(path: Model, budget: Budget | Sequence[str] | str | None) -> int | None:
@@ -434,6 +446,7 @@ def measure(
     *,
     data_certify: str | Path | None = None,
     budget: Budget | Sequence[str] | str | None = None,
+    inputs: int | None = None,
     seed: int = 0,
     speed: bool = True,
     progress: Progress = quiet,
@@ -441,8 +454,9 @@ def measure(
 ) -> dict[str, Any]:
     """Quality, bytes, speed and memory of a result (or any model) against its original, on the certify part of the data; flat keys, with
     unit, count and spread under `details`. against: default is the original that the certificate names; data: that of the certificate;
-    budget: an elastic result cut to it."""
+    budget: an elastic result cut to it; inputs: 8 rounds inputs of products to 8 bits, and all of this is of the model that does."""
     if vectors.is_result(path):
+        _as_they_are(path, inputs)
         return vectors.measure(path, against, _words(budget))  # type: ignore[arg-type]
     limit = _limit(path, budget)
     named = _original(path, against)
@@ -451,6 +465,8 @@ def measure(
         split = _recorded_split(source, _certificate(path).get("data", {}), log)
     else:
         split = _split(source, data, data_certify, seed=seed, log=log)
+    if not is_artifact(path):
+        _as_they_are(path, inputs)
     if speed:
         _refuse_red(path)
     found = measurement.measure(
@@ -463,19 +479,21 @@ def measure(
         default=default_model() if named is None else None,
         seed=seed,
         limit=limit,
+        inputs=inputs,
+        log=log,
         progress=lambda done, total: progress("measuring", done, total, "rows"),
     )
     if speed:
-        _add_drafting(path, split, found, progress)
+        _add_drafting(path, split, found, progress, inputs)
     return found
 
 
-def _add_drafting(path: str | Path, split: Split, found: dict[str, Any], progress: Progress) -> None:
+def _add_drafting(path: str | Path, split: Split, found: dict[str, Any], progress: Progress, inputs: int | None) -> None:
     """How a result's own decoder does on the certify part, as `generate` runs it; nothing where it has none."""
     if not (isinstance(path, (str, Path)) and is_artifact(path) and artifact.decoder_of(path)):
         return
     progress("timing", 0, 1, "the decoder and decoding one by one take turns")
-    talk = open_talk(path)
+    talk = open_talk(path, inputs=inputs, log=lambda line: None)
     assert talk.decoder is not None
     prompts = split.certify.inputs[:DRAFTED, :64]
     new = min(64, talk.context - prompts.shape[1]) if talk.context else 64
@@ -501,10 +519,14 @@ def bench(
     new: int = 32,
     repeats: int = 7,
     record: bool = False,
+    inputs: int | None = None,
     progress: Progress = quiet,
     log: Log = say,
 ) -> dict[str, Any]:
-    """Prefill and decode speed of a result and of its original, taking turns; memory; hardware. record: into its measurements.json too."""
+    """Prefill and decode speed of a result and of its original, taking turns; memory; hardware. record: into its measurements.json too.
+    inputs: 8 rounds inputs of the result's products to 8 bits."""
+    if record and inputs is not None:
+        raise UserError("measurements.json keeps the speed of the result as it loads by itself: leave out --record or --inputs")
     if repeats < 1 or prompt < 1 or new < 1:
         raise UserError(f"prompt {prompt}, new {new} and repeats {repeats} must each be at least 1; give larger numbers")
     named = _original(path, against)
@@ -516,7 +538,7 @@ def bench(
     with measurement.watch() as peak:
         progress("timing", 0, 1, "the original and the result take turns")
         original = source.load(dtype).eval()
-        compressed = load(path, dtype=dtype).eval()
+        compressed = load(path, dtype=dtype, inputs=inputs, log=log).eval()
         found = measurement.speed(original, compressed, prompt=prompt, new=new, repeats=repeats)
         progress("timing", 1, 1, "")
     del original, compressed
@@ -524,7 +546,7 @@ def bench(
     found["details"]["peak_memory_bytes"] = {"unit": "bytes", "n": 1, "what": "process tree of this bench, which holds both models"}
     found["hardware"] = measurement.hardware()
     if (Path(path) / "certificate.json").is_file() and artifact.decoder_of(path):
-        _add_drafting(path, _recorded_split(source, _certificate(path).get("data", {}), log), found, progress)
+        _add_drafting(path, _recorded_split(source, _certificate(path).get("data", {}), log), found, progress, inputs)
     if record and is_artifact(path):
         _record_speed(Path(path), found)
     return found
@@ -566,9 +588,12 @@ def open_talk(
     budget: Budget | Sequence[str] | str | None = None,
     decoder: str | None = None,
     cache: str | None = None,
+    inputs: int | None = None,
+    log: Log = say,
 ) -> Talk:
     """Loads a result (an elastic one cut to a budget) or an original with its tokenizer. decoder: in written form; None: the result's own,
-    where it has one. UserError for a model that writes no text, and for a decoder whose parts the model does not have."""
+    where it has one. inputs: as `load`. UserError for a model that writes no text, and for a decoder whose parts the model does not
+    have."""
     if cache is not None:
         _state(cache)
     chosen = None if decoder is None else _decoder(decoder)
@@ -578,7 +603,8 @@ def open_talk(
         raise UserError(f"{source.spec} is no language model; generate needs one that writes text")
     tokenizer = source.tokenizer()
     drawn, parts = _parts(model, source, chosen, dtype) if is_result or chosen is not None else (None, {})
-    loaded = load(model, dtype=dtype, thaw=source.parameters <= DENSE, budget=budget)
+    thaw = inputs is None and source.parameters <= DENSE
+    loaded = load(model, dtype=dtype, thaw=thaw, budget=budget, inputs=inputs, log=log)
     ends: set[int] = set()
     holder: Any
     for holder in (getattr(loaded, "generation_config", None), getattr(loaded, "config", None), tokenizer):
@@ -711,15 +737,17 @@ def generate(
     budget: Budget | Sequence[str] | str | None = None,
     cache: str | None = None,
     decoder: str | None = None,
+    inputs: int | None = None,
+    log: Log = say,
 ) -> Iterator[str]:
     """Pieces of text, token by token, of a result (an elastic one cut to a budget) or an original; join them for the whole. cache: how the
     past is held, `kivi:2` or `cache.store.kivi(bits=2)`. decoder: how tokens are drawn, `decode.sample.ancestral` one by one; None: as the
-    result was made for."""
+    result was made for. inputs: 8 rounds inputs of a result's products to 8 bits."""
     if max_tokens < 1:
         raise UserError(f"--max-tokens {max_tokens} writes nothing; ask for at least 1")
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature {temperature:g} is not usable; give 0 (always the likeliest token) or more")
-    talk = open_talk(model, budget=budget, decoder=decoder, cache=cache)
+    talk = open_talk(model, budget=budget, decoder=decoder, cache=cache, inputs=inputs, log=log)
     ids = prompt_ids(talk, prompt, raw=raw)
     generator = torch.Generator().manual_seed(seed)
     return pieces(talk, ids, tokens(talk, ids, limit=max_tokens, temperature=temperature, generator=generator))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -421,10 +421,37 @@ def stream(path: str | Path, *, limit: int | None = None) -> Artifact:
     return Artifact(Path(path).expanduser(), limit)
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32, thaw: bool = False, limit: int | None = None) -> nn.Module:
+def round_inputs(model: nn.Module, bits: int) -> str:
+    """From now on held layers round their inputs to `bits` as they come, where their forms have such a product: what changed, as a
+    sentence. UserError where nothing can."""
+    if bits != 8:
+        raise UserError(f"inputs={bits}: products round their inputs to 8 bits or not at all; give 8, or leave it out")
+    held = [layer for layer in model.modules() if isinstance(layer, Held) and not layer.kind.startswith("Embedding")]
+    done = sum([layer.round_inputs(bits) for layer in held])
+    if not done:
+        raise UserError(
+            "no matrix of this model is held in grouped codes, and only their products can round inputs to 8 bits: leave inputs out"
+        )
+    rest = f"; {len(held) - done} are held in forms without such a product and take inputs as they are" if done < len(held) else ""
+    return f"{done} of {len(held)} held layers round their inputs to {bits} bits{rest}"
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    thaw: bool = False,
+    limit: int | None = None,
+    inputs: int | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> nn.Module:
     """The result as a module in eval mode; what no form holds takes `dtype`. thaw: compute with dense copies in `dtype` (fast, large);
-    limit: an elastic result cut to so many bytes."""
+    limit: an elastic result cut to so many bytes; inputs: 8 lets products round their inputs to 8 bits, which `log` is told."""
+    if thaw and inputs is not None:
+        raise UserError("thaw holds dense copies, whose products take inputs as they are: leave out thaw or inputs")
     module = stream(path, limit=limit).load(dtype)
+    if inputs is not None:
+        log(round_inputs(module, inputs))
     if thaw:
         first: dict[int, Held] = {}
         for layer in module.modules():
@@ -437,11 +464,16 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, thaw: bool = F
 
 
 def load_any(
-    spec: str | Path | nn.Module | None, *, dtype: torch.dtype = torch.float32, default: Path | None = None, limit: int | None = None
+    spec: str | Path | nn.Module | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    default: Path | None = None,
+    limit: int | None = None,
+    inputs: int | None = None,
 ) -> nn.Module:
     """An original or a result as a module in memory."""
     if isinstance(spec, (str, Path)) and spec and is_artifact(spec):
-        return load(spec, dtype=dtype, limit=limit)
+        return load(spec, dtype=dtype, limit=limit, inputs=inputs)
     return open_model(spec, default=default).load(dtype)
 
 

@@ -197,6 +197,10 @@ CutOption = Annotated[
     list[str] | None,
     typer.Option("--budget", "-b", help="Cut an elastic result (recipe bitstack, matformer) to size=2MB, bits=3 ...", show_default=False),
 ]
+InputsOption = Annotated[
+    int | None,
+    typer.Option("--inputs", help="8: inputs of products with codes are rounded to 8 bits; faster prompts.", show_default=False),
+]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="auto (default), another of the README's, or a YAML file.", show_default=False)
 ]
@@ -479,6 +483,7 @@ def measure(
     budget: CutOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the data split and of the intervals.")] = 0,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed as well.")] = True,
+    inputs: InputsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -496,6 +501,7 @@ def measure(
             budget=budget,
             seed=seed,
             speed=speed,
+            inputs=inputs,
             progress=voice.progress,
             log=voice.log,
         )
@@ -533,6 +539,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to write (decode).")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", help="Turns of each model; the median counts.")] = 7,
     record: Annotated[bool, typer.Option("--record", help="Write the speeds into the folder's measurements.json too.")] = False,
+    inputs: InputsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -543,8 +550,9 @@ def bench(
 
     with Voice() as voice:
         found = api.bench(
-            folder, against, prompt=prompt_tokens, new=new_tokens, repeats=repeats, record=record, progress=voice.progress, log=voice.log
-        )
+            folder, against, prompt=prompt_tokens, new=new_tokens, repeats=repeats, record=record, inputs=inputs,
+            progress=voice.progress, log=voice.log,
+        )  # fmt: skip
     if as_json:
         _print_json(found)
         return
@@ -597,6 +605,7 @@ def generate(
         str | None,
         typer.Option("--decoder", help="How tokens are drawn; decode.sample.ancestral: one by one.", show_default=False),
     ] = None,
+    inputs: InputsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -604,8 +613,9 @@ def generate(
     from laconic import api
 
     stream = api.generate(
-        model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, raw=raw, budget=budget, cache=cache, decoder=decoder
-    )
+        model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, raw=raw, budget=budget, cache=cache, decoder=decoder,
+        inputs=inputs, log=Voice().log,
+    )  # fmt: skip
     if as_json:
         _print_json({"prompt": prompt, "text": "".join(stream)})
         return

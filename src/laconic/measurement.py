@@ -560,13 +560,16 @@ def measure(
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 7,
     limit: int | None = None,
+    inputs: int | None = None,
+    log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The compressed model at `path` against its original (None: the one its certificate names; `default` stands for the empty name).
 
     Quality from dense fp32 copies of both over `samples`; speed of language models from the form that is served, other tensors in
     `dtype`, against the original in `dtype`. limit: an elastic result cut to so
-    many bytes. Flat keys, `details` by key, `hardware`; a key that does not apply is absent."""
+    many bytes. inputs: products of the result round their inputs to so many bits; quality is then that of the form that is served.
+    Flat keys, `details` by key, `hardware`; a key that does not apply is absent."""
     against = original_of(path) if against is None else against
     source = models.open_model(against or None, default=default)
     packed = models.is_artifact(path)
@@ -582,7 +585,7 @@ def measure(
     with watch() as peak:
         original = source.load(torch.float32).eval()
         if packed:
-            compressed = artifact.load(path, dtype=torch.float32, thaw=True, limit=limit)
+            compressed = artifact.load(path, dtype=torch.float32, thaw=inputs is None, limit=limit, inputs=inputs, log=log)
         else:
             compressed = artifact.load_any(path, dtype=torch.float32, default=default)
         if source.traced and source.path is not None:
@@ -598,8 +601,11 @@ def measure(
         if with_speed and source.task == "text":
             del original, compressed
             original = source.load(dtype).eval()
-            compressed = artifact.load_any(path, dtype=dtype, default=default, limit=limit).eval()
+            compressed = artifact.load_any(path, dtype=dtype, default=default, limit=limit, inputs=inputs).eval()
             add(speed(original, compressed, repeats=repeats))
+    if inputs is not None:
+        found["input_bits"] = inputs
+        details["input_bits"] = _exact(inputs, "bits", what="inputs of products with codes, rounded as they come")
     memory = max(peak.bytes, peak_memory())
     found["peak_memory_bytes"] = memory
     details["peak_memory_bytes"] = _exact(memory, "bytes", what="process tree of this measurement, which holds both models")

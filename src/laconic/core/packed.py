@@ -78,6 +78,11 @@ class Packed(nn.Module, ABC):
         holds no part of the form."""
         return None
 
+    def round_inputs(self, bits: int) -> bool:
+        """From now on products round their inputs to `bits` as they come, where this form, or what it is built of, has such a product;
+        whether it has. It is a way to compute: nothing of it is stored, and `dense` and `feed` stay what they are."""
+        return False
+
     def forward(self) -> Tensor:
         """The dense tensor; a Packed is a module, and this is what it computes."""
         return self.dense()
@@ -198,6 +203,9 @@ class Product(Packed):
     def rows(self, index: Tensor | slice) -> Tensor:
         return self.left.dense().T[index] @ self.right.dense()
 
+    def round_inputs(self, bits: int) -> bool:
+        return self.right.round_inputs(bits)
+
     def matmul(self, x: Tensor) -> Tensor:
         return self.right.matmul(x) @ self.left.dense().to(x.dtype)
 
@@ -242,6 +250,9 @@ class Sum(Packed):
         for term in rest:
             total = total + term.matmul(x)
         return total
+
+    def round_inputs(self, bits: int) -> bool:
+        return sum(term.round_inputs(bits) for term in self._terms()) > 0
 
     @property
     def parts(self) -> int:
@@ -417,6 +428,9 @@ class Transposed(Packed):
     def dense(self) -> Tensor:
         return self.inner.dense().reshape(self.inner.matrix).T.contiguous()
 
+    def round_inputs(self, bits: int) -> bool:
+        return self.inner.round_inputs(bits)
+
     @property
     def parts(self) -> int:
         return self.inner.parts
@@ -494,6 +508,8 @@ class Held(nn.Module):
         self.kind = "Embedding" if isinstance(like, nn.Embedding) else type(like).__name__
         self.scale = float(getattr(like, "scalar_embed_scale", 1.0))
         self._copy: Tensor | None = None
+        # bits that its inputs are rounded to as they come; None: they are multiplied as they are
+        self.inputs: int | None = None
         if bias is not None:
             self.bias: nn.Parameter | None = nn.Parameter(bias, requires_grad=False)
         else:
@@ -515,6 +531,16 @@ class Held(nn.Module):
     def thaw(self, dtype: torch.dtype) -> None:
         """Keep a dense copy in `dtype` and compute with it from now on."""
         self._copy = self.weight.dense().to(dtype)
+
+    def round_inputs(self, bits: int) -> bool:
+        """As its form's `round_inputs`; False where it has no product with inputs (tables, convolutions), or a dense copy."""
+        multiplies = isinstance(self.weight, Transposed) or not self.kind.startswith(("Embedding", "Conv"))
+        done = multiplies and self._copy is None and self.weight.round_inputs(bits)
+        self.inputs = bits if done else None
+        return done
+
+    def extra_repr(self) -> str:
+        return "" if self.inputs is None else f"inputs rounded to {self.inputs} bits"
 
     def freeze(self) -> None:
         """Drop the dense copy."""

@@ -40,6 +40,8 @@ class Grid:
             raise ValueError(f"scales={self.scales}: scales are stored as bf16 or as log8")
         if self.zeros not in ("whole", "half"):
             raise ValueError(f"zeros={self.zeros}: zeros are whole or half numbers")
+        if self.zeros == "half" and self.bits == 8:
+            raise ValueError("zeros=half: codes of 8 bits are fine enough without; leave it out")
 
     @property
     def middle(self) -> float:

@@ -1,4 +1,5 @@
-"""Products with a matrix of grouped codes as it is stored: `grouped_linear`; `grouped_dense`: the matrix itself. Both in torch.ops.laconic.
+"""Products with a matrix of grouped codes as it is stored: `grouped_linear`, and `grouped_linear_int8`, where inputs are rounded to 8 bits
+as they come; `grouped_dense`: the matrix itself. All in torch.ops.laconic.
 
 The native kernels multiply codes with integers: an entry of x in fp32 becomes two of 16 bits, in steps of the greatest of its run of 16
 to 256 columns, and loses nothing that a sum in fp32 would keep; one in bf16 becomes one, wrong by at most 2^-16 of the greatest. Runs are
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laconic.kernels.bits import packed_width, unpack
-from laconic.kernels.grids import Grid, decode
+from laconic.kernels.grids import Grid, decode, through
 from laconic.kernels.native import native
 
 # more rows of bf16 than this are quicker over dense rows, made PANEL weights at a time: by the kernel, and by bits where it has a quicker
@@ -22,10 +23,13 @@ ROWS: dict[str, dict[int, int]] = {"plain": {}, "avx2": {}, "avx512": {2: 256, 4
 OTHER = {"plain": 4, "avx2": 16, "avx512": 96}
 FP32 = 4
 PANEL = 1 << 20
+# columns of x that share a scale where x has 8 bits: a group, or so many of one that is longer
+RUN = 128
 
 _OPS = torch.library.Library("laconic", "DEF")
-_OPS.define("grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group) -> Tensor")
-_OPS.define("grouped_dense(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group, int m) -> Tensor")
+_OPS.define("grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group, bool half=False) -> Tensor")
+_OPS.define("grouped_linear_int8(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group, bool half=False) -> Tensor")
+_OPS.define("grouped_dense(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group, int m, bool half=False) -> Tensor")
 
 
 def grouped_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
@@ -33,19 +37,30 @@ def grouped_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | Non
 
     codes (n, ceil(m b / 8)) uint8, scales (n, g) bf16, zeros (n, ceil(g b / 8)) uint8 or None where symmetric. ValueError for other shapes,
     TypeError for other dtypes."""
-    bits, group = grid.bits, grid.group or 0
+    words = grid.bits, grid.group or 0, grid.zeros == "half"
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
         # torch's dispatcher takes as long as a small product does
-        return _linear(x, codes, scales, zeros, bits, group)
-    found: Tensor = torch.ops.laconic.grouped_linear(x, codes, scales, zeros, bits, group)
+        return _linear(x, codes, scales, zeros, *words)
+    found: Tensor = torch.ops.laconic.grouped_linear(x, codes, scales, zeros, *words)
+    return found
+
+
+def grouped_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+    """grouped_linear with x rounded to whole numbers of -127 to 127 as it comes, one scale for each run of a row's columns: a group, or 128
+    columns of one that is longer. Sums of a run are exact in whole numbers and are added in fp32. A row with NaN or an infinity is not
+    rounded; the gradient passes as if none was."""
+    words = grid.bits, grid.group or 0, grid.zeros == "half"
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
+        return _linear_int8(x, codes, scales, zeros, *words)
+    found: Tensor = torch.ops.laconic.grouped_linear_int8(x, codes, scales, zeros, *words)
     return found
 
 
 def grouped_dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, m: int) -> Tensor:
     """The matrix itself, (n, m) fp32: (code - zero) * scale, the same numbers whatever computes them."""
     if codes.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _dense(codes, scales, zeros, grid.bits, grid.group or 0, m)
-    found: Tensor = torch.ops.laconic.grouped_dense(codes, scales, zeros, grid.bits, grid.group or 0, m)
+        return _dense(codes, scales, zeros, grid.bits, grid.group or 0, m, grid.zeros == "half")
+    found: Tensor = torch.ops.laconic.grouped_dense(codes, scales, zeros, grid.bits, grid.group or 0, m, grid.zeros == "half")
     return found
 
 
@@ -57,26 +72,53 @@ def reference_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | N
 def reference_dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, m: int) -> Tensor:
     """grouped_dense by torch's own operations."""
     scale = scales.float()
-    zero = torch.full_like(scale, 2 ** (grid.bits - 1)) if zeros is None else unpack(zeros, grid.bits, scale.shape[1]).float()
-    return decode(unpack(codes, grid.bits, m), scale, zero, grid)
+    return decode(unpack(codes, grid.bits, m), scale, zeros_of(zeros, scale, grid), grid)
+
+
+def zeros_of(zeros: Tensor | None, scale: Tensor, grid: Grid) -> Tensor:
+    """Zeros as numbers (n, g) fp32 from stored ones (None: symmetric), for scales (n, g)."""
+    if zeros is None:
+        return torch.full_like(scale, grid.middle)
+    return unpack(zeros, grid.zero_bits, scale.shape[1]).float() / grid.zero_steps
+
+
+def reference_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+    """grouped_linear_int8 by torch's own operations, a run at a time: whole numbers below 2^24, so their sums in fp32 are exact."""
+    m, wide = x.shape[-1], x.float()
+    whole = reference_dense(codes, torch.ones_like(scales), zeros, grid, m)
+    most = wide.new_tensor(127.0)
+    out = wide.new_zeros(*x.shape[:-1], codes.shape[0])
+    width = grid.width(m) if m else 1
+    for g, start in enumerate(range(0, m, width)):
+        end = min(start + width, m)
+        for begin in range(start, end, RUN):
+            part = slice(begin, min(begin + RUN, end))
+            peak = wide[..., part].abs().amax(-1, keepdim=True)
+            some = peak >= 1e-33
+            # by tensors: torch turns a division of or by a plain number into other operations, which round otherwise
+            near = (wide[..., part] * torch.where(some, most / peak, 0.0)).round()
+            scale = torch.where(some, peak / most, 0.0) * scales[:, g].float()
+            out = out + F.linear(near, whole[:, part]) * scale
+    finite = torch.isfinite(wide).all(-1, keepdim=True)
+    if not bool(finite.all()):
+        out = torch.where(finite, out, reference_linear(wide, codes, scales, zeros, grid))
+    return out.to(x.dtype)
 
 
 @lru_cache(maxsize=1024)
-def _grid(bits: int, group: int, m: int) -> tuple[Grid, int]:
+def _grid(bits: int, group: int, m: int, half: bool = False) -> tuple[Grid, int]:
     """The grid and how many groups a row of m has."""
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits={bits}: codes have 1 to 8 bits")
-    grid = Grid(bits, group or None)
+    grid = Grid(bits, group or None, zeros="half" if half else "whole")
     return grid, grid.count(m) if m else 0
 
 
-def _checked(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int) -> Grid:
-    grid, groups = _grid(bits, group, m)
+def _checked(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int, half: bool = False) -> Grid:
+    grid, groups = _grid(bits, group, m, half)
     n = codes.shape[0]
     for name, tensor, dtype, width in (
         ("codes", codes, torch.uint8, packed_width(m, bits)),
         ("scales", scales, torch.bfloat16, groups),
-        ("zeros", zeros, torch.uint8, packed_width(groups, bits)),
+        ("zeros", zeros, torch.uint8, packed_width(groups, grid.zero_bits)),
     ):
         if tensor is None:
             continue
@@ -87,11 +129,16 @@ def _checked(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, gro
     return grid
 
 
-def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
-    m, n = x.shape[-1], codes.shape[0]
-    grid = _checked(codes, scales, zeros, bits, group, m)
+def _checked_with(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, half: bool = False) -> Grid:
+    grid = _checked(codes, scales, zeros, bits, group, x.shape[-1], half)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"x is {x.dtype}; it has to be torch.float32, torch.bfloat16 or torch.float16")
+    return grid
+
+
+def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, half: bool = False) -> Tensor:
+    m, n = x.shape[-1], codes.shape[0]
+    grid = _checked_with(x, codes, scales, zeros, bits, group, half)
     there = native()
     rows = x.numel() // m if m else 0
     if there is None or not rows or not n:
@@ -103,11 +150,51 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits
     out = torch.empty(*x.shape[:-1], n, dtype=torch.float32)
     kept = [t.contiguous() for t in (codes, scales, zeros) if t is not None]
     if not there.module.linear(
-        given.data_ptr(), given.dtype == torch.bfloat16, rows, *_stored(kept), n, m, bits, group, out.data_ptr(), _threads(), there.level
+        given.data_ptr(),
+        given.dtype == torch.bfloat16,
+        rows,
+        *_stored(kept),
+        n,
+        m,
+        bits,
+        group,
+        half,
+        out.data_ptr(),
+        _threads(),
+        there.level,
     ):
         # NaN and infinities go the reference's way
         return reference_linear(x, codes, scales, zeros, grid)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def _linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, half: bool = False) -> Tensor:
+    m, n = x.shape[-1], codes.shape[0]
+    grid = _checked_with(x, codes, scales, zeros, bits, group, half)
+    there = native()
+    rows = x.numel() // m if m else 0
+    if there is None or not rows or not n:
+        return reference_linear_int8(x, codes, scales, zeros, grid)
+    given = (x if x.dtype != torch.float16 else x.float()).contiguous()
+    out = torch.empty(*x.shape[:-1], n, dtype=given.dtype)
+    kept = [t.contiguous() for t in (codes, scales, zeros) if t is not None]
+    if not there.module.linear_int8(
+        given.data_ptr(),
+        given.dtype == torch.bfloat16,
+        rows,
+        *_stored(kept),
+        n,
+        m,
+        bits,
+        group,
+        half,
+        out.data_ptr(),
+        _threads(),
+        there.level,
+    ):
+        # NaN and infinities go the reference's way
+        return reference_linear_int8(x, codes, scales, zeros, grid)
+    return out.to(x.dtype)
 
 
 def _by_panels(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
@@ -117,19 +204,21 @@ def _by_panels(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, g
     step = max(1, PANEL // m)
     for i in range(0, n, step):
         rows = slice(i, i + step)
-        panel = _dense(codes[rows], scales[rows], None if zeros is None else zeros[rows], grid.bits, grid.group or 0, m)
+        panel = _dense(
+            codes[rows], scales[rows], None if zeros is None else zeros[rows], grid.bits, grid.group or 0, m, grid.zeros == "half"
+        )
         torch.mm(panel, flat, out=out[rows])
     return out.T.reshape(*x.shape[:-1], n).to(x.dtype)
 
 
-def _dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int) -> Tensor:
-    grid = _checked(codes, scales, zeros, bits, group, m)
+def _dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int, half: bool = False) -> Tensor:
+    grid = _checked(codes, scales, zeros, bits, group, m, half)
     there, n = native(), codes.shape[0]
     if there is None or not n or not m:
         return reference_dense(codes, scales, zeros, grid, m)
     out = torch.empty(n, m, dtype=torch.float32)
     kept = [t.contiguous() for t in (codes, scales, zeros) if t is not None]
-    there.module.dense(*_stored(kept), n, m, bits, group, out.data_ptr(), _threads(), there.level)
+    there.module.dense(*_stored(kept), n, m, bits, group, half, out.data_ptr(), _threads(), there.level)
     return out
 
 
@@ -143,12 +232,18 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _any_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
-    return reference_linear(x, codes, scales, zeros, _checked(codes, scales, zeros, bits, group, x.shape[-1]))
+def _any_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, half: bool = False) -> Tensor:
+    return reference_linear(x, codes, scales, zeros, _checked(codes, scales, zeros, bits, group, x.shape[-1], half))
 
 
-def _any_dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int) -> Tensor:
-    return reference_dense(codes, scales, zeros, _checked(codes, scales, zeros, bits, group, m), m)
+def _any_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, half: bool = False) -> Tensor:
+    grid = _checked_with(x, codes, scales, zeros, bits, group, half)
+    found = reference_linear_int8(x.detach(), codes, scales, zeros, grid)
+    return through(reference_linear(x, codes, scales, zeros, grid), found) if x.requires_grad else found
+
+
+def _any_dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int, half: bool = False) -> Tensor:
+    return reference_dense(codes, scales, zeros, _checked(codes, scales, zeros, bits, group, m, half), m)
 
 
 # where x is differentiated, and on other devices, products are made of torch's own operations
@@ -156,15 +251,24 @@ _OPS.impl("grouped_linear", _linear, "CPU")
 _OPS.impl("grouped_linear", _any_linear, "CUDA")
 _OPS.impl("grouped_linear", _any_linear, "AutogradCPU")
 _OPS.impl("grouped_linear", _any_linear, "AutogradCUDA")
+_OPS.impl("grouped_linear_int8", _linear_int8, "CPU")
+_OPS.impl("grouped_linear_int8", _any_linear_int8, "CUDA")
+_OPS.impl("grouped_linear_int8", _any_linear_int8, "AutogradCPU")
+_OPS.impl("grouped_linear_int8", _any_linear_int8, "AutogradCUDA")
 _OPS.impl("grouped_dense", _dense, "CPU")
 _OPS.impl("grouped_dense", _any_dense, "CUDA")
 
 
 @torch.library.register_fake("laconic::grouped_linear", lib=_OPS)
-def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
+def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, half: bool = False) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@torch.library.register_fake("laconic::grouped_linear_int8", lib=_OPS)
+def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, half: bool = False) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 @torch.library.register_fake("laconic::grouped_dense", lib=_OPS)
-def _(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int) -> Tensor:
+def _(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int, half: bool = False) -> Tensor:
     return codes.new_empty(codes.shape[0], m, dtype=torch.float32)

@@ -200,6 +200,108 @@ void dense(const Weight& w, float* out, int threads) {
     }
 }
 
+// ---- inputs of 8 bits
+
+// Bytes of codes times bytes of x, in pairs, are sums of 16 bits that saturate: so many of them are added before they become 32 bits. Two of 8 bits alone
+// are too much, so those codes come as their low 7 bits and their highest one.
+template <int BITS>
+constexpr int PAIRS = BITS <= 5 ? 4 : BITS == 6 ? 2 : 1;
+
+template <int BITS, int N, int ROWS>
+inline void run_of(const uint8_t* codes, int64_t apart, const int8_t* x, int64_t wide, int64_t count, __m256i (&sum)[N][ROWS]) {
+    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(0x7f);
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < ROWS; i++) sum[n][i] = _mm256_setzero_si256();
+    for (int64_t j = 0; j < count; j += 32 * PAIRS<BITS>) {
+        __m256i half[N][ROWS];
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < ROWS; i++) half[n][i] = _mm256_setzero_si256();
+        const int64_t end = std::min<int64_t>(count, j + 32 * PAIRS<BITS>);
+        for (int64_t k = j; k < end; k += 32) {
+            __m256i code[N];
+            for (int n = 0; n < N; n++) code[n] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + n * apart + k));
+            for (int i = 0; i < ROWS; i++) {
+                const __m256i by = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i * wide + k));
+                for (int n = 0; n < N; n++) {
+                    if constexpr (BITS == 8) {
+                        const __m256i top = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_andnot_si256(low, code[n]), by), ones);
+                        sum[n][i] = _mm256_add_epi32(sum[n][i], top);
+                        half[n][i] = _mm256_maddubs_epi16(_mm256_and_si256(code[n], low), by);
+                    } else {
+                        half[n][i] = _mm256_add_epi16(half[n][i], _mm256_maddubs_epi16(code[n], by));
+                    }
+                }
+            }
+        }
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < ROWS; i++) sum[n][i] = _mm256_add_epi32(sum[n][i], _mm256_madd_epi16(half[n][i], ones));
+    }
+}
+
+// N rows of the weight, unpacked, times ROWS rows of x
+template <int BITS, int N, int ROWS>
+void rounded(const Product& p, const Rounded& q, int64_t n, const uint8_t* codes, const float* zeros, int64_t r) {
+    const Weight& w = p.w;
+    __m256 total[N][ROWS];
+    float away[N][ROWS] = {};
+    for (int a = 0; a < N; a++)
+        for (int i = 0; i < ROWS; i++) total[a][i] = _mm256_setzero_ps();
+    for (int64_t run = 0; run < q.runs.count; run++) {
+        const int64_t at = q.at[size_t(run)], g = q.runs.group_of(run);
+        __m256i sum[N][ROWS];
+        run_of<BITS, N, ROWS>(codes + at, q.wide, q.x.data() + r * q.wide + at, q.wide, q.at[size_t(run) + 1] - at, sum);
+        for (int a = 0; a < N; a++) {
+            const float scale = from_bf16(w.scales[(n + a) * w.groups + g]), zero = zeros[a * w.groups + g];
+            for (int i = 0; i < ROWS; i++) {
+                const size_t place = size_t((r + i) * q.runs.count + run);
+                const float both = scale * q.scale[place];
+                total[a][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[a][i]), _mm256_set1_ps(both), total[a][i]);
+                away[a][i] += zero * float(q.sum[place]) * both;
+            }
+        }
+    }
+    for (int a = 0; a < N; a++)
+        for (int i = 0; i < ROWS; i++) put(p, (r + i) * w.n + n + a, sum_of(total[a][i]) - away[a][i]);
+}
+
+template <int BITS>
+void int8(const Product& p, const Rounded& q) {
+    const Weight& w = p.w;
+    const Words<BITS> words;
+#pragma omp parallel num_threads(p.threads)
+    {
+        std::vector<uint8_t> copy(size_t(w.stride) + OVER + 16, 0), codes(size_t(NEAR * q.wide), 0);
+        std::vector<float> zeros(size_t(NEAR * w.groups));
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < (w.n + NEAR - 1) / NEAR; block++) {
+            const int64_t begin = block * NEAR, number = std::min(w.n - begin, NEAR);
+            for (int64_t a = 0; a < number; a++) {
+                const uint8_t* row = w.codes + (begin + a) * w.stride;
+                if (int64_t(w.n - begin - a - 1) * int64_t(w.stride) < OVER + 16) {
+                    std::copy_n(row, w.stride, copy.data());
+                    row = copy.data();
+                }
+                for (int64_t g = 0; g < w.groups; g++) zeros[size_t(a * w.groups + g)] = zero_at(w, begin + a, g);
+                for (int64_t run = 0; run < q.runs.count; run++)
+                    for (int64_t j = q.runs.begin(run), to = a * q.wide + q.at[size_t(run)]; j < q.runs.end(run); j += 16, to += 16) {
+                        const __m256i code = words.load(row + j / 8 * BITS);
+                        const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+                        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes.data() + to), bytes);
+                    }
+            }
+            for (int64_t r = 0; r < p.rows; r += 4) {
+                int64_t a = 0;
+                const auto place = [&](int64_t row) { return codes.data() + row * q.wide; };
+                if (p.rows - r >= 4)
+                    for (; a + 2 <= number; a += 2) rounded<BITS, 2, 4>(p, q, begin + a, place(a), zeros.data() + a * w.groups, r);
+                for (; a < number; a++)
+                    for (int64_t i = r; i < std::min(p.rows, r + 4); i++)
+                        rounded<BITS, 1, 1>(p, q, begin + a, place(a), zeros.data() + a * w.groups, i);
+            }
+        }
+    }
+}
+
 template <template <int> class F, class... A>
 void by_bits(int bits, A&&... a) {
     switch (bits) {
@@ -220,6 +322,11 @@ struct Multiply {
 };
 
 template <int BITS>
+struct Bytewise {
+    static void run(const Product& p, const Rounded& q) { int8<BITS>(p, q); }
+};
+
+template <int BITS>
 struct Decode {
     static void run(const Weight& w, float* out, int threads) { dense<BITS>(w, out, threads); }
 };
@@ -230,6 +337,13 @@ bool product_avx2(const Product& p) {
     Whole q;
     if (!prepare(p, q)) return false;
     by_bits<Multiply>(p.w.bits, p, q);
+    return true;
+}
+
+bool int8_avx2(const Product& p) {
+    Rounded q(p);
+    if (!q.fill(p)) return false;
+    by_bits<Bytewise>(p.w.bits, p, q);
     return true;
 }
 

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define LACONIC_X86
@@ -21,11 +23,15 @@ struct Weight {
     const uint8_t* codes;
     size_t stride;          // bytes of a row of codes
     const uint16_t* scales; // bf16, groups of a row one after the other
-    const uint8_t* zeros;   // packed as codes are; null where all are 2^(bits-1)
+    const uint8_t* zeros;   // packed as codes are; null where all are 2^(bits-1), of halves 2^(bits-1) - 1/2
     size_t zero_stride;
     int64_t n, m;           // rows, columns
     int64_t group, groups;  // weights of a group, groups of a row
     int bits;
+    bool half;              // zeros are counted in halves and have a bit more; for codes of up to 7 bits
+    int zero_bits() const { return bits + half; }
+    int middle() const { return half ? (1 << bits) - 1 : 1 << (bits - 1); }
+    float unit() const { return half ? 0.5f : 1.0f; }
 };
 
 // x (rows, m), one row after the other, fp32 or bf16; out (rows, n) fp32
@@ -36,13 +42,52 @@ struct Product {
     int64_t rows;
     float* out;
     int threads;
+    uint16_t* narrow = nullptr; // of products with int8 inputs: out in bf16, in place of `out`
 };
+
+// memory that begins at a cache line and is kept between calls of a thread
+class Room {
+    void* at = nullptr;
+    size_t size = 0;
+    void drop() {
+        if (at) ::operator delete(at, std::align_val_t(64));
+        at = nullptr, size = 0;
+    }
+
+  public:
+    uint8_t* of(size_t wanted) {
+        if (wanted > size) {
+            drop();
+            at = ::operator new(wanted, std::align_val_t(64));
+            size = wanted;
+        }
+        return static_cast<uint8_t*>(at);
+    }
+    // a product over many rows does not hold its room for ever
+    void shrink() {
+        if (size > (size_t(1) << 22)) drop();
+    }
+    ~Room() { drop(); }
+};
+
+// to the nearest, ties to even
+inline uint16_t to_bf16(float value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    if ((wide & 0x7fffffff) > 0x7f800000) return uint16_t(wide >> 16 | 0x40);
+    return uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+}
 
 inline float from_bf16(uint16_t value) {
     uint32_t wide = uint32_t(value) << 16;
     float out;
     std::memcpy(&out, &wide, 4);
     return out;
+}
+
+inline void put(const Product& p, int64_t at, float value) {
+    if (p.narrow) p.narrow[at] = to_bf16(value);
+    else p.out[at] = value;
 }
 
 // one code of a packed row; never reads behind the byte that the code ends in
@@ -56,7 +101,7 @@ inline int code_at(const uint8_t* row, int64_t index, int bits) {
 
 // the zero of a group of a row
 inline float zero_at(const Weight& w, int64_t row, int64_t group) {
-    return w.zeros ? float(code_at(w.zeros + row * w.zero_stride, group, w.bits)) : float(1 << (w.bits - 1));
+    return float(w.zeros ? code_at(w.zeros + row * w.zero_stride, group, w.zero_bits()) : w.middle()) * w.unit();
 }
 
 // Codes become words of 16 bits by shifts alone: plane p of word j is code planes * j + p of a block. A block is what one load of codes stands for,
@@ -90,7 +135,47 @@ inline bool regular(const Weight& w) {
     return w.group >= w.m || w.group % block == 0 || (block % w.group == 0 && w.group % lane == 0);
 }
 
+// Inputs of 8 bits: x becomes whole numbers of -127 to 127 as it comes, with one scale for each run of columns, which is a group of the weight, or RUN
+// columns of a group that is longer. Products with codes less their zero are whole numbers, exact in 32 bits, and become fp32 once a run.
+constexpr int64_t RUN = 128;
+constexpr float MOST = 127.0f;
+
+struct Runs {
+    int64_t m, group, each, count; // each: runs of a group
+
+    explicit Runs(const Weight& w) : m(w.m), group(w.group), each((group + RUN - 1) / RUN), count(m / group * each + (m % group + RUN - 1) / RUN) {}
+    int64_t group_of(int64_t run) const { return run / each; }
+    int64_t begin(int64_t run) const { return run / each * group + run % each * RUN; }
+    int64_t end(int64_t run) const {
+        const int64_t whole = (run / each + 1) * group, next = begin(run) + RUN, last = next < whole ? next : whole;
+        return last < m ? last : m;
+    }
+};
+
+// A run's scale and its inverse, from its greatest: the same fp32 operations as in the reference. Below 1e-33 the inverse would be infinite: zeros.
+inline float step_of(float peak, float& inverse) {
+    const bool none = peak < 1e-33f;
+    inverse = none ? 0.0f : MOST / peak;
+    return none ? 0.0f : peak / MOST;
+}
+
+// x rounded: whole numbers [row][wide], each run filled up with zeros to a multiple of 32; scale and sum of them [row][run]
+struct Rounded {
+    Runs runs;
+    int64_t wide;
+    std::vector<int64_t> at; // where a run begins, and the last ends
+    std::vector<int8_t> x;
+    std::vector<float> scale;
+    std::vector<int32_t> sum;
+
+    explicit Rounded(const Product& p);
+    // false where x holds NaN or an infinity
+    bool fill(const Product& p);
+};
+
 void product_plain(const Product& p);
+// false where x holds NaN or an infinity
+bool int8_plain(const Product& p);
 void dense_plain(const Weight& w, float* out, int threads);
 #if defined(LACONIC_X86)
 // whether AVX2 knows these groups
@@ -98,10 +183,12 @@ inline bool regular_avx2(const Weight& w) { return w.group >= w.m || w.group % 1
 // false where x holds NaN or an infinity
 bool product_avx2(const Product& p);
 void dense_avx2(const Weight& w, float* out, int threads);
+bool int8_avx2(const Product& p);
 // false where a row holds NaN or an infinity
 bool prepare_avx512(const Product& p, const Prepared& q);
 void product_avx512(const Product& p, const Prepared& q);
 void dense_avx512(const Weight& w, float* out, int threads);
+bool int8_avx512(const Product& p);
 #endif
 
 } // namespace laconic

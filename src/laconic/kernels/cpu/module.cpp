@@ -2,8 +2,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
-#include <new>
-#include <stdexcept>
 #include <string>
 
 #include "linear.h"
@@ -25,42 +23,18 @@ std::string best() {
     return "plain";
 }
 
-// memory that begins at a cache line and is kept between calls of a thread
-struct Room {
-    void* at = nullptr;
-    size_t size = 0;
-    uint8_t* of(size_t wanted) {
-        if (wanted > size) {
-            if (at) ::operator delete(at, std::align_val_t(64));
-            at = nullptr, size = 0;
-            at = ::operator new(wanted, std::align_val_t(64));
-            size = wanted;
-        }
-        return static_cast<uint8_t*>(at);
-    }
-    // a product over many rows does not hold its room for ever
-    void shrink() {
-        if (size > (size_t(1) << 22)) {
-            ::operator delete(at, std::align_val_t(64));
-            at = nullptr, size = 0;
-        }
-    }
-    ~Room() {
-        if (at) ::operator delete(at, std::align_val_t(64));
-    }
-};
-
-Weight weight(uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros, size_t zero_stride, int64_t n, int64_t m, int bits, int64_t group) {
+Weight weight(uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros, size_t zero_stride, int64_t n, int64_t m, int bits, int64_t group,
+              bool half) {
     const int64_t wide = group < 1 || group > m ? m : group;
     return {reinterpret_cast<const uint8_t*>(codes), stride, reinterpret_cast<const uint16_t*>(scales), reinterpret_cast<const uint8_t*>(zeros),
-            zero_stride, n, m, wide, wide ? (m + wide - 1) / wide : 0, bits};
+            zero_stride, n, m, wide, wide ? (m + wide - 1) / wide : 0, bits, half};
 }
 
 // false: x holds numbers that are not finite, and nothing was computed
 bool linear(uintptr_t x, bool bf16, int64_t rows, uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros, size_t zero_stride, int64_t n,
-            int64_t m, int bits, int64_t group, uintptr_t out, int threads, const std::string& with) {
+            int64_t m, int bits, int64_t group, bool half, uintptr_t out, int threads, const std::string& with) {
     nb::gil_scoped_release free;
-    const Product p{weight(codes, stride, scales, zeros, zero_stride, n, m, bits, group), reinterpret_cast<const void*>(x), bf16, rows,
+    const Product p{weight(codes, stride, scales, zeros, zero_stride, n, m, bits, group, half), reinterpret_cast<const void*>(x), bf16, rows,
                     reinterpret_cast<float*>(out), threads};
 #if defined(LACONIC_X86)
     if (with == "avx512" && regular(p.w)) {
@@ -88,10 +62,28 @@ bool linear(uintptr_t x, bool bf16, int64_t rows, uintptr_t codes, size_t stride
     return true;
 }
 
-void dense(uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros, size_t zero_stride, int64_t n, int64_t m, int bits, int64_t group,
-           uintptr_t out, int threads, const std::string& with) {
+// the same with x rounded to 8 bits on the fly; out is bf16 where x is
+bool linear_int8(uintptr_t x, bool bf16, int64_t rows, uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros, size_t zero_stride, int64_t n,
+                 int64_t m, int bits, int64_t group, bool half, uintptr_t out, int threads, const std::string& with) {
     nb::gil_scoped_release free;
-    const Weight w = weight(codes, stride, scales, zeros, zero_stride, n, m, bits, group);
+    const Product p{weight(codes, stride, scales, zeros, zero_stride, n, m, bits, group, half),
+                    reinterpret_cast<const void*>(x),
+                    bf16,
+                    rows,
+                    reinterpret_cast<float*>(out),
+                    threads,
+                    bf16 ? reinterpret_cast<uint16_t*>(out) : nullptr};
+#if defined(LACONIC_X86)
+    if (with == "avx512" && regular(p.w)) return int8_avx512(p);
+    if (with == "avx2" && regular_avx2(p.w)) return int8_avx2(p);
+#endif
+    return int8_plain(p);
+}
+
+void dense(uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros, size_t zero_stride, int64_t n, int64_t m, int bits, int64_t group,
+           bool half, uintptr_t out, int threads, const std::string& with) {
+    nb::gil_scoped_release free;
+    const Weight w = weight(codes, stride, scales, zeros, zero_stride, n, m, bits, group, half);
     float* to = reinterpret_cast<float*>(out);
 #if defined(LACONIC_X86)
     if (with == "avx512" && (w.group % 16 == 0 || w.group >= w.m)) return dense_avx512(w, to, threads);
@@ -105,5 +97,6 @@ void dense(uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros, si
 NB_MODULE(_native, module) {
     module.def("best", &best);
     module.def("linear", &linear);
+    module.def("linear_int8", &linear_int8);
     module.def("dense", &dense);
 }

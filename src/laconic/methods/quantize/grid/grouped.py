@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import Self
 
 from laconic.core.packed import Packed, Soft, Way
 from laconic.kernels.bits import pack, packed_width, unpack
-from laconic.kernels.grids import SPAN, Grid, as_stored, decode, encode, grouped, notched, notches, storable, through, ungrouped
-from laconic.kernels.linear import grouped_dense, grouped_linear
+from laconic.kernels.grids import SPAN, Grid, as_stored, encode, grouped, notched, notches, storable, through, ungrouped
+from laconic.kernels.linear import grouped_dense, grouped_linear, grouped_linear_int8, zeros_of
 
 
 class Grouped(Packed):
@@ -35,6 +34,7 @@ class Grouped(Packed):
     ) -> None:
         super().__init__()
         self.shape, self.grid = tuple(shape), grid
+        self._product = grouped_linear
         # of scales of 8 bits: in 16 bits, once a product has asked for them
         self.wide: Tensor | None = None
         self.register_buffer("codes", codes)
@@ -79,25 +79,24 @@ class Grouped(Packed):
         """Codes (rows, m) uint8, scale and zero (rows, g) fp32 of the chosen rows."""
         scale = self.wide_scales(index).float()
         codes = unpack(self.codes[index], self.grid.bits, self.matrix[1])
-        if self.grid.symmetric:
-            return codes, scale, torch.full_like(scale, self.grid.middle)
-        return codes, scale, unpack(self.zeros[index], self.grid.zero_bits, scale.shape[1]).float() / self.grid.zero_steps
+        return codes, scale, zeros_of(None if self.grid.symmetric else self.zeros[index], scale, self.grid)
 
     def rows(self, index: Tensor | slice) -> Tensor:
-        if self.grid.zeros == "half":
-            return decode(*self.plain(index), self.grid)
         zeros = None if self.grid.symmetric else self.zeros[index]
         return grouped_dense(self.codes[index], self.wide_scales(index), zeros, self.grid, self.matrix[1])
 
     def matmul(self, x: Tensor) -> Tensor:
-        if self.grid.zeros == "half":
-            return F.linear(x, self.dense().reshape(self.matrix).to(x.dtype))
         scales = self.scales
         if self.grid.scales != "bf16":
             if self.wide is None or self.wide.device != scales.device:
                 self.wide = self.wide_scales()
             scales = self.wide
-        return grouped_linear(x, self.codes, scales, None if self.grid.symmetric else self.zeros, self.grid)
+        return self._product(x, self.codes, scales, None if self.grid.symmetric else self.zeros, self.grid)
+
+    def round_inputs(self, bits: int) -> bool:
+        if bits == 8:
+            self._product = grouped_linear_int8
+        return bits == 8
 
     def dense(self) -> Tensor:
         return self.rows(slice(None)).reshape(self.shape)

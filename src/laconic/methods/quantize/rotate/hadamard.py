@@ -48,6 +48,9 @@ class Rotated(Packed):
     def matmul(self, x: Tensor) -> Tensor:
         return self.inner.matmul(hadamard(x))
 
+    def round_inputs(self, bits: int) -> bool:
+        return self.inner.round_inputs(bits)
+
     @property
     def parts(self) -> int:
         return self.inner.parts
