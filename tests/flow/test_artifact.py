@@ -303,3 +303,42 @@ def test_hashes_are_compared(tmp_path: Path) -> None:
         artifact.load(tmp_path / "model")
     with pytest.raises(UserError, match="no such folder"):
         artifact.load(tmp_path / "nowhere")
+
+
+def test_inputs_are_rounded_where_a_form_has_such_a_product() -> None:
+    from laconic.core.packed import Scaled, Transposed
+    from laconic.kernels.grids import Grid, encode, fit_range
+    from laconic.kernels.linear import reference_linear_int8
+    from laconic.methods.quantize.grid.grouped import Grouped
+    from laconic.methods.quantize.rotate.hadamard import Rotated
+
+    grid, layer = Grid(4, 16), nn.Linear(32, 8, bias=False)
+
+    def form(*shape: int) -> Grouped:
+        weight = torch.randn(shape[0], 32)
+        scale, zero = fit_range(weight, grid)
+        return Grouped.of(shape, grid, encode(weight, scale, zero, grid), scale, zero)
+
+    low = Product(Dense(torch.randn(2, 8)), form(2, 32))
+    held = {
+        "grouped": Held(form(8, 32), layer, None),
+        "sum": Held(Sum(form(8, 32), low), layer, None),
+        "turned": Held(Rotated(form(8, 32)), layer, None),
+        "across": Held(Transposed(form(8, 32)), layer, None),
+        "table": Held(form(8, 32), nn.Embedding(8, 32), None),
+        "plain": Held(Sum(Dense(torch.randn(8, 32))), layer, None),
+        "scaled": Held(Scaled(form(8, 32), torch.ones(32)), layer, None),
+        "conv": Held(form(8, 2, 4, 4), nn.Conv2d(2, 8, 4), None),
+    }
+    model, x, image = nn.ModuleDict(held), torch.randn(3, 32), torch.randn(1, 2, 4, 4)
+    given = {name: image if name == "conv" else torch.tensor([1]) if name == "table" else x for name in held}
+    before = {name: one(given[name]) for name, one in held.items()}
+    said = artifact.round_inputs(model, 8)
+    assert said == "4 of 7 held layers round their inputs to 8 bits; 3 are held in forms without such a product and take inputs as they are"
+    for name, one in held.items():
+        assert torch.equal(one(given[name]), before[name]) == (name in ("table", "plain", "scaled", "conv")), name
+        torch.testing.assert_close(one(given[name]), before[name], rtol=0.1, atol=0.5)
+    only: Any = held["grouped"].weight
+    torch.testing.assert_close(held["grouped"](x), reference_linear_int8(x, only.codes, only.scales, only.zeros, grid))
+    with pytest.raises(UserError, match="no matrix of this model is held in grouped codes"):
+        artifact.round_inputs(nn.ModuleDict({"plain": held["plain"]}), 8)

@@ -120,6 +120,7 @@ def test_show() -> None:
         (("generate", "--temperature", "-1"), "0 (always the likeliest token) or more"),
         (("generate", "--cache", "kivy:2"), "did you mean 'kivi'"),
         (("generate", "--decoder", "decode.draft.kangaroo"), "--recipe kangaroo"),
+        (("generate", "--inputs", "8"), "compress it first"),
         (("measure", "nowhere"), "--against"),
         (("bench", "nowhere"), "--against"),
         (("report", "nowhere"), "laconic compress"),
@@ -231,6 +232,36 @@ def test_a_result_is_generated_from_measured_and_verified(made: tuple[Path, subp
     verified = laconic("verify", "out", "--json", cwd=folder)
     assert verified.returncode == 0, verified.stderr
     assert json.loads(verified.stdout)["reproduced"] is True
+
+
+def test_a_result_rounds_its_inputs_where_asked(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    import torch
+
+    import laconic as package
+    from laconic.core.errors import UserError
+
+    out, said = made[0] / "out", list[str]()
+    plain, rounded = package.load(out), package.load(out, inputs=8, log=said.append)
+    assert len(said) == 1 and said[0].endswith("held layers round their inputs to 8 bits")
+    assert sum(getattr(layer, "inputs", None) == 8 for layer in rounded.modules()) == int(said[0].split()[0])
+    assert "inputs rounded to 8 bits" in str(rounded) and "inputs rounded" not in str(plain)
+    assert {name: t.shape for name, t in rounded.state_dict().items()} == {name: t.shape for name, t in plain.state_dict().items()}
+    tokens = torch.tensor([[5, 90, 300, 7, 12, 44, 1000, 2]])
+    with torch.inference_mode():
+        p, q = (model(tokens).logits.log_softmax(-1) for model in (plain, rounded))
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    # other numbers, but not by much
+    assert 1e-7 < kl < 5e-3
+    pieces = list(package.generate(out, "def main(", max_tokens=4, inputs=8, log=said.append))
+    assert pieces and len(said) == 2
+    with pytest.raises(UserError, match="leave out thaw or inputs"):
+        package.load(out, inputs=8, thaw=True)
+    with pytest.raises(UserError, match="inputs=4: products round their inputs to 8 bits or not at all"):
+        package.load(out, inputs=4)
+    with pytest.raises(UserError, match="compress it first"):
+        package.load(inputs=8)
+    with pytest.raises(UserError, match="leave out --record or --inputs"):
+        package.bench(out, inputs=8, record=True)
 
 
 def test_a_certificate_that_says_something_else_is_not_reproduced(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -301,7 +301,7 @@ for turn in range(int(sys.argv[3])):
         assert module.linear(given.ctypes.data, bf16, rows, *stored, out.ctypes.data, 2, level)
         module.dense(*stored, dense.ctypes.data, 2, level)
         # bytes: of inputs of bf16 the result is bf16, and both are compared in fp32
-        near = np.full((rows, n), -1, np.uint16 if bf16 else np.float32)
+        near = np.full((rows, n), 65535 if bf16 else np.nan, np.uint16 if bf16 else np.float32)
         assert module.linear_int8(given.ctypes.data, bf16, rows, *stored, near.ctypes.data, 2, level)
         near = (near.astype(np.uint32) << 16).view(np.float32) if bf16 else near
         found.append((out, dense, near))
