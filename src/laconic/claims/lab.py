@@ -565,10 +565,10 @@ class Misread(State):
         return self.inner.keep(kept, new)
 
     def read(self, kept: Mapping[str, Ragged] | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
-        late = {name: replace(part, data=part.data.roll(1, 2)) if self.which in name else part for name, part in (kept or {}).items()}
+        late = {name: Ragged.kept(part.data.roll(1, 2), part.lengths) if self.which in name else part for name, part in (kept or {}).items()}
         return self.inner.read(late or None, staged)
 
-    def attend(self, query: Tensor, layer: int, mask: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:
         raise NotImplementedError("the model attends")
 
 

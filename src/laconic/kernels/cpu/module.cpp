@@ -9,6 +9,9 @@
 #include "linear.h"
 
 namespace nb = nanobind;
+
+void bind_attention(nb::module_& module);
+
 using namespace laconic;
 
 namespace {
@@ -106,4 +109,5 @@ NB_MODULE(_native, module) {
     module.def("best", &best);
     module.def("linear", &linear);
     module.def("dense", &dense);
+    bind_attention(module);
 }
