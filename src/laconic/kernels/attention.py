@@ -155,7 +155,8 @@ def held_attention(
     they are held. ValueError for shapes that do not fit, TypeError for other dtypes."""
     lengths = _checked(query, keys, values, mask)
     there, (b, h, t, d), k = native(), query.shape, _heads(keys[0])
-    if there is None or t > MOST or query.dtype not in TYPES or query.device.type != "cpu" or not query.numel() or _unknown(keys, values):
+    differentiated = query.requires_grad and torch.is_grad_enabled()
+    if there is None or differentiated or t > MOST or query.dtype not in TYPES or not query.numel() or _unknown(query, keys, values):
         return attention(query, _dense(keys, query.dtype), _dense(values, query.dtype), lengths, mask, scale)
     unit = max((part.unit for part in keys if isinstance(part, Grouped)), default=1)
     tile = -(-TILE // unit) * unit
@@ -190,9 +191,10 @@ def _heads(part: Part) -> int:
     return int(_first(part).shape[1])
 
 
-def _unknown(*halves: Sequence[Part]) -> bool:
-    """Whether something is no part for the native kernels: numbers in fp64."""
-    return any(_first(part).device.type != "cpu" or (isinstance(part, Plain) and _first(part).dtype not in TYPES) for half in halves for part in half)
+def _unknown(query: Tensor, *halves: Sequence[Part]) -> bool:
+    """Whether something is not for the native kernels: on another device, or in fp64."""
+    held = [(_first(part), isinstance(part, Plain)) for half in halves for part in half]
+    return query.device.type != "cpu" or any(one.device.type != "cpu" or (plain and one.dtype not in TYPES) for one, plain in held)
 
 
 def _dense(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,11 @@ namespace {
 constexpr float SMALL = 1e-30f; // what is below cannot be seen in a sum
 constexpr int64_t LONGEST = 256; // terms of codes below 256 and integers below 2^15 that fit into 32 bits
 
+// bytes that are asked for ahead of their use
+constexpr int64_t AHEAD = 4096;
+
+inline void ask(const void* at) { _mm_prefetch(static_cast<const char*>(at) + AHEAD, _MM_HINT_T0); }
+
 inline __mmask16 first16(int64_t count) { return count >= 16 ? __mmask16(0xFFFF) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1); }
 
 inline __m512 widen(__m256i v, bool bf16) {
@@ -27,16 +32,18 @@ inline __m512i iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1
 // the greatest absolute value of lanes
 inline __m512 greater(__m512 most, __m512 x) { return _mm512_range_ps(most, x, 0x0B); }
 
-// 32 numbers of a token in two vectors: bf16 with the even ones in the first, others in their order
-template <Type TYPE>
+// 32 numbers of a token in two vectors, zeros behind the `left` ones that there are: bf16 with the even ones in the first, others in their order
+template <Type TYPE, bool WHOLE>
 inline void load(const void* tokens, int64_t at, int64_t left, __m512& a, __m512& b) {
     if constexpr (TYPE == Type::fp32) {
         const float* from = static_cast<const float*>(tokens) + at;
-        a = left >= 16 ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(first16(left), from);
-        b = left >= 32 ? _mm512_loadu_ps(from + 16) : _mm512_maskz_loadu_ps(first16(left - 16), from + 16);
+        ask(from), ask(from + 16);
+        a = WHOLE ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(first16(left), from);
+        b = WHOLE ? _mm512_loadu_ps(from + 16) : _mm512_maskz_loadu_ps(first16(left - 16), from + 16);
     } else {
         const uint16_t* from = static_cast<const uint16_t*>(tokens) + at;
-        const __m512i v = left >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((__mmask32(1) << left) - 1, from);
+        ask(from);
+        const __m512i v = WHOLE ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(left >= 32 ? ~__mmask32(0) : (__mmask32(1) << left) - 1, from);
         if constexpr (TYPE == Type::bf16) {
             a = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
             b = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xFFFF0000u))));
@@ -63,7 +70,7 @@ inline __m512 sums(__m512 (&v)[16]) {
     return _mm512_shuffle_f32x4(v[0], v[0], 0xD8);
 }
 
-template <Type TYPE, int ROWS>
+template <Type TYPE, bool WHOLE, int ROWS>
 void scores_of(const Work& w, const void* keys, int64_t n, int64_t at, int64_t row) {
     constexpr int TOKENS = 16 / ROWS;
     const float* q = (TYPE == Type::bf16 ? w.split : w.q) + row * w.wide;
@@ -81,7 +88,7 @@ void scores_of(const Work& w, const void* keys, int64_t n, int64_t at, int64_t r
 #pragma GCC unroll 16
             for (int i = 0; i < TOKENS; i++) {
                 __m512 a, b;
-                load<TYPE>(keys, from[i] + c, w.d - c, a, b);
+                load<TYPE, WHOLE>(keys, from[i] + c, w.d - c, a, b);
 #pragma GCC unroll 4
                 for (int r = 0; r < ROWS; r++) {
                     __m512& sum = total[r * TOKENS + i];
@@ -96,11 +103,11 @@ void scores_of(const Work& w, const void* keys, int64_t n, int64_t at, int64_t r
     }
 }
 
-template <Type TYPE, int ROWS>
+template <Type TYPE, bool WHOLE, int ROWS>
 void values_of(const Work& w, const void* values, int64_t n, int64_t at, int64_t row) {
     const float* p = w.scores + row * w.ld + at;
     for (int64_t c = 0; c < w.e; c += 64) {
-        const bool wider = w.e - c > 32;
+        const bool wider = WHOLE || w.e - c > 32;
         __m512 total[ROWS][4];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++)
@@ -108,8 +115,8 @@ void values_of(const Work& w, const void* values, int64_t n, int64_t at, int64_t
             for (int i = 0; i < 4; i++) total[r][i] = _mm512_setzero_ps();
         for (int64_t t = 0; t < n; t++) {
             __m512 a, b, x = _mm512_setzero_ps(), y = _mm512_setzero_ps();
-            load<TYPE>(values, t * w.e + c, w.e - c, a, b);
-            if (wider) load<TYPE>(values, t * w.e + c + 32, w.e - c - 32, x, y);
+            load<TYPE, WHOLE>(values, t * w.e + c, w.e - c, a, b);
+            if (wider) load<TYPE, WHOLE>(values, t * w.e + c + 32, w.e - c - 32, x, y);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
                 const __m512 weight = _mm512_set1_ps(p[r * w.ld + t]);
@@ -145,23 +152,23 @@ inline void bunches(int64_t rows, Act&& act) {
     if (r < rows) act(std::integral_constant<int, 1>(), r);
 }
 
-void scores(const Work& w, Type type, const void* keys, int64_t n, int64_t at) {
+template <Type TYPE, int ROWS>
+void act(const Work& w, bool keys, const void* tokens, int64_t n, int64_t at, int64_t row) {
+    if (keys) w.d % 32 ? scores_of<TYPE, false, ROWS>(w, tokens, n, at, row) : scores_of<TYPE, true, ROWS>(w, tokens, n, at, row);
+    else w.e % 64 ? values_of<TYPE, false, ROWS>(w, tokens, n, at, row) : values_of<TYPE, true, ROWS>(w, tokens, n, at, row);
+}
+
+void plain(const Work& w, bool keys, Type type, const void* tokens, int64_t n, int64_t at) {
     bunches(w.rows, [&](auto count, int64_t r) {
         constexpr int ROWS = decltype(count)::value;
-        if (type == Type::bf16) scores_of<Type::bf16, ROWS>(w, keys, n, at, r);
-        else if (type == Type::fp16) scores_of<Type::fp16, ROWS>(w, keys, n, at, r);
-        else scores_of<Type::fp32, ROWS>(w, keys, n, at, r);
+        if (type == Type::bf16) act<Type::bf16, ROWS>(w, keys, tokens, n, at, r);
+        else if (type == Type::fp16) act<Type::fp16, ROWS>(w, keys, tokens, n, at, r);
+        else act<Type::fp32, ROWS>(w, keys, tokens, n, at, r);
     });
 }
 
-void values(const Work& w, Type type, const void* of, int64_t n, int64_t at) {
-    bunches(w.rows, [&](auto count, int64_t r) {
-        constexpr int ROWS = decltype(count)::value;
-        if (type == Type::bf16) values_of<Type::bf16, ROWS>(w, of, n, at, r);
-        else if (type == Type::fp16) values_of<Type::fp16, ROWS>(w, of, n, at, r);
-        else values_of<Type::fp32, ROWS>(w, of, n, at, r);
-    });
-}
+void scores(const Work& w, Type type, const void* keys, int64_t n, int64_t at) { plain(w, true, type, keys, n, at); }
+void values(const Work& w, Type type, const void* of, int64_t n, int64_t at) { plain(w, false, type, of, n, at); }
 
 // 2^x for x <= 0, to about 1e-7
 inline __m512 power(__m512 x) {
@@ -217,6 +224,9 @@ void weigh(const Work& w, int64_t n) {
     }
 }
 
+// sum += a b over pairs of words. As an instruction, because the compiler copies sums of its own one to and fro, and runs out of registers.
+inline void dot(__m512i& sum, __m512i a, __m512i b) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+
 // COUNT words of 32 bits, over and over
 template <int COUNT>
 inline __m512i repeated(const void* from) {
@@ -266,7 +276,7 @@ inline __m512i whole(__m512 x, __m512 inverse, bool second) {
 // ---- keys by channels
 
 template <int BITS, int PAIRS, int ROWS>
-inline void channel_scores(const Work& w, const Part& part, const uint8_t* codes, const int16_t* words, const float* steps, int64_t row, float* to) {
+__attribute__((noinline)) void channel_scores(const Work& w, const Part& part, const uint8_t* codes, const int16_t* words, const float* steps, int64_t row, float* to) {
     using P = Planes<BITS>;
     constexpr int VECTORS = P::PLANES / PAIRS;
     static const __m512i order = interleaved<PAIRS>([](int i) { return i / PAIRS; });
@@ -288,12 +298,13 @@ inline void channel_scores(const Work& w, const Part& part, const uint8_t* codes
                                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + stride)), 1);
                 else v = _mm512_loadu_si512(at);
                 __m512i planes[P::EACH];
+                ask(at);
                 P::of(_mm512_permutexvar_epi8(order, v), step, planes);
 #pragma GCC unroll 4
                 for (int r = 0; r < ROWS; r++) {
                     const __m512i x = repeated<PAIRS>(words + r * w.wide + c);
 #pragma GCC unroll 4
-                    for (int k = 0; k < P::EACH; k++) total[r][k] = _mm512_dpwssd_epi32(total[r][k], planes[k], x);
+                    for (int k = 0; k < P::EACH; k++) dot(total[r][k], planes[k], x);
                 }
             }
 #pragma GCC unroll 4
@@ -346,6 +357,7 @@ bool channel_rows(const Work& w, const Part& part, const Stretch& s, int64_t at,
     for (int r = 0; r < ROWS; r++) most[r] = shift[r] = _mm512_setzero_ps();
     for (int64_t c = 0; c < w.d; c += 16) {
         const __mmask16 there = first16(w.d - c);
+        ask(s.scales + c), ask(s.zeros + c);
         const __m512 scale = widen(_mm256_maskz_loadu_epi16(there, s.scales + c), bf16), zero = widen(_mm256_maskz_loadu_epi16(there, s.zeros + c), bf16);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {
@@ -416,7 +428,7 @@ inline int64_t spread(const Part& part) {
 }
 
 template <int BITS, int GROUPS, int ROWS>
-void value_sums(const Work& w, const Part& part, const uint8_t* codes, const int32_t* words, int64_t apart, int64_t pairs, const float (*steps)[32], int64_t row) {
+__attribute__((noinline)) void value_sums(const Work& w, const Part& part, const uint8_t* codes, const int32_t* words, int64_t apart, int64_t pairs, const float (*steps)[32], int64_t row) {
     using P = Planes<BITS>;
     static const __m512i order = interleaved<1>([](int i) { return i % GROUPS * (16 / GROUPS) + i / GROUPS; });
     const int64_t bytes = part.codes(), many = part.scales();
@@ -434,13 +446,14 @@ void value_sums(const Work& w, const Part& part, const uint8_t* codes, const int
             const int32_t* x = words + group;
             for (int64_t i = 0; i < pairs; i++, at += bytes, x += many) {
                 __m512i planes[P::EACH];
+                ask(at), ask(at + pairs * bytes);
                 const __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi8(there, at)), _mm256_maskz_loadu_epi8(there, at + pairs * bytes), 1);
                 P::of(_mm512_permutexvar_epi8(order, v), step, planes);
 #pragma GCC unroll 4
                 for (int r = 0; r < ROWS; r++) {
                     const __m512i weight = repeated<GROUPS>(x + r * apart);
 #pragma GCC unroll 4
-                    for (int k = 0; k < P::EACH; k++) total[r][k] = _mm512_dpwssd_epi32(total[r][k], planes[k], weight);
+                    for (int k = 0; k < P::EACH; k++) dot(total[r][k], planes[k], weight);
                 }
             }
 #pragma GCC unroll 4
@@ -471,6 +484,7 @@ bool value_rows(const Work& w, const Part& part, const Stretch& s, int64_t n, in
     for (int r = 0; r < ROWS; r++) most[r] = shift[r] = _mm512_setzero_ps();
     for (int64_t f = 0; f < flat; f += 16) {
         const __mmask16 there = first16(flat - f);
+        ask(s.scales + f), ask(s.zeros + f);
         const __m512 s0 = widen(_mm256_maskz_loadu_epi16(there, s.scales + f), bf16), s1 = widen(_mm256_maskz_loadu_epi16(there, s.scales + flat + f), bf16);
         const __m512 z0 = widen(_mm256_maskz_loadu_epi16(there, s.zeros + f), bf16), z1 = widen(_mm256_maskz_loadu_epi16(there, s.zeros + flat + f), bf16);
 #pragma GCC unroll 4
