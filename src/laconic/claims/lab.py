@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec
@@ -565,7 +565,9 @@ class Misread(State):
         return self.inner.keep(kept, new)
 
     def read(self, kept: Mapping[str, Ragged] | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
-        late = {name: Ragged.kept(part.data.roll(1, 2), part.lengths) if self.which in name else part for name, part in (kept or {}).items()}
+        late = {
+            name: Ragged.kept(part.data.roll(1, 2), part.lengths) if self.which in name else part for name, part in (kept or {}).items()
+        }
         return self.inner.read(late or None, staged)
 
     def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:

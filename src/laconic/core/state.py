@@ -14,16 +14,15 @@ from typing_extensions import Self
 
 from laconic.core.errors import UserError
 
-
 # entries of a page: a token appended costs a copy of at most so many
 PAGE = 256
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of unlike length, (b, h, t, ...), of which row i has the first lengths[i] entries along axis 2 (tokens, or groups of them); zeros
-    past a row's end. In pages of PAGE entries along that axis, the last as wide as it must be; what was only given, not kept, may be one page
-    of any width. Never written to, so that pages may be shared: `join` makes only those again to which something comes."""
+    """Rows of unlike length, (b, h, t, ...), of which row i has the first lengths[i] entries along axis 2 (tokens, or groups of them);
+    zeros past a row's end. In pages of PAGE entries along that axis, the last as wide as it must be; what was only given, not kept, may be
+    one page of any width. Never written to, so that pages may be shared: `join` makes only those again to which something comes."""
 
     pages: tuple[Tensor, ...]
     lengths: tuple[int, ...]

@@ -1,15 +1,15 @@
 """Softmax attention over rows of unlike length: the plain reference, and `held_attention` over keys and values as a cache holds them.
 
-The native kernels take tiles of tokens one after another, (m, l, o) = (greatest score, sum of exp(score - m), sum of exp(score - m) values), so that
-nothing is unpacked but the few tokens in hand, and share the tiles of all rows and heads out evenly (`lean`). Codes are multiplied by
-integers: queries times the scales of a group of keys, and weights times the scales of a value, in steps of the greatest of them, of 16 bits
-where queries have no more and twice 16 for fp32."""
+The native kernels take tiles of tokens one after another, with (m, l, o) = (greatest score, sum of exp(score - m), sum of exp(score - m)
+values), so that nothing is unpacked but the few tokens in hand, and share the tiles of all rows and heads out evenly (`lean`). Codes are
+multiplied by integers: queries times the scales of a group of keys, and weights times the scales of a value, in steps of the greatest of
+them, of 16 bits where queries have no more and twice 16 for fp32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ Schedule = Callable[[Sequence[int], int], list[Run]]
 
 
 def lean(tiles: Sequence[int], workers: int) -> list[Run]:
-    """tiles of each pair -> runs: all tiles in one line, cut into equal shares, wherever a pair ends. Nobody has more than ceil(sum / workers)."""
+    """Tiles of each pair -> runs: all tiles in one line, cut into equal shares wherever a pair ends, none over ceil(sum / workers)."""
     total, runs, begin = sum(tiles), [], 0
     ends = [total * (w + 1) // workers for w in range(workers)]
     worker = 0
@@ -78,8 +78,8 @@ class Plain:
 class Grouped:
     """Tokens in codes, x = code * scale + zero, in pages of entries, all but the last of one width; lengths: entries of each row.
 
-    along=False: an entry is a token, codes (b, k, n, 1, ceil(d bits / 8)) uint8, scales and zeros (b, k, n, 1, g) bf16 or fp16, one for `group`
-    channels. along=True: an entry is `group` tokens, codes (b, k, n, d, ceil(group bits / 8)), scales and zeros (b, k, n, d, 1)."""
+    along=False: an entry is a token, codes (b, k, n, 1, ceil(d bits / 8)) uint8, scales and zeros (b, k, n, 1, g) bf16 or fp16, one for
+    `group` channels. along=True: an entry is `group` tokens, codes (b, k, n, d, ceil(group bits / 8)), scales and zeros (b, k, n, d, 1)."""
 
     codes: tuple[Tensor, ...]
     scales: tuple[Tensor, ...]
@@ -126,7 +126,7 @@ def attention(
     """query (b, h, t, d) of the last t tokens of each row, keys (b, k, s, d), values (b, k, s, e) with h a multiple of k -> (b, h, t, e).
 
     softmax(scale q kT) v in fp32 (fp64 where queries are), scale 1 / sqrt(d) unless told, each query seeing the first lengths[b] tokens up
-    to its own. mask (b, t, s): false where it may not look besides. A query that sees nothing (padding before a row's first token) gets zeros."""
+    to its own. mask (b, t, s): false where it may not look besides. A query that sees nothing (padding before a row's first) gets zeros."""
     b, h, t, d = query.shape
     k, s = keys.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -208,24 +208,18 @@ def _dense(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.cat(row, 1).transpose(0, 1) for row in rows], batch_first=True).transpose(1, 2)
 
 
-def _told(part: Part) -> tuple[list[int], tuple[Tensor, ...]]:
+def _told(part: Part) -> tuple[list[int], list[tuple[Tensor, ...]]]:
     """A part as the native kernels read it, and what must not be freed while they do."""
-    if isinstance(part, Plain):
-        pages = tuple(page.contiguous() for page in part.pages)
-        kept, bits, group, unit = pages, 0, 1, 1
-        places = [(page.data_ptr(), 0, 0) for page in pages]
-        kind = TYPES[pages[0].dtype]
-    else:
-        three = [tuple(page.contiguous() for page in pages) for pages in (part.codes, part.scales, part.zeros)]
-        pages, kept, bits, group, unit = three[0], three[0] + three[1] + three[2], part.bits, part.group, part.unit
-        places = [(c.data_ptr(), s.data_ptr(), z.data_ptr()) for c, s, z in zip(*three, strict=True)]
-        kind = TYPES[part.scales[0].dtype]
-    most, last = pages[0].shape[2], pages[-1].shape[2]
-    told = [kind, bits, group, unit, part.width, max(1, most), *part.lengths]
-    for place in places[:-1]:
-        told += (*place, most)
-    told += (*places[-1], last)
-    return told, kept
+    grouped = isinstance(part, Grouped)
+    given = [part.codes, part.scales, part.zeros] if isinstance(part, Grouped) else [part.pages]
+    # a long cache has hundreds of pages: no more than this is done for each
+    kept = [pages if all(map(Tensor.is_contiguous, pages)) else tuple(page.contiguous() for page in pages) for pages in given]
+    places = [map(Tensor.data_ptr, pages) for pages in kept] if grouped else [map(Tensor.data_ptr, kept[0]), repeat(0), repeat(0)]
+    most, last = kept[0][0].shape[2], kept[0][-1].shape[2]
+    widths = chain(repeat(most, len(kept[0]) - 1), (last,))
+    sizes = (part.bits, part.group, part.unit) if isinstance(part, Grouped) else (0, 1, 1)
+    kind = TYPES[kept[1 if grouped else 0][0].dtype]
+    return [kind, *sizes, part.width, max(1, most), *part.lengths, *chain.from_iterable(zip(*places, widths, strict=False))], kept
 
 
 def _checked(query: Tensor, keys: Sequence[Part], values: Sequence[Part], mask: Tensor | None) -> tuple[int, ...]:
@@ -276,7 +270,7 @@ def _check(name: str, part: Part, b: int, k: int, d: int) -> None:
     widths = None
     for what, (pages, rest, dtype) in kinds.items():
         for page in (pages[0], pages[-1]):
-            if dtype is not None and page.dtype != dtype or page.dtype != pages[0].dtype:
+            if (dtype is not None and page.dtype != dtype) or page.dtype != pages[0].dtype:
                 raise TypeError(f"{what} of {name} are {page.dtype}; they have to be {dtype or pages[0].dtype}")
             if page.dim() != 3 + len(rest) or page.shape[:2] != (b, k) or page.shape[3:] != rest:
                 raise ValueError(f"{what} of {name} have shape {tuple(page.shape)}; they have to be {(b, k, 'n', *rest)}")
