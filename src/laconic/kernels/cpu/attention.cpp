@@ -178,7 +178,30 @@ void half(const Ops& ops, const Work& w, const std::vector<Part>& parts, bool ke
     }
 }
 
-void tile(const Held& h, const Ops& ops, const Work& w, int64_t row, int64_t head, int64_t from, int64_t to) {
+inline void ask(const void* at, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(at) + i, 0, 2);
+}
+
+// codes of tokens from..to of a row are asked for before their turn: they are too short in a page for the processor to see where they go on
+void ask(const std::vector<Part>& parts, int64_t row, int64_t head, int64_t from, int64_t to) {
+    int64_t base = 0;
+    for (const Part& part : parts) {
+        const int64_t length = part.lengths[size_t(row)], last = (std::min(to - base, length * part.unit) + part.unit - 1) / part.unit;
+        if (part.bits)
+            for (int64_t entry = std::max<int64_t>(0, from - base) / part.unit; entry < last;) {
+                const Stretch s = stretch(part, row, head, entry, last - entry);
+                ask(s.data, s.count * part.bytes());
+                ask(s.scales, s.count * part.scales() * 2);
+                ask(s.zeros, s.count * part.scales() * 2);
+                entry += s.count;
+            }
+        base += length * part.unit;
+    }
+}
+
+// next: where the tile after this one ends, if that is this worker's
+void tile(const Held& h, const Ops& ops, const Work& w, int64_t row, int64_t head, int64_t from, int64_t to, int64_t next) {
+    ask(h.values, row, head, from, to);
     half(ops, w, h.keys, true, row, head, from, to);
     const int64_t length = h.lengths[size_t(row)], n = to - from;
     const int64_t longest = *std::max_element(h.lengths.begin(), h.lengths.end());
@@ -193,6 +216,7 @@ void tile(const Held& h, const Ops& ops, const Work& w, int64_t row, int64_t hea
         }
     }
     ops.weigh(w, n);
+    ask(h.keys, row, head, to, next);
     half(ops, w, h.values, false, row, head, from, to);
 }
 
@@ -234,7 +258,10 @@ void attend(const Held& h, const Ops& ops) {
                 std::fill(w.planes, w.planes + rows * far, 0.0f);
                 std::fill(w.shift, w.shift + rows * 16, 0.0f);
                 const int64_t length = h.lengths[size_t(row)];
-                for (int64_t at = run.first; at < run.last; at++) tile(h, ops, w, row, head, at * h.tile, std::min((at + 1) * h.tile, length));
+                for (int64_t at = run.first; at < run.last; at++) {
+                    const int64_t begin = at * h.tile, next = at + 1 < run.last ? (at + 2) * h.tile : 0;
+                    tile(h, ops, w, row, head, begin, std::min(begin + h.tile, length), std::min(next, length));
+                }
                 if (grouped) ops.gather(w, *grouped);
                 float* to = found.data() + i * size_t(results);
                 for (int64_t r = 0; r < rows; r++, to += h.e + 2) {

@@ -275,11 +275,31 @@ inline __m512i whole(__m512 x, __m512 inverse, bool second) {
 
 // ---- keys by channels
 
+// Where the sums of a chunk of tokens come to lie: in lane i of vector j is plane j * PAIRS + i % PAIRS of word i / PAIRS, and token x is plane x % PLANES
+// of word x / PLANES.
+template <int BITS, int PAIRS>
+struct Table {
+    using P = Planes<BITS>;
+    alignas(64) uint8_t order[64];
+    alignas(64) float factor[P::PLANES / PAIRS][16];
+    alignas(64) int32_t from[P::PLANES / PAIRS][16];
+    Table() {
+        _mm512_store_si512(order, interleaved<PAIRS>([](int i) { return i / PAIRS; }));
+        for (int j = 0; j < P::PLANES / PAIRS; j++)
+            for (int i = 0; i < 16; i++) {
+                const int x = j * 16 + i, word = x / P::PLANES, plane = x % P::PLANES;
+                factor[j][i] = P::factor(j * PAIRS + i % PAIRS);
+                from[j][i] = plane / PAIRS * 16 + word * PAIRS + plane % PAIRS;
+            }
+    }
+};
+
 template <int BITS, int PAIRS, int ROWS>
 __attribute__((noinline)) void channel_scores(const Work& w, const Part& part, const uint8_t* codes, const int16_t* words, const float* steps, int64_t row, float* to) {
     using P = Planes<BITS>;
     constexpr int VECTORS = P::PLANES / PAIRS;
-    static const __m512i order = interleaved<PAIRS>([](int i) { return i / PAIRS; });
+    static const Table<BITS, PAIRS> table;
+    const __m512i order = _mm512_load_si512(table.order);
     const int64_t stride = part.codes();
     for (int64_t chunk = 0; chunk < (PAIRS == 1 ? stride : 1); chunk += 32) {
         alignas(64) float found[ROWS][16 * VECTORS];
@@ -298,7 +318,6 @@ __attribute__((noinline)) void channel_scores(const Work& w, const Part& part, c
                                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + stride)), 1);
                 else v = _mm512_loadu_si512(at);
                 __m512i planes[P::EACH];
-                ask(at);
                 P::of(_mm512_permutexvar_epi8(order, v), step, planes);
 #pragma GCC unroll 4
                 for (int r = 0; r < ROWS; r++) {
@@ -313,7 +332,6 @@ __attribute__((noinline)) void channel_scores(const Work& w, const Part& part, c
                 for (int j = 0; j < P::EACH / PAIRS; j++) {
                     // lane i of one vector: the sum over its pairs of plane j * PAIRS + i % PAIRS
                     __m512i v = _mm512_setzero_si512();
-                    alignas(64) float factor[16];
 #pragma GCC unroll 4
                     for (int k = 0; k < PAIRS; k++) {
                         __m512i one = total[r][j * PAIRS + k];
@@ -322,19 +340,12 @@ __attribute__((noinline)) void channel_scores(const Work& w, const Part& part, c
                         constexpr int EVERY[] = {0, 0xFFFF, 0x5555, 0, 0x1111};
                         v = _mm512_mask_mov_epi32(v, __mmask16(EVERY[PAIRS] << k), one);
                     }
-                    for (int i = 0; i < 16; i++) factor[i] = P::factor(step * P::EACH + j * PAIRS + i % PAIRS);
-                    const __m512 times = _mm512_mul_ps(_mm512_load_ps(factor), _mm512_set1_ps(steps[r]));
+                    const __m512 times = _mm512_mul_ps(_mm512_load_ps(table.factor[step * P::EACH / PAIRS + j]), _mm512_set1_ps(steps[r]));
                     _mm512_store_ps(found[r] + (step * P::EACH / PAIRS + j) * 16, _mm512_mul_ps(_mm512_cvtepi32_ps(v), times));
                 }
         }
-        // token x is plane x % PLANES of word x / PLANES
         for (int part_of = 0; part_of < VECTORS; part_of++) {
-            alignas(64) int32_t from[16];
-            for (int i = 0; i < 16; i++) {
-                const int x = part_of * 16 + i, word = x / P::PLANES, plane = x % P::PLANES;
-                from[i] = plane / PAIRS * 16 + word * PAIRS + plane % PAIRS;
-            }
-            const __m512i index = _mm512_load_si512(from);
+            const __m512i index = _mm512_load_si512(table.from[part_of]);
             for (int r = 0; r < ROWS; r++) {
                 float* here = to + (row + r) * w.ld + chunk * 8 / BITS + part_of * 16;
                 __m512 v;
@@ -357,7 +368,6 @@ bool channel_rows(const Work& w, const Part& part, const Stretch& s, int64_t at,
     for (int r = 0; r < ROWS; r++) most[r] = shift[r] = _mm512_setzero_ps();
     for (int64_t c = 0; c < w.d; c += 16) {
         const __mmask16 there = first16(w.d - c);
-        ask(s.scales + c), ask(s.zeros + c);
         const __m512 scale = widen(_mm256_maskz_loadu_epi16(there, s.scales + c), bf16), zero = widen(_mm256_maskz_loadu_epi16(there, s.zeros + c), bf16);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {
@@ -446,7 +456,6 @@ __attribute__((noinline)) void value_sums(const Work& w, const Part& part, const
             const int32_t* x = words + group;
             for (int64_t i = 0; i < pairs; i++, at += bytes, x += many) {
                 __m512i planes[P::EACH];
-                ask(at), ask(at + pairs * bytes);
                 const __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi8(there, at)), _mm256_maskz_loadu_epi8(there, at + pairs * bytes), 1);
                 P::of(_mm512_permutexvar_epi8(order, v), step, planes);
 #pragma GCC unroll 4
@@ -484,7 +493,6 @@ bool value_rows(const Work& w, const Part& part, const Stretch& s, int64_t n, in
     for (int r = 0; r < ROWS; r++) most[r] = shift[r] = _mm512_setzero_ps();
     for (int64_t f = 0; f < flat; f += 16) {
         const __mmask16 there = first16(flat - f);
-        ask(s.scales + f), ask(s.zeros + f);
         const __m512 s0 = widen(_mm256_maskz_loadu_epi16(there, s.scales + f), bf16), s1 = widen(_mm256_maskz_loadu_epi16(there, s.scales + flat + f), bf16);
         const __m512 z0 = widen(_mm256_maskz_loadu_epi16(there, s.zeros + f), bf16), z1 = widen(_mm256_maskz_loadu_epi16(there, s.zeros + flat + f), bf16);
 #pragma GCC unroll 4
@@ -555,14 +563,19 @@ int64_t grouped(const Work& w, const Part& part, const Stretch& s, int64_t at) {
 void gather(const Work& w, const Part& part) {
     const int64_t groups = spread(part), many = part.scales(), planes = 16 / part.bits;
     if (!groups || part.unit > 1) return;
-    for (int64_t r = 0; r < w.rows; r++)
-        for (int64_t c = 0; c < w.e; c++) {
-            const int64_t codes = 256 / part.bits, chunk = c / codes, in = c % codes, word = in / planes, each = 16 / groups;
-            const int64_t lane = word % each * groups + word / each;
-            float* o = w.o + r * w.high + c;
-            *o += w.planes[r * w.far + chunk * codes + in % planes * 16 + lane];
-            for (int64_t i = c / part.group; i < 16; i += many) *o += w.shift[r * 16 + i];
-        }
+    const int64_t codes = 256 / part.bits, each = 16 / groups;
+    for (int64_t r = 0; r < w.rows; r++) {
+        float *o = w.o + r * w.high, *shift = w.shift + r * 16;
+        for (int64_t i = many; i < 16; i++) shift[i % many] += shift[i];
+        for (int64_t g = 0; g < many; g++)
+            for (int64_t c = g * part.group; c < w.e && c < (g + 1) * part.group; c++) o[c] += shift[g];
+        for (int64_t chunk = 0; chunk < w.e; chunk += codes)
+            for (int64_t lane = 0; lane < 16; lane++) {
+                const int64_t first = chunk + (lane % groups * each + lane / groups) * planes;
+                const float* from = w.planes + r * w.far + chunk + lane;
+                for (int64_t k = 0; k < planes && first + k < w.e; k++) o[first + k] += from[k * 16];
+            }
+    }
 }
 
 } // namespace
