@@ -166,19 +166,6 @@ def test_threads_and_schedules_change_no_more_than_rounding(level: str) -> None:
         torch.set_num_threads(before)
 
 
-def test_shares_by_hand() -> None:
-    # 3 + 1 + 4 tiles over 3 workers: ends at 2, 5 and 8
-    assert lean([3, 1, 4], 3) == [(0, 0, 0, 2), (1, 0, 2, 3), (1, 1, 0, 1), (1, 2, 0, 1), (2, 2, 1, 4)]
-    assert lean([0, 2, 0], 4) == [(1, 1, 0, 1), (3, 1, 1, 2)]
-    assert lean([], 2) == []
-    for tiles, workers in itertools.product(([7], [5, 5, 5], [1, 100, 3], [64] * 8), (1, 2, 3, 5)):
-        runs = lean(tiles, workers)
-        load = [sum(run.last - run.first for run in runs if run.worker == w) for w in range(workers)]
-        assert sum(load) == sum(tiles) and max(load) <= -(-sum(tiles) // workers)
-        for pair, count in enumerate(tiles):
-            assert [i for run in runs if run.pair == pair for i in range(run.first, run.last)] == list(range(count))
-
-
 def test_differentiable_where_it_must_be() -> None:
     draw = torch.Generator().manual_seed(0)
     keys, values = plain(draw, (9,), 1, 8, torch.float32), plain(draw, (9,), 1, 8, torch.float32)

@@ -30,6 +30,7 @@ from laconic.core.statistic import Gram
 from laconic.core.transform import Change, Cut, Lesson, Level, Model, Transform
 from laconic.cutting import Reduced, drawn, remove, share, stored_bytes, weigh
 from laconic.data import Samples, Texts, open_data
+from laconic.kernels.attention import attention
 from laconic.kernels.obs import output_error
 from laconic.measurement import compare, load_of, outputs
 from laconic.models import Source, open_model
@@ -571,7 +572,8 @@ class Misread(State):
         return self.inner.read(late or None, staged)
 
     def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:
-        raise NotImplementedError("the model attends")
+        keys, values = self.seen(layer)
+        return attention(query, keys.data, values.data, keys.lengths, mask, scale)
 
 
 @lru_cache(maxsize=1)

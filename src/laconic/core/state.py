@@ -1,12 +1,12 @@
 """What is carried between tokens, and how tokens mix and are routed. State has its bookkeeping here, so that a method says only how
-committed tokens are kept; the others are roles only: the families bring the first of each."""
+committed tokens are kept; Schedule shares the work of attending over them out; the others are roles only: the families bring the first."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ class Ragged:
     @classmethod
     def kept(cls, data: Tensor, lengths: tuple[int, ...]) -> Self:
         """A copy of `data` in pages, none of which holds anything else in memory."""
-        return cls(tuple(part.clone(memory_format=torch.contiguous_format) for part in data.split(PAGE, 2)), lengths)
+        parts = (data[:, :, at : at + PAGE] for at in range(0, max(data.shape[2], 1), PAGE))
+        return cls(tuple(part.clone(memory_format=torch.contiguous_format) for part in parts), lengths)
 
     @property
     def data(self) -> Tensor:
@@ -225,6 +226,23 @@ class State(ABC):
         """Average bits that a number of a cached token takes, everything counted; NaN where nothing is held."""
         numbers = sum((sum(had.count) + sum(self.waiting(i))) * had.width for i, had in self.layers.items())
         return 8 * self.nbytes / numbers if numbers else float("nan")
+
+
+class Run(NamedTuple):
+    """Tiles first to last of one pair of a row and a head of keys, and the worker that computes them."""
+
+    worker: int
+    pair: int
+    first: int
+    last: int
+
+
+class Schedule(ABC):
+    """Who computes which part of attention over a held cache. Law: every tile is computed once, in the order of its pair."""
+
+    @abstractmethod
+    def __call__(self, tiles: Sequence[int], workers: int) -> list[Run]:
+        """tiles: how many each pair of a row and a head has. What a worker has of a pair is one run; runs of a pair follow one another."""
 
 
 class Mixer(ABC):

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from laconic.core.state import Run
 from laconic.kernels.bits import packed_width, unpack
 from laconic.kernels.native import native
 
@@ -24,18 +24,6 @@ TILE = 128
 # more new tokens than this are better served by products of dense matrices
 MOST = 16
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class Run(NamedTuple):
-    """Tiles first to last of one pair of a row and a head of keys, and the worker that computes them."""
-
-    worker: int
-    pair: int
-    first: int
-    last: int
-
-
-Schedule = Callable[[Sequence[int], int], list[Run]]
 
 
 def lean(tiles: Sequence[int], workers: int) -> list[Run]:
@@ -149,7 +137,7 @@ def held_attention(
     values: Sequence[Part],
     mask: Tensor | None = None,
     scale: float | None = None,
-    schedule: Schedule = lean,
+    schedule: Callable[[Sequence[int], int], list[Run]] = lean,
 ) -> Tensor:
     """`attention` over parts that follow one another in each row, at most one of them grouped in each half; on a CPU with native kernels as
     they are held. ValueError for shapes that do not fit, TypeError for other dtypes."""
@@ -254,7 +242,7 @@ def _check(name: str, part: Part, b: int, k: int, d: int) -> None:
     if len(part.lengths) != b:
         raise ValueError(f"{name} have {len(part.lengths)} lengths; {b} rows need as many")
     if isinstance(part, Plain):
-        kinds = {"pages": (part.pages, (d,), None)}
+        kinds: dict[str, tuple[tuple[Tensor, ...], tuple[int, ...], torch.dtype | None]] = {"pages": (part.pages, (d,), None)}
     else:
         if not 1 <= part.bits <= 8 or part.group < 1:
             raise ValueError(f"{name}: bits={part.bits}, group={part.group}; codes have 1 to 8 bits and a group at least one number")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from laconic.core.claim import Card, Paper
 from laconic.core.state import Ragged, State
-from laconic.kernels.attention import Grouped, Plain, held_attention
+from laconic.kernels.attention import Grouped, Part, Plain, held_attention
 from laconic.kernels.bits import pack
 
 CARD = Card(Paper("Liu et al.", 2024, "arXiv:2402.02750", "section 3"), catalogue="kivi", sibling="cache.store.full")
@@ -118,8 +118,9 @@ class Kivi(State):
         return tuple(found)
 
     def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:
-        had, halves = self.layers[layer], []
-        for at, (name, _) in enumerate(self.halves):
+        had = self.layers[layer]
+        halves: tuple[list[Part], list[Part]] = ([], [])
+        for at, (half, (name, _)) in enumerate(zip(halves, self.halves, strict=True)):
             held, rest = self._held(had.kept, at), [*([had.kept[f"{name}.recent"]] if had.kept else []), *had.staged[at : at + 1]]
-            halves.append([*([held] if held else []), *(Plain(one.pages, one.lengths) for one in rest)])
+            half += [*([held] if held else []), *(Plain(one.pages, one.lengths) for one in rest)]
         return held_attention(query, *halves, mask, scale)
