@@ -92,8 +92,8 @@ def _cases() -> list[tuple[Tensor, Plain, Plain]]:
     found = [(query, Plain((keys,), lengths), Plain((values,), lengths)) for query, keys, values in state.asked]
     draw = torch.Generator().manual_seed(0)
     for h, k, d in ((4, 1, 64), (8, 8, 128), (6, 2, 40)):
-        lengths = (2000, 1, 513, 1024)
-        keys, values = (Plain((torch.randn(4, k, 2000, d, generator=draw),), lengths) for _ in range(2))
+        uneven = (2000, 1, 513, 1024)
+        keys, values = (Plain((torch.randn(4, k, 2000, d, generator=draw),), uneven) for _ in range(2))
         found.append((torch.randn(4, h, 1, d, generator=draw) * 3, keys, values))
     return found
 
