@@ -2,21 +2,34 @@
 
 transformers hands keys and values to a cache without the padding mask, and a padding token in a group of tokens would stretch its scale. So
 a hook on the decoder, once put there and inert for other caches, shows each forward pass's `attention_mask` to the cache, which holds real
-tokens only and puts them back into the columns that the model's own mask speaks of."""
+tokens only and puts them back into the columns that the model's own mask speaks of.
+
+Tokens that are generated attend over what is held (`State.attend`): for the time of a forward pass the hook exchanges the implementation of
+attention `sdpa` for `laconic`, which is the same but for what a cache has marked as its own. A layer whose attention took what the cache
+gave as it was, with nothing besides a scale, is not handed dense tensors again; a pass that is not like that reads them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
 from laconic.core.errors import UserError
 from laconic.core.state import Ragged, State
+from laconic.kernels.attention import MOST
+from laconic.kernels.native import native
+
+OURS, THEIRS = "laconic", "sdpa"
+# what attention is told besides, and what changes nothing of what it computes
+HARMLESS = {"position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict", "logits_to_keep"}
 
 
 def own_layers(model: nn.Module) -> list[Any]:
@@ -29,6 +42,15 @@ def own_layers(model: nn.Module) -> list[Any]:
     return DynamicCache(config=config.get_text_config(decoder=True)).layers
 
 
+class Reading(NamedTuple):
+    """What a layer of the cache marks its keys with on their way to attention: whose they are, the values beside them, and whether they
+    are new tokens only, the rest to be read where it is held."""
+
+    layer: StateLayer
+    values: Tensor
+    held: bool
+
+
 class StateLayer(CacheLayerMixin):
     """One full-attention layer: nothing but its place in the cache's State and how many columns it has."""
 
@@ -38,6 +60,8 @@ class StateLayer(CacheLayerMixin):
     def __init__(self, cache: StateCache, index: int) -> None:
         CacheLayerMixin.__init__(self)
         self.cache, self.index, self.columns = cache, index, 0
+        # whether attention was seen to take keys and values as they come, and nothing else
+        self.direct = False
         # set by transformers where tokens may be taken back: then they stay staged until the next forward pass
         self.record_past = False
 
@@ -58,13 +82,29 @@ class StateLayer(CacheLayerMixin):
         cache, state, first = self.cache, self.cache.state, self.columns == 0
         cache.settle(self.index)
         mask, positions = cache.look(self.columns, key_states)
-        seen = state.append(self.index, (key_states, value_states), positions, mask)
+        direct = cache.ours and self.direct and not first and key_states.shape[2] <= MOST and (mask is None or bool(mask.all()))
+        state.stage(self.index, (key_states, value_states), positions, mask)
         self.columns += key_states.shape[2]
+        if not direct:
+            keys, values = (key_states, value_states) if first else self.dense()
+            self.settle()
+        else:
+            keys, values = key_states, value_states
+        if cache.ours:
+            # a view, so that the mark stays with what this pass hands on
+            keys = keys.view_as(keys)
+            keys.reading = Reading(self, values, direct)  # type: ignore[attr-defined]
+        return keys, values
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """All that attention may read, padding columns included."""
+        keys, values = self.cache.state.seen(self.index)
+        return self.cache.spread(keys, self.columns), self.cache.spread(values, self.columns)
+
+    def settle(self) -> None:
+        """Commits what was staged, unless it may be taken back."""
         if not self.record_past:
-            state.commit(torch.tensor(state.waiting(self.index)), self.index)
-        if first:
-            return key_states, value_states
-        return cache.spread(seen[0], self.columns), cache.spread(seen[1], self.columns)
+            self.cache.state.commit(torch.tensor(self.cache.state.waiting(self.index)), self.index)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.columns + query_length, 0
@@ -92,9 +132,14 @@ class StateCache(Cache):
         self.state = state
         self.real: Tensor | None = None
         self.shown: Tensor | None = None
+        # the mask that was last compared, and whether it says only what the cache knows
+        self.judged: tuple[Tensor, bool] | None = None
+        # whether the forward pass under way attends by `attend`
+        self.ours = False
         decoder = model.get_decoder()  # type: ignore[operator]
         if show not in decoder._forward_pre_hooks.values():
             decoder.register_forward_pre_hook(show, with_kwargs=True)
+            decoder.register_forward_hook(hide, with_kwargs=True, always_call=True)
 
     @property
     def nbytes(self) -> int:
@@ -130,6 +175,21 @@ class StateCache(Cache):
             return rows.data
         at = (self.real[:, :columns].cumsum(1) - 1).clamp(min=0).to(rows.data.device)
         return rows.data.gather(2, at[:, None, :, None].expand(-1, rows.data.shape[1], -1, rows.data.shape[3]))
+
+    def plain(self, mask: Tensor | None, t: int) -> bool:
+        """Whether a mask (b, 1, t, columns) of the last t columns forbids later ones and padding and no more."""
+        if mask is None:
+            return t == 1 and self.real is None
+        if self.judged is None or self.judged[0] is not mask:
+            columns = mask.shape[-1]
+            known = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, t)
+            if known:
+                wanted = torch.ones(t, columns, dtype=torch.bool, device=mask.device).tril(columns - t)
+                if self.real is not None:
+                    wanted = wanted & self.real[:, None, :columns].to(mask.device)
+                known = torch.equal(mask[:, 0], wanted.expand(mask.shape[0], t, columns))
+            self.judged = mask, known
+        return self.judged[1]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last -tokens_to_remove columns, which leave no trace: of the last forward pass, and after
@@ -182,12 +242,61 @@ class StateCache(Cache):
             other.reset()
 
 
-def show(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """The hook before a decoder's forward pass: its padding mask, for a StateCache."""
+def _cache(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[StateCache | None, Any]:
+    """The cache that a forward pass was given, if it is ours, and its padding mask."""
     given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     given = {**given.get("kwargs", {}), **given}
-    cache, mask = given.get("past_key_values"), given.get("attention_mask")
-    if isinstance(cache, StateCache):
+    cache = given.get("past_key_values")
+    return (cache if isinstance(cache, StateCache) else None), given.get("attention_mask")
+
+
+def show(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """The hook before a decoder's forward pass: its padding mask, for a StateCache, and attention over what that holds."""
+    cache, mask = _cache(module, args, kwargs)
+    if cache is not None:
         # masks of other shapes say more than which tokens are padding, and are left to the model
         padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
         cache.shown = mask.bool() if isinstance(mask, Tensor) and padded else None
+        config: Any = module.config
+        if config._attn_implementation == THEIRS and native() is not None and not torch.compiler.is_compiling():
+            config._attn_implementation, cache.ours = OURS, True
+
+
+def hide(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    """The hook after it: all as it was."""
+    cache, _ = _cache(module, args, kwargs)
+    if cache is not None and cache.ours:
+        config: Any = module.config
+        config._attn_implementation, cache.ours, cache.judged = THEIRS, False, None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa`, but for new tokens of a layer that is held elsewhere: attention over what its State holds."""
+    reading: Reading | None = getattr(key, "reading", None)
+    if reading is not None:
+        layer, cache = reading.layer, reading.layer.cache
+        asked = {name for name, told in kwargs.items() if told is not None and told is not False} - HARMLESS
+        plain = value is reading.values and not dropout and not asked and is_causal is not False
+        layer.direct = plain and key.device.type == "cpu"
+        if reading.held:
+            if plain and cache.plain(attention_mask, query.shape[2]):
+                out = cache.state.attend(query, layer.index, None, scaling)
+                layer.settle()
+                return out.transpose(1, 2).contiguous(), None
+            key, value = layer.dense()
+            layer.settle()
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+
+
+AttentionInterface.register(OURS, attend)
+AttentionMaskInterface.register(OURS, sdpa_mask)

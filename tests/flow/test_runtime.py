@@ -11,7 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import laconic
+from laconic import runtime
 from laconic.core.errors import UserError
+from laconic.kernels.attention import MOST
+from laconic.kernels.native import native
+from laconic.methods.cache.store.full import Full
+from laconic.methods.cache.store.kivi import Kivi
 
 KIVI = "cache.store.kivi(bits=2, group=16, residual=32)"
 STEPS = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 24}
@@ -201,3 +206,116 @@ def test_models_that_cannot_be_served_are_refused() -> None:
     )
     with pytest.raises(UserError, match="encoder and a decoder"):
         laconic.cache(t5)
+
+
+def dense_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without native kernels: attention over dense keys and values."""
+    monkeypatch.setattr(runtime, "native", lambda: None)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of new tokens in each attention over what is held."""
+    found: list[int] = []
+    for cls in (Full, Kivi):
+        plain = cls.attend
+
+        def attend(self, query, *rest, plain=plain, **named):  # type: ignore[no-untyped-def]
+            found.append(query.shape[2])
+            return plain(self, query, *rest, **named)
+
+        monkeypatch.setattr(cls, "attend", attend)
+    return found
+
+
+needs_kernels = pytest.mark.skipif(native() is None, reason="no native kernels here")
+
+
+@needs_kernels
+@pytest.mark.parametrize("method", ["cache.store.full", KIVI, "cache.store.kivi(bits=4, group=16, residual=32)"])
+@pytest.mark.parametrize("extra", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=["greedy", "beams", "drafts"])
+def test_generation_reads_what_is_held(monkeypatch: pytest.MonkeyPatch, method: str, extra: dict[str, int]) -> None:
+    model = tiny(hidden_size=128, head_dim=32).float()
+    prompt = ids(1 if "prompt_lookup_num_tokens" in extra else 3, 50)
+    mask = torch.ones_like(prompt)
+    if len(prompt) > 1:
+        mask[0, :21] = 0
+    asked = {**STEPS, **extra, "attention_mask": mask, "output_logits": True, "return_dict_in_generate": True}
+    calls = counted(monkeypatch)
+    ours = model.generate(prompt, past_key_values=laconic.cache(model, method), **asked)
+    if not extra:
+        # every token after the prompt's, in both layers
+        assert calls == [1] * 2 * 23
+    assert calls and model.config._attn_implementation == "sdpa"
+    del calls[:]
+    dense_way(monkeypatch)
+    theirs = model.generate(prompt, past_key_values=laconic.cache(model, method), **asked)
+    assert not calls
+    assert torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_in_16_bits_both_ways_agree_to_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = tiny(hidden_size=128, head_dim=32).bfloat16(), ids(2, 90)
+    found = []
+    for _ in range(2):
+        cache = laconic.cache(model, KIVI)
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+            found.append(torch.cat([model(ids(2, 1, i), past_key_values=cache).logits for i in range(40)], 1).float())
+        dense_way(monkeypatch)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-2
+
+
+@needs_kernels
+def test_what_is_more_than_causal_goes_the_dense_way(monkeypatch: pytest.MonkeyPatch, llama: PreTrainedModel) -> None:
+    calls, prompt = counted(monkeypatch), ids(1, 40)
+    odd = torch.ones(1, 1, 1, 41, dtype=torch.bool)
+    odd[..., 5:9] = False
+    with torch.no_grad():
+        found = []
+        for cache in (laconic.cache(llama, "cache.store.full"), DynamicCache(config=llama.config)):
+            llama(prompt, past_key_values=cache)
+            found.append(llama(ids(1, 1, 1), attention_mask=odd, past_key_values=cache).logits)
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+        assert not calls
+        # many tokens at once
+        cache = laconic.cache(llama, "cache.store.full")
+        llama(prompt, past_key_values=cache)
+        llama(ids(1, MOST + 1), past_key_values=cache)
+        assert not calls
+        llama(ids(1, MOST), past_key_values=cache)
+        assert calls == [MOST] * 2
+        # and an implementation of attention that is not torch's
+        del calls[:]
+        eager = copy.deepcopy(llama)
+        eager.set_attn_implementation("eager")
+        cache = laconic.cache(eager, "cache.store.full")
+        eager(prompt, past_key_values=cache)
+        eager(ids(1, 1, 1), past_key_values=cache)
+        assert not calls and eager.config._attn_implementation == "eager"
+
+
+@needs_kernels
+def test_a_model_that_fails_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    cache = laconic.cache(model, "cache.store.full")
+    with pytest.raises(IndexError), torch.no_grad():
+        model(torch.full((1, 3), 1000), past_key_values=cache)
+    assert model.config._attn_implementation == "sdpa" and not cache.ours
+
+
+@needs_kernels
+def test_a_cache_is_differentiable_where_queries_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = tiny().float(), ids(1, 40)
+    grads = []
+    for _ in range(2):
+        cache = laconic.cache(model, "cache.store.full")
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+        model.zero_grad()
+        model(ids(1, 1, 1), past_key_values=cache).logits.sum().backward()
+        grads.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+        dense_way(monkeypatch)
+    assert grads[0].any()
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)

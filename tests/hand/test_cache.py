@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from laconic.core.state import Ragged
-from laconic.kernels.attention import attention
+from laconic.kernels.attention import attention, dequantize
 from laconic.methods.cache.store.full import Full
-from laconic.methods.cache.store.kivi import Kivi, dequantize, quantize
+from laconic.methods.cache.store.kivi import Kivi, quantize
 
 
 def commit(state, *new):

@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec
@@ -30,6 +30,7 @@ from laconic.core.statistic import Gram
 from laconic.core.transform import Change, Cut, Lesson, Level, Model, Transform
 from laconic.cutting import Reduced, drawn, remove, share, stored_bytes, weigh
 from laconic.data import Samples, Texts, open_data
+from laconic.kernels.attention import attention
 from laconic.kernels.obs import output_error
 from laconic.measurement import compare, load_of, outputs
 from laconic.models import Source, open_model
@@ -565,11 +566,14 @@ class Misread(State):
         return self.inner.keep(kept, new)
 
     def read(self, kept: Mapping[str, Ragged] | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
-        late = {name: replace(part, data=part.data.roll(1, 2)) if self.which in name else part for name, part in (kept or {}).items()}
+        late = {
+            name: Ragged.kept(part.data.roll(1, 2), part.lengths) if self.which in name else part for name, part in (kept or {}).items()
+        }
         return self.inner.read(late or None, staged)
 
-    def attend(self, query: Tensor, layer: int, mask: Tensor | None) -> Tensor:
-        raise NotImplementedError("the model attends")
+    def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:
+        keys, values = self.seen(layer)
+        return attention(query, keys.data, values.data, keys.lengths, mask, scale)
 
 
 @lru_cache(maxsize=1)

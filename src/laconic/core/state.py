@@ -1,12 +1,12 @@
 """What is carried between tokens, and how tokens mix and are routed. State has its bookkeeping here, so that a method says only how
-committed tokens are kept; the others are roles only: the families bring the first of each."""
+committed tokens are kept; Schedule shares the work of attending over them out; the others are roles only: the families bring the first."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,59 +14,97 @@ from typing_extensions import Self
 
 from laconic.core.errors import UserError
 
+# entries of a page: a token appended costs a copy of at most so many
+PAGE = 256
+
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of unlike length: `data` (b, h, t, ...), of which row i has the first lengths[i] entries along axis 2 (tokens, or groups of
-    them); zeros past a row's end. Never written to, so that it may be shared."""
+    """Rows of unlike length, (b, h, t, ...), of which row i has the first lengths[i] entries along axis 2 (tokens, or groups of them);
+    zeros past a row's end. In pages of PAGE entries along that axis, the last as wide as it must be; what was only given, not kept, may be
+    one page of any width. Never written to, so that pages may be shared: `join` makes only those again to which something comes."""
 
-    data: Tensor
+    pages: tuple[Tensor, ...]
     lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, data: Tensor, mask: Tensor | None = None) -> Self:
         """mask (b, t): true where a token is one; padding is left out."""
         if mask is None or bool(mask.all()):
-            return cls(data, (data.shape[2],) * data.shape[0])
+            return cls((data,), (data.shape[2],) * data.shape[0])
         lengths = tuple(int(n) for n in mask.sum(1).tolist())
         out = data.new_zeros(*data.shape[:2], max(lengths), *data.shape[3:])
         for i, n in enumerate(lengths):
             out[i, :, :n] = data[i, :, mask[i]]
-        return cls(out, lengths)
+        return cls((out,), lengths)
+
+    @classmethod
+    def kept(cls, data: Tensor, lengths: tuple[int, ...]) -> Self:
+        """A copy of `data` in pages, none of which holds anything else in memory."""
+        parts = (data[:, :, at : at + PAGE] for at in range(0, max(data.shape[2], 1), PAGE))
+        return cls(tuple(part.clone(memory_format=torch.contiguous_format) for part in parts), lengths)
+
+    @property
+    def data(self) -> Tensor:
+        """All of it in one tensor, a copy where there are several pages."""
+        return self.pages[0] if len(self.pages) == 1 else torch.cat(self.pages, 2)
 
     def _even(self) -> bool:
         return len(set(self.lengths)) <= 1
 
     def join(self, *others: Self) -> Self:
-        """Each row followed by those of the others."""
+        """Each row followed by those of the others, in pages."""
+        if len(self.pages) == 1 and self.pages[0].shape[2] > PAGE:
+            return type(self).kept(self.data, self.lengths).join(*others)
         parts = (self, *others)
         lengths = tuple(sum(ends) for ends in zip(*(part.lengths for part in parts), strict=True))
         if all(part._even() for part in parts):
-            return replace(self, data=torch.cat([part.data[:, :, : max(part.lengths, default=0)] for part in parts], 2), lengths=lengths)
-        out = self.data.new_zeros(*self.data.shape[:2], max(lengths), *self.data.shape[3:])
-        for i in range(len(lengths)):
-            at = 0
-            for part in parts:
-                out[i, :, at : at + part.lengths[i]] = part.data[i, :, : part.lengths[i]]
-                at += part.lengths[i]
-        return replace(self, data=out, lengths=lengths)
+            full = max(self.lengths, default=0) // PAGE
+            rest = [page[:, :, : max(part.lengths, default=0)] for part in others for page in [part.data]]
+            if full < len(self.pages):
+                rest.insert(0, self.pages[full])
+            tail = torch.cat(rest, 2)
+            if tail.shape[2] <= PAGE:
+                last = (tail,) if tail.shape[2] or not full else ()
+                return replace(self, pages=self.pages[:full] + last, lengths=lengths)
+            return replace(self, pages=self.pages[:full] + type(self).kept(tail, lengths).pages, lengths=lengths)
+        rows = [torch.cat([part.data[i, :, : part.lengths[i]] for part in others], 1) for i in range(len(lengths))]
+        return replace(self, pages=tuple(self._page(at, rows, lengths) for at in range(0, max(max(lengths), 1), PAGE)), lengths=lengths)
+
+    def _page(self, at: int, rows: Sequence[Tensor], lengths: tuple[int, ...]) -> Tensor:
+        """The page from entry `at` on, once `rows` follow: as it was where nothing comes to it."""
+        like, width = self.pages[0], min(PAGE, max(lengths) - at)
+        had = self.pages[at // PAGE] if at // PAGE < len(self.pages) else like[:, :, :0]
+        spans = [(max(a, at), min(b, at + width)) for a, b in zip(self.lengths, lengths, strict=True)]
+        if had.shape[2] == width and all(a >= b for a, b in spans):
+            return had
+        page = like.new_zeros(*like.shape[:2], width, *like.shape[3:])
+        page[:, :, : had.shape[2]] = had
+        for i, (a, b) in enumerate(spans):
+            if a < b:
+                page[i, :, a - at : b - at] = rows[i][:, a - self.lengths[i] : b - self.lengths[i]]
+        return page
 
     def cut(self, start: Sequence[int], stop: Sequence[int]) -> Self:
-        """Entries start[i] to stop[i] of each row, as a copy that holds nothing else in memory."""
+        """Entries start[i] to stop[i] of each row, as a copy."""
         lengths = tuple(b - a for a, b in zip(start, stop, strict=True))
+        data = self.data
         if len(set(start)) <= 1 and len(set(stop)) <= 1:
-            first, last = max(start, default=0), max(stop, default=0)
-            return replace(self, data=self.data[:, :, first:last].clone(memory_format=torch.contiguous_format), lengths=lengths)
-        out = self.data.new_zeros(*self.data.shape[:2], max(lengths), *self.data.shape[3:])
+            return type(self).kept(data[:, :, max(start, default=0) : max(stop, default=0)], lengths)
+        out = data.new_zeros(*data.shape[:2], max(lengths), *data.shape[3:])
         for i, n in enumerate(lengths):
-            out[i, :, :n] = self.data[i, :, start[i] : stop[i]]
-        return replace(self, data=out, lengths=lengths)
+            out[i, :, :n] = data[i, :, start[i] : stop[i]]
+        return type(self).kept(out, lengths)
 
     def pick(self, index: Sequence[int]) -> Self:
         """Rows by index, as a copy no wider than they need."""
         lengths = tuple(self.lengths[i] for i in index)
-        rows = torch.tensor(index, dtype=torch.long, device=self.data.device)
-        return replace(self, data=self.data[:, :, : max(lengths, default=0)].index_select(0, rows), lengths=lengths)
+        rows = torch.tensor(index, dtype=torch.long, device=self.pages[0].device)
+        if len(self.pages) == 1:
+            return type(self).kept(self.pages[0][:, :, : max(lengths, default=0)].index_select(0, rows), lengths)
+        ends = range(0, max(max(lengths, default=0), 1), PAGE)
+        pages = (page[:, :, : max(lengths, default=0) - at].index_select(0, rows) for at, page in zip(ends, self.pages, strict=False))
+        return replace(self, pages=tuple(pages), lengths=lengths)
 
 
 @dataclass(frozen=True)
@@ -101,12 +139,18 @@ class State(ABC):
         """What attention may read: each of `staged` after what is kept of the same."""
 
     @abstractmethod
-    def attend(self, query: Tensor, layer: int, mask: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:
         """Attention over what is held, committed and staged: query (b, heads, t, d) of each row's last t tokens -> (b, heads, t, d of
-        values). mask (b, t, longest row): true where a query may look besides being no earlier; None: wherever it is no earlier."""
+        values). mask (b, t, longest row): true where a query may look besides being no earlier; None: wherever it is no earlier.
+        scale: of scores, 1 / sqrt(d) unless told."""
 
     def append(self, layer: int, new: tuple[Tensor, ...], positions: Tensor | None, mask: Tensor | None) -> tuple[Ragged, ...]:
-        """Stage new tokens of one layer; they count only once committed. Returns what attention may read now.
+        """Stage new tokens of one layer, and return what attention may read now."""
+        self.stage(layer, new, positions, mask)
+        return self.seen(layer)
+
+    def stage(self, layer: int, new: tuple[Tensor, ...], positions: Tensor | None, mask: Tensor | None) -> None:
+        """New tokens of one layer; they count only once committed.
 
         new: tensors (b, h, t, d), keys and values for attention; positions (b, t) of the tokens in their rows, for methods that turn keys;
         mask (b, t): false for padding, which is not held."""
@@ -116,7 +160,6 @@ class State(ABC):
             had = Layer((0,) * new[0].shape[0], None, (), sum(one.shape[1] * one.shape[3] for one in new))
         staged = tuple(old.join(one) for old, one in zip(had.staged, fresh, strict=True)) if had.staged else fresh
         self.layers[layer] = replace(had, staged=staged)
-        return self.read(had.kept, staged)
 
     def commit(self, count: Tensor, layer: int | None = None) -> None:
         """Keep the first count[b] staged tokens of each row of the batch, forget the rest; of one layer, or of all that have some."""
@@ -165,11 +208,12 @@ class State(ABC):
         self.layers = dict(mark)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is held, by dotted name."""
+        """What is held, by dotted name; pages after the first have their number behind it."""
         found: dict[str, Tensor] = {}
         for i, had in self.layers.items():
-            found |= {f"{i}.{name}": part.data for name, part in (had.kept or {}).items()}
-            found |= {f"{i}.staged.{at}": one.data for at, one in enumerate(had.staged)}
+            parts = {**(had.kept or {}), **{f"staged.{at}": one for at, one in enumerate(had.staged)}}
+            for name, part in parts.items():
+                found |= {f"{i}.{name}.{at}" if at else f"{i}.{name}": page for at, page in enumerate(part.pages)}
         return found
 
     @property
@@ -182,6 +226,23 @@ class State(ABC):
         """Average bits that a number of a cached token takes, everything counted; NaN where nothing is held."""
         numbers = sum((sum(had.count) + sum(self.waiting(i))) * had.width for i, had in self.layers.items())
         return 8 * self.nbytes / numbers if numbers else float("nan")
+
+
+class Run(NamedTuple):
+    """Tiles first to last of one pair of a row and a head of keys, and the worker that computes them."""
+
+    worker: int
+    pair: int
+    first: int
+    last: int
+
+
+class Schedule(ABC):
+    """Who computes which part of attention over a held cache. Law: every tile is computed once, in the order of its pair."""
+
+    @abstractmethod
+    def __call__(self, tiles: Sequence[int], workers: int) -> list[Run]:
+        """tiles: how many each pair of a row and a head has. What a worker has of a pair is one run; runs of a pair follow one another."""
 
 
 class Mixer(ABC):

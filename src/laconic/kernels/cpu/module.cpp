@@ -7,6 +7,9 @@
 #include "linear.h"
 
 namespace nb = nanobind;
+
+void bind_attention(nb::module_& module);
+
 using namespace laconic;
 
 namespace {
@@ -99,4 +102,5 @@ NB_MODULE(_native, module) {
     module.def("linear", &linear);
     module.def("linear_int8", &linear_int8);
     module.def("dense", &dense);
+    bind_attention(module);
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laconic.core.claim import Card, Paper
 from laconic.core.state import Ragged, State
-from laconic.kernels.attention import attention
+from laconic.kernels.attention import Plain, held_attention
 
 CARD = Card(Paper("Shazeer", 2019, "arXiv:1911.02150", "section 2.4"), catalogue="", sibling="cache.store.kivi")
 
@@ -37,6 +37,8 @@ class Full(State):
             return staged
         return tuple(kept[name].join(one) for name, one in zip(HALVES, staged, strict=True)) if staged else tuple(kept.values())
 
-    def attend(self, query: Tensor, layer: int, mask: Tensor | None) -> Tensor:
-        keys, values = self.seen(layer)
-        return attention(query, keys.data, values.data, keys.lengths, mask)
+    def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:
+        had = self.layers[layer]
+        rows = [[one for one in ((had.kept or {}).get(name), *had.staged[at : at + 1]) if one] for at, name in enumerate(HALVES)]
+        keys, values = ([Plain(one.pages, one.lengths) for one in half] for half in rows)
+        return held_attention(query, keys, values, mask, scale)

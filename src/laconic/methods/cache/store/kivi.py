@@ -17,12 +17,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from laconic.core.claim import Card, Paper
 from laconic.core.state import Ragged, State
-from laconic.kernels.attention import attention
-from laconic.kernels.bits import pack, unpack
+from laconic.kernels.attention import Grouped, Part, Plain, held_attention
+from laconic.kernels.bits import pack
 
 CARD = Card(Paper("Liu et al.", 2024, "arXiv:2402.02750", "section 3"), catalogue="kivi", sibling="cache.store.full")
 
@@ -40,13 +39,6 @@ def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     step = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
     codes = [((run - low[..., i, None].float()) / step[..., i, None]).round_().clamp_(0, 2**bits - 1) for i, run in enumerate(runs)]
     return torch.cat(codes, -1).to(torch.uint8), scale, low
-
-
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
-    """The inverse, fp32 (..., m)."""
-    m, g = codes.shape[-1], scale.shape[-1]
-    runs = F.pad(codes, (0, g * group - m)).unflatten(-1, (g, group)).float()
-    return runs.mul_(scale.float()[..., None]).add_(zero.float()[..., None]).flatten(-2)[..., :m]
 
 
 @dataclass(eq=False)
@@ -103,32 +95,32 @@ class Kivi(State):
         lengths = tuple(n // unit for n in x.lengths)
         # in rows that are shorter than the others, what follows their end goes
         start = (0,) * b
-        return {name: Ragged(one, lengths).cut(start, lengths) for name, one in (("codes", stored), ("scales", scale), ("zeros", zero))}
+        return {name: Ragged((one,), lengths).cut(start, lengths) for name, one in (("codes", stored), ("scales", scale), ("zeros", zero))}
 
-    def _plain(self, codes: Ragged, scales: Ragged, zeros: Ragged, axis: Axis, like: Ragged) -> Ragged:
-        """What `_packed` holds, (b, h, t, d) in the dtype of `like`."""
-        unit = self.group if axis == "channel" else 1
-        b, h, n, r = codes.data.shape[:4]
-        m = unit if axis == "channel" else like.data.shape[-1]
-        with codes.data.device:
-            plain = unpack(codes.data.reshape(-1, codes.data.shape[-1]), self.bits, m).reshape(b, h, n, r, m)
-        x = dequantize(plain, scales.data, zeros.data, self.group).to(like.data.dtype)
-        x = x.transpose(-1, -2) if axis == "channel" else x
-        return Ragged(x.reshape(b, h, n * unit, -1), tuple(length * unit for length in codes.lengths))
+    def _held(self, kept: Mapping[str, Ragged] | None, at: int) -> Grouped | None:
+        """The codes of a half, as the kernels read them."""
+        name, axis = self.halves[at]
+        if kept is None or f"{name}.codes" not in kept:
+            return None
+        codes, scales, zeros = (kept[f"{name}.{part}"] for part in ("codes", "scales", "zeros"))
+        width = kept[f"{name}.recent"].pages[0].shape[3]
+        return Grouped(codes.pages, scales.pages, zeros.pages, codes.lengths, self.bits, self.group, axis == "channel", width)
 
     def read(self, kept: Mapping[str, Ragged] | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
         if kept is None:
             return staged
         found = []
-        for at, (name, axis) in enumerate(self.halves):
-            recent = kept[f"{name}.recent"]
-            parts = [recent, *staged[at : at + 1]]
-            if f"{name}.codes" in kept:
-                codes, scales, zeros = (kept[f"{name}.{part}"] for part in ("codes", "scales", "zeros"))
-                parts.insert(0, self._plain(codes, scales, zeros, axis, recent))
+        for at, (name, _) in enumerate(self.halves):
+            parts, held = [kept[f"{name}.recent"], *staged[at : at + 1]], self._held(kept, at)
+            if held is not None:
+                parts.insert(0, Ragged((held.dense().to(parts[0].pages[0].dtype),), held.tokens))
             found.append(parts[0].join(*parts[1:]))
         return tuple(found)
 
-    def attend(self, query: Tensor, layer: int, mask: Tensor | None) -> Tensor:
-        keys, values = self.seen(layer)
-        return attention(query, keys.data, values.data, keys.lengths, mask)
+    def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:
+        had = self.layers[layer]
+        halves: tuple[list[Part], list[Part]] = ([], [])
+        for at, (half, (name, _)) in enumerate(zip(halves, self.halves, strict=True)):
+            held, rest = self._held(had.kept, at), [*([had.kept[f"{name}.recent"]] if had.kept else []), *had.staged[at : at + 1]]
+            half += [*([held] if held else []), *(Plain(one.pages, one.lengths) for one in rest)]
+        return held_attention(query, *halves, mask, scale)

@@ -1,0 +1,1 @@
+"""The same result, computed otherwise."""
