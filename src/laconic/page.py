@@ -76,7 +76,8 @@ def chance(p: float) -> str:
 
 
 def level_words(level: Mapping[str, Any]) -> str:
-    """A level in a few characters: `4b g128` (4-bit codes, a scale for each 128), `+ r8` (rank 8), `2:4`, `keep 50%`."""
+    """A level in a few characters: `4b g128` (4-bit codes, a scale for each 128; `z½`: zeros also half-way; `s8`: scales of 8 bits),
+    `+ r8` (rank 8), `2:4`, `keep 50%`."""
     rest = dict(level)
     words: list[str] = []
     inner = rest.pop("first", None) or rest.pop("grid", None)
@@ -88,10 +89,8 @@ def level_words(level: Mapping[str, Any]) -> str:
     if (bits := rest.pop("bits", None)) is not None:
         group = rest.pop("group", None)
         words.append(f"{bits}b {'row' if group is None else f'g{group}'}{' sym' if rest.pop('symmetric', False) else ''}")
-        rest.pop("symmetric", None)
-        for usual in (("scales", "bf16"), ("zeros", "whole")):
-            if usual in rest.items():
-                del rest[usual[0]]
+        words += ["z½"] if rest.pop("zeros", "whole") == "half" else []
+        words += ["s8"] if rest.pop("scales", "bf16") == "log8" else []
     if (rank := rest.pop("rank", None)) is not None:
         words.append(f"+ r{rank}")
     words.extend(f"{key} {value}" for key, value in rest.items() if value is not None)

@@ -371,6 +371,8 @@ def test_units() -> None:
     ("level", "words"),
     [
         ({"bits": 4, "group": 128, "symmetric": False}, "4b g128"),
+        ({"bits": 4, "group": 128, "symmetric": False, "scales": "bf16", "zeros": "whole"}, "4b g128"),
+        ({"bits": 2, "group": 64, "symmetric": True, "scales": "log8", "zeros": "half"}, "2b g64 sym z½ s8"),
         ({"bits": 3, "group": None, "symmetric": True}, "3b row sym"),
         ({"first": {"bits": 3, "group": 64, "symmetric": False}, "rank": 8}, "3b g64 + r8"),
         ({"keep": 0.5, "run": 4, "grid": {"bits": 4, "group": 64, "symmetric": False}}, "2:4 4b g64"),
