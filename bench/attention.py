@@ -10,10 +10,8 @@ that is not equal to the reference has no figures; exit code 1."""
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.linear import ended
 from laconic.core.state import PAGE
 from laconic.kernels.attention import Grouped, Part, Plain, attention, held_attention
 from laconic.kernels.bits import packed_width
@@ -178,11 +177,7 @@ def main() -> None:
                     flush=True,
                 )
             del made
-    for label in wrong:
-        print(f"{label}: NOT EQUAL to the reference")
-    if a.out:
-        a.out.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(1 if wrong else 0)
+    ended(result, wrong, a.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -116,6 +116,15 @@ def timed(made: dict[str, Form], x: Tensor, rounds: int) -> dict[str, float]:
     return {label: statistics.median(times) for label, times in took.items()}
 
 
+def ended(result: dict[str, Any], wrong: list[str], out: Path | None) -> NoReturn:
+    """Names what has no figures, writes the rest to a file where one was asked for, and ends with the exit code."""
+    for label in wrong:
+        print(f"{label}: NOT EQUAL to the reference")
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(1 if wrong else 0)
+
+
 def main() -> None:
     """Prints a table for each number of rows, and one JSON object with all of it."""
     parser = argparse.ArgumentParser(
@@ -159,11 +168,7 @@ def main() -> None:
                     f"{form.nbytes / t / bandwidth:4.0%} of bandwidth  {2 * n * m * rows / t / 1e9:6.0f} GFLOP/s",
                     flush=True,
                 )
-    for label in wrong:
-        print(f"{label}: NOT EQUAL to the reference")
-    if a.out:
-        a.out.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(1 if wrong else 0)
+    ended(result, wrong, a.out)
 
 
 if __name__ == "__main__":
