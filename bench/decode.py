@@ -4,8 +4,9 @@
 
 Width 2,048, feed-forward 5,632, 8 layers, 32 query and 4 KV heads of 64, vocabulary 32,000, random weights: 418 million weights are read
 for a token. Each form is a process of its own that waits while the others work; they take turns, --rounds times, and medians are printed.
-int*: symmetric codes in groups of 128, head included, embedding in bf16, run by transformers' own forward pass with its dynamic cache;
-int*a8: the same with inputs of products rounded to 8 bits as they come (llama.cpp rounds them in runs of 32 and 256).
+int*: symmetric codes in groups of 128, head included, embedding in bf16, run by a tape of native steps (`laconic.stepping`); bf16:
+transformers' own forward pass with its dynamic cache; bf16t: the same weights run by a tape. int*a8: the same with inputs of products
+rounded to 8 bits as they come (llama.cpp rounds them in runs of 32 and 256).
 llama.cpp needs `bash bench/peers/install.sh llamacpp`; its files (3 GB) are made once in --scratch and stay there."""
 
 from __future__ import annotations
@@ -76,13 +77,23 @@ def serve(form: str, threads: int) -> None:
     import torch
     from transformers.cache_utils import DynamicCache
 
+    from laconic.measurement import timed_generation
+    from laconic.stepping import Steps, steps_of
+
     torch.set_num_threads(threads)
     if not right(form):
         sys.exit("its products are not equal to the reference's")
     model = build(form)
+    steps = "a form of torch's own" if form == "bf16" else steps_of(model)
+    if isinstance(steps, str) and form != "bf16":
+        sys.exit(f"no tape: {steps}")
 
     @torch.inference_mode()
     def turn() -> dict[str, float]:
+        if not isinstance(steps, str):
+            ids = torch.randint(0, CONFIG["vocab_size"], (1, PROMPT))
+            read, rest = timed_generation(model, ids, TOKENS, Steps(model))
+            return {"prefill": read / PROMPT, "decode": rest / TOKENS}
         cache = DynamicCache(config=model.config)
         ids = torch.randint(0, CONFIG["vocab_size"], (1, PROMPT))
         began = time.perf_counter()
@@ -149,7 +160,7 @@ def main() -> None:
 
     form_of = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__, formatter_class=form_of)
-    parser.add_argument("--forms", default="bf16,int8,int8a8,int4,int4a8,int3,int3a8,int2,int2a8,q8_0,q4_0,q4_k")
+    parser.add_argument("--forms", default="bf16,bf16t,int8,int8a8,int4,int4a8,int3,int3a8,int2,int2a8,q8_0,q4_0,q4_k")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "laconic-bench-decode")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from laconic import artifact, catalogue, job, measurement, vectors
 from laconic.budget import parse_budget
 from laconic.core.claim import Claim, Lab, Measurement, Verdict
-from laconic.core.decoder import Decoder, Draw
+from laconic.core.decoder import Decoder, Draw, Stack
 from laconic.core.errors import BrokenPromise, UserError, nearest
 from laconic.core.menu import Search
 from laconic.core.packed import below
@@ -32,6 +32,7 @@ from laconic.decoding import Layers, body_of
 from laconic.models import Source, is_artifact, open_model
 from laconic.pipeline import Log, Progress, batch_of, quiet
 from laconic.recipe import Recipe, build, load_recipe
+from laconic.stepping import Steps, steps_of
 from laconic.zoo import corpus, nano
 
 if TYPE_CHECKING:
@@ -41,8 +42,11 @@ Model = str | Path | nn.Module | None
 
 # a certificate counts as reproduced where every quality figure is as near as this, relatively: other processors sum in another order
 SAME = 1e-3
-# a result of up to so many parameters runs from dense copies: at most 2 GB in fp32, and many times faster than unpacking at each token
+# of a result of up to so many parameters, what has no product of its own runs from dense copies: at most 2 GB in fp32, and many times
+# faster than unpacking at each token
 DENSE = 500_000_000
+# how the past is held, and how tokens are drawn, where nothing else is said
+FULL, ONE_BY_ONE = "cache.store.full", "decode.sample.ancestral"
 # samples of each part where all of a network learns with its routers, which takes more of them than statistics do
 ROUTED = (16384, 1024, 4096)
 # held-out prompts that a decoder is measured on
@@ -499,7 +503,7 @@ def _add_drafting(path: str | Path, split: Split, found: dict[str, Any], progres
     new = min(64, talk.context - prompts.shape[1]) if talk.context else 64
     if new < 2:
         return
-    more = measurement.drafting(talk.model, talk.decoder, talk.parts, talk.state, prompts, new=new)
+    more = measurement.drafting(talk.decoder, talk.stack, talk.plainly, prompts, new=new)
     found["details"] |= more.pop("details")
     found |= more
     progress("timing", 1, 1, "the decoder and decoding one by one take turns")
@@ -566,7 +570,8 @@ def _record_speed(folder: Path, found: Mapping[str, Any]) -> None:
 
 class Talk(NamedTuple):
     """A model with its tokenizer, ready to generate. context: most positions, 0 where there is no bound. ends: ids that end a text.
-    decoder, parts: what draws several tokens a pass, None where it is one by one; cache: how the past is held, None: as transformers do."""
+    decoder, parts: what draws several tokens a pass, None where it is one by one; cache: how the past is held, None: as it comes.
+    stepped: whether a tape of native steps gives the model's logits (`stepping.Steps`), as long as nothing else is to hold the past."""
 
     model: nn.Module
     tokenizer: Any
@@ -575,10 +580,22 @@ class Talk(NamedTuple):
     decoder: Decoder | None = None
     parts: Mapping[str, nn.Module] = {}
     cache: str | None = None
+    stepped: bool = False
 
     def state(self) -> State:
         """An empty State for one text."""
-        return _state(self.cache or "cache.store.full")
+        return _state(self.cache or FULL)
+
+    def stack(self) -> Stack:
+        """The model as a Decoder runs it, with nothing behind it."""
+        return Steps(self.model, self.state(), self.parts) if self.stepped else Layers(self.model, self.state(), self.parts)
+
+    def plainly(self, prompt: Tensor, new: int) -> tuple[tuple[int, ...], float]:
+        """prompt (1, t) -> `new` greedy tokens one by one, and the seconds after the first."""
+        if not self.stepped:
+            return measurement.plainly(self.model, prompt, new)
+        found = measurement.decoded(_decoder(ONE_BY_ONE), self.stack(), prompt, new=new, draw=Draw())
+        return found.tokens, found.seconds
 
 
 def open_talk(
@@ -603,14 +620,20 @@ def open_talk(
         raise UserError(f"{source.spec} is no language model; generate needs one that writes text")
     tokenizer = source.tokenizer()
     drawn, parts = _parts(model, source, chosen, dtype) if is_result or chosen is not None else (None, {})
-    thaw = inputs is None and source.parameters <= DENSE
-    loaded = load(model, dtype=dtype, thaw=thaw, budget=budget, inputs=inputs, log=log)
+    loaded = load(model, dtype=dtype, budget=budget, inputs=inputs, log=log)
+    small = inputs is None and source.parameters <= DENSE
+    if small:
+        # what has no product of its own would be made dense for every token
+        artifact.thawed(loaded, dtype, lambda layer: layer.weight.read() is None)
+    stepped = cache is None and isinstance(steps_of(loaded, _state(FULL), parts), Steps)
+    if small and not stepped:
+        artifact.thawed(loaded, dtype)
     ends: set[int] = set()
     holder: Any
     for holder in (getattr(loaded, "generation_config", None), getattr(loaded, "config", None), tokenizer):
         found = getattr(holder, "eos_token_id", None)
         ends |= set(found) if isinstance(found, (list, tuple)) else {found} if isinstance(found, int) else set()
-    return Talk(loaded, tokenizer, int(source.context or 0), frozenset(ends), drawn, parts, cache)
+    return Talk(loaded, tokenizer, int(source.context or 0), frozenset(ends), drawn, parts, cache, stepped)
 
 
 def _decoder(text: str) -> Decoder:
@@ -670,7 +693,7 @@ def tokens(talk: Talk, ids: Tensor, *, limit: int, temperature: float, generator
     """New token ids one by one, with a KV cache or states: the likeliest at temperature 0, else drawn; until an end, limit or context. By
     the model's decoder, where it has one, which draws otherwise from the same distribution."""
     room = min(limit, talk.context - ids.shape[1]) if talk.context else limit
-    if talk.decoder is not None:
+    if talk.decoder is not None or talk.stepped:
         yield from _drafted(talk, ids, room, Draw(temperature, generator))
         return
     cache: dict[str, Any] = {}
@@ -695,8 +718,7 @@ def tokens(talk: Talk, ids: Tensor, *, limit: int, temperature: float, generator
 
 def _drafted(talk: Talk, ids: Tensor, room: int, draw: Draw) -> Iterator[int]:
     """Tokens as a decoder settles them, an end left out."""
-    assert talk.decoder is not None
-    rounds = talk.decoder(Layers(talk.model, talk.state(), talk.parts), ids, limit=room, draw=draw, ends=talk.ends)
+    rounds = (talk.decoder or _decoder(ONE_BY_ONE))(talk.stack(), ids, limit=room, draw=draw, ends=talk.ends)
     while True:
         # never across a yield: a generator left half-way would keep the mode for everyone
         with torch.inference_mode():

@@ -453,14 +453,19 @@ def load(
     if inputs is not None:
         log(round_inputs(module, inputs))
     if thaw:
-        first: dict[int, Held] = {}
-        for layer in module.modules():
-            if isinstance(layer, Held):
-                if (same := first.setdefault(id(layer.weight), layer)) is layer:
-                    layer.thaw(dtype)
-                else:
-                    layer._copy = same._copy
+        thawed(module, dtype)
     return module
+
+
+def thawed(module: nn.Module, dtype: torch.dtype, which: Callable[[Held], bool] = lambda layer: True) -> None:
+    """From now on held layers, all or those of a kind, compute with dense copies in `dtype`; a tied matrix has one."""
+    first: dict[int, Held] = {}
+    for layer in module.modules():
+        if isinstance(layer, Held) and which(layer):
+            if (same := first.setdefault(id(layer.weight), layer)) is layer:
+                layer.thaw(dtype)
+            else:
+                layer._copy = same._copy
 
 
 def load_any(

@@ -5,6 +5,7 @@ the part give on the hidden states that they are handed, and the first layer beh
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -89,23 +90,44 @@ class Pending(Cache):
         longest = read[-1][0].shape[2]
         return tuple(torch.cat([F.pad(one[half], (0, 0, 0, longest - one[half].shape[2])) for one in read]) for half in (0, 1))  # type: ignore[return-value]
 
+    def mix(self, index: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of the next tokens of a layer, each (b, h, t, d), over all that it has seen and themselves."""
+        if not self.length and index not in self.waiting:
+            self.append(index, keys, values)
+            return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+        if self.state.steady:
+            self.append(index, keys, values)
+            return self.state.attend(query, index, None)
+        out = []
+        for j in range(query.shape[2]):
+            one = slice(j, j + 1)
+            read = self.append(index, keys[:, :, one], values[:, :, one])
+            out.append(F.scaled_dot_product_attention(query[:, :, one], *read))
+        return torch.cat(out, 2)
+
+    def fork(self, index: Tensor) -> None:
+        """Rows by index; nothing may be pending."""
+        if self.waiting:
+            raise ValueError("rows are picked once pending tokens are settled")
+        self.state = self.state.fork(index)
+        self.mark = self.state.mark()
+
     def settle(self, count: int) -> None:
         """The first `count` pending tokens stay."""
-        rows = len(next(iter(self.state.layers.values())).count)
         stay = {index: min(count, n) for index, n in self.waiting.items()}
         if not self.length:
             if stay != self.waiting:
                 raise ValueError("the first tokens of all cannot be taken back")
         elif self.state.steady:
             for index, n in stay.items():
-                self.state.commit(torch.tensor([n] * rows), index)
+                self.state.commit(torch.tensor([n] * len(self.state.layers[index].count)), index)
         elif stay != self.waiting:
             self.state.restore(self.mark)
             for index, n in stay.items():
                 keys, values = (torch.cat(halves, 2)[:, :, :n] for halves in zip(*self.fresh[index], strict=True))
                 if n:
                     self.state.append(index, (keys, values), None, None)
-                    self.state.commit(torch.tensor([n] * rows), index)
+                    self.state.commit(torch.tensor([n] * len(self.state.layers[index].count)), index)
         self.length += count
         self.waiting, self.fresh, self.mark = {}, {}, self.state.mark()
 
@@ -130,6 +152,7 @@ class Layers(Stack):
         self.cache = Pending(depth, state)
         self.layer_passes = self.part_passes = 0
         self._tuples: bool | None = None
+        self._keeps = "logits_to_keep" in inspect.signature(whole.forward).parameters
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -144,47 +167,32 @@ class Layers(Stack):
             return left.hidden
         raise RuntimeError("the model's forward pass never came to its layers")
 
-    def answer(self, tokens: Tensor, hidden: Tensor | None = None, first: int = 0) -> Answer:
+    def answer(self, tokens: Tensor, hidden: Tensor | None = None, first: int = 0, keep: int | None = None) -> Answer:
         read: list[Tensor] = []
         hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0]))
         try:
-            logits = self._run(self.model, tokens, hidden, first, len(self.layers)).logits
+            logits = self._run(self.model, tokens, hidden, first, len(self.layers), keep or 0).logits
         finally:
             hook.remove()
+        last = slice(-(keep or 0), None)
         if logits.shape[0] != tokens.shape[0]:
-            return Answer(logits.transpose(0, 1), read[0].transpose(0, 1))
-        return Answer(logits, read[0])
+            return Answer(logits.transpose(0, 1)[:, last], read[0].transpose(0, 1)[:, last])
+        return Answer(logits[:, last], read[0][:, last])
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
 
     def mix(self, part: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        cache, index = self.cache, len(self.layers) + part
         self.part_passes += 1
-        if not cache.length and index not in cache.waiting:
-            cache.append(index, keys, values)
-            return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
-        if cache.state.steady:
-            cache.append(index, keys, values)
-            return cache.state.attend(query, index, None)
-        out = []
-        for j in range(query.shape[2]):
-            one = slice(j, j + 1)
-            read = cache.append(index, keys[:, :, one], values[:, :, one])
-            out.append(F.scaled_dot_product_attention(query[:, :, one], *read))
-        return torch.cat(out, 2)
+        return self.cache.mix(len(self.layers) + part, query, keys, values)
 
     def settle(self, count: int) -> None:
         self.cache.settle(count)
 
     def fork(self, index: Tensor) -> None:
-        cache = self.cache
-        if cache.waiting:
-            raise ValueError("rows are picked once pending tokens are settled")
-        cache.state = cache.state.fork(index)
-        cache.mark = cache.state.mark()
+        self.cache.fork(index)
 
-    def _run(self, module: Any, tokens: Tensor, hidden: Tensor | None, first: int, last: int) -> Any:
+    def _run(self, module: Any, tokens: Tensor, hidden: Tensor | None, first: int, last: int, keep: int = 0) -> Any:
         cache = self.cache
         b, t = tokens.shape
         cache.at = cache.length + cache.waiting.get(first, 0)
@@ -199,6 +207,8 @@ class Layers(Stack):
             mask = torch.zeros(beyond.shape, dtype=dtype, device=tokens.device).masked_fill(beyond, torch.finfo(dtype).min)
             given = {"input_ids": tokens.T, "position_ids": places.T, "attention_mask": mask[:, None, None]}
             hidden = None if hidden is None else hidden.transpose(0, 1)
+        if keep and not cache.apart and self._keeps:
+            given["logits_to_keep"] = keep
         self.layer_passes += last - first
         with self._only(hidden, first, last):
             return module(**given, past_key_values=cache, use_cache=True)

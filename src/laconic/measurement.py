@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from laconic import artifact, models
 from laconic.calibration import answer_of
-from laconic.core.decoder import Decoder, Draw
+from laconic.core.decoder import Decoder, Draw, Stack
 from laconic.core.errors import BrokenPromise, UserError
 from laconic.core.packed import Held
 from laconic.core.router import Load, Routed
-from laconic.core.state import State
-from laconic.decoding import Layers
 from laconic.encoders import feed
 from laconic.kernels import divergence
+from laconic.stepping import Steps, steps_of
 
 if TYPE_CHECKING:
     from laconic.data import Samples
@@ -309,9 +308,19 @@ def carried(found: Any) -> dict[str, Any]:
     return {name: found[name] for name in ("past_key_values", "cache_params") if found.get(name) is not None}
 
 
-def _timed_generation(model: nn.Module, tokens: Tensor, new: int) -> tuple[float, float]:
-    """Seconds of one forward over tokens (1, prompt) and of `new` greedy steps from what it carries between tokens."""
+def timed_generation(model: nn.Module, tokens: Tensor, new: int, stack: Stack | None = None) -> tuple[float, float]:
+    """Seconds of one pass over tokens (1, prompt) and of `new` greedy steps from what it carries between tokens: of an empty stack, or of
+    the model's own forward pass."""
     start = time.perf_counter()
+    if stack is not None:
+        chosen, middle = tokens, start
+        for number in range(new + 1):
+            logits = stack.answer(chosen, keep=1).logits
+            stack.settle(chosen.shape[1])
+            chosen = logits.argmax(-1)
+            if not number:
+                middle = time.perf_counter()
+        return middle - start, time.perf_counter() - middle
     found = model(input_ids=tokens, use_cache=True)
     chosen = found.logits[:, -1:].argmax(-1)
     middle = time.perf_counter()
@@ -323,8 +332,9 @@ def _timed_generation(model: nn.Module, tokens: Tensor, new: int) -> tuple[float
 
 def speed(original: nn.Module, compressed: nn.Module, *, prompt: int = 128, new: int = 32, repeats: int = 7) -> dict[str, Any]:
     """Tokens per second of both causal models of transformers, batch 1: prefill over `prompt` tokens, then decode of `new` greedy tokens
-    from the KV cache. The models take turns, after one warm-up each; median of `repeats`, low and high are the slowest and the fastest,
-    spread is the standard deviation, ratio is the median of compressed over original, turn by turn."""
+    from the KV cache, each run as `generate` runs it (`loop`: a tape of native steps, or transformers' forward pass). The models take
+    turns, after one warm-up each; median of `repeats`, low and high are the slowest and the fastest, spread is the standard deviation,
+    ratio is the median of compressed over original, turn by turn."""
     config: Any = compressed.config
     context = getattr(config, "max_position_embeddings", None) or prompt + new
     if prompt + new > context:
@@ -332,11 +342,13 @@ def speed(original: nn.Module, compressed: nn.Module, *, prompt: int = 128, new:
     tokens = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
     models = {"original": original, "compressed": compressed}
     rates: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+    loops = {name: "transformers" if isinstance(steps_of(model), str) else "tape" for name, model in models.items()}
     with torch.inference_mode():
         for turn in range(repeats + 1):
             # who begins changes from turn to turn, so that neither always runs on the warmer machine
             for name in list(models)[:: 1 if turn % 2 else -1]:
-                seconds = _timed_generation(models[name], tokens, new)
+                stack = Steps(models[name]) if loops[name] == "tape" else None
+                seconds = timed_generation(models[name], tokens, new, stack)
                 if turn:
                     rates[name]["prefill"].append(prompt / seconds[0])
                     rates[name]["decode"].append(new / seconds[1])
@@ -348,8 +360,8 @@ def speed(original: nn.Module, compressed: nn.Module, *, prompt: int = 128, new:
         first, second = rates["original"][phase], rates["compressed"][phase]
         found[key], found["original"][key] = statistics.median(second), statistics.median(first)
         ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
-        details[key] = _rates(second) | settings | {"dtype": _dtype(compressed), "ratio": ratio}
-        details[f"{key}_original"] = _rates(first) | settings | {"dtype": _dtype(original)}
+        details[key] = _rates(second) | settings | {"dtype": _dtype(compressed), "loop": loops["compressed"], "ratio": ratio}
+        details[f"{key}_original"] = _rates(first) | settings | {"dtype": _dtype(original), "loop": loops["original"]}
     return found | {"details": details}
 
 
@@ -366,7 +378,7 @@ class Decoded(NamedTuple):
     seconds: float
 
 
-def decoded(decoder: Decoder, stack: Layers, prompt: Tensor, *, new: int, draw: Draw, ends: frozenset[int] = frozenset()) -> Decoded:
+def decoded(decoder: Decoder, stack: Stack, prompt: Tensor, *, new: int, draw: Draw, ends: frozenset[int] = frozenset()) -> Decoded:
     """prompt (1, t) -> at most `new` tokens by a decoder on a fresh stack."""
     drafted = accepted = passes = 0
     with torch.inference_mode():
@@ -380,7 +392,7 @@ def decoded(decoder: Decoder, stack: Layers, prompt: Tensor, *, new: int, draw: 
     return Decoded(tuple(tokens), drafted, accepted, passes, stack.layer_passes - layers, stack.part_passes - parts, seconds)
 
 
-def plainly(model: nn.Module, prompt: Tensor, *, new: int) -> tuple[tuple[int, ...], float]:
+def plainly(model: nn.Module, prompt: Tensor, new: int) -> tuple[tuple[int, ...], float]:
     """prompt (1, t) -> `new` greedy tokens one by one, as transformers caches, and the seconds after the first."""
     with torch.inference_mode():
         found = model(input_ids=prompt, use_cache=True)
@@ -393,10 +405,17 @@ def plainly(model: nn.Module, prompt: Tensor, *, new: int) -> tuple[tuple[int, .
 
 
 def drafting(
-    model: nn.Module, decoder: Decoder, parts: Mapping[str, nn.Module], make: Callable[[], State], prompts: Tensor, *, new: int = 64
+    decoder: Decoder,
+    make: Callable[[], Stack],
+    plain: Callable[[Tensor, int], tuple[tuple[int, ...], float]],
+    prompts: Tensor,
+    *,
+    new: int = 64,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """A decoder against decoding one by one with the same model, prompts (n, t), `new` greedy tokens each: tokens a second of both, prompt
-    by prompt in turns; how many drafted tokens stand; passes of layers a token; prompts whose tokens are all the same."""
+    by prompt in turns; how many drafted tokens stand; passes of layers a token; prompts whose tokens are all the same. make: an empty
+    stack; plain: one by one, tokens and the seconds after the first."""
     ours: list[Decoded] = []
     rates: dict[str, list[float]] = {"drafted": [], "plain": []}
     same = 0
@@ -404,9 +423,9 @@ def drafting(
         turns: dict[str, Any] = {}
         for name in ("drafted", "plain")[:: 1 if i % 2 else -1]:
             if name == "plain":
-                turns[name] = plainly(model, prompt, new=new)
+                turns[name] = plain(prompt, new)
             else:
-                turns[name] = decoded(decoder, Layers(model, make(), parts), prompt, new=new, draw=Draw())
+                turns[name] = decoded(decoder, make(), prompt, new=new, draw=Draw())
         ours.append(turns["drafted"])
         same += turns["drafted"].tokens == turns["plain"][0]
         rates["drafted"].append((new - 1) / ours[-1].seconds)
@@ -423,7 +442,13 @@ def drafting(
     details: dict[str, Any] = {key: {"unit": unit, "n": n} for key, (_, unit, n) in counted.items()}
     found["drafted_tokens_per_s"] = statistics.median(rates["drafted"])
     ratio = statistics.median(a / b for a, b in zip(rates["drafted"], rates["plain"], strict=True))
-    settings = {"prompt": prompts.shape[1], "new": new, "batch": 1, "threads": torch.get_num_threads(), "dtype": _dtype(model)}
+    settings = {
+        "prompt": prompts.shape[1],
+        "new": new,
+        "batch": 1,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     details["drafted_tokens_per_s"] = _rates(rates["drafted"]) | settings | {"ratio": ratio}
     details["drafted_tokens_per_s_plain"] = _rates(rates["plain"]) | settings
     return found | {"details": details}

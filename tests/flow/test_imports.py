@@ -38,6 +38,7 @@ LAYERS = [
         "aligning",
         "budget",
         "decoding",
+        "stepping",
         "recipe",
         "tuning",
         "reconstruction",

@@ -72,8 +72,9 @@ class Stack(ABC):
         """The next tokens (b, t) through embedding and layers 0 to last - 1 -> hidden states (b, t, d)."""
 
     @abstractmethod
-    def answer(self, tokens: Tensor, hidden: Tensor | None = None, first: int = 0) -> Answer:
-        """The next tokens (b, t) through layers `first` to the last and the head; hidden (b, t, d): where `rise` left them."""
+    def answer(self, tokens: Tensor, hidden: Tensor | None = None, first: int = 0, keep: int | None = None) -> Answer:
+        """The next tokens (b, t) through layers `first` to the last and the head; hidden (b, t, d): where `rise` left them. keep: of so
+        many last tokens is an answer wanted (None: of all)."""
 
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:

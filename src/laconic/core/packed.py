@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,19 @@ from typing_extensions import Self
 
 # a product with a held matrix makes at most this many dense entries at once (fp32: 64 MB), so that a huge table stays small in memory
 CHUNK = 16 * 1024 * 1024
+
+
+class Codes(NamedTuple):
+    """What a product with grouped codes reads: codes (n, ceil(m bits / 8)) uint8, scales (n, g) bf16, packed zeros or None; group 0 is the
+    whole row; half: zeros are counted in halves; int8: inputs are rounded to 8 bits as they come."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group: int
+    half: bool
+    int8: bool
 
 
 class Packed(nn.Module, ABC):
@@ -82,6 +95,10 @@ class Packed(nn.Module, ABC):
         """From now on products round their inputs to `bits` as they come, where this form, or what it is built of, has such a product;
         whether it has. It is a way to compute: nothing of it is stored, and `dense` and `feed` stay what they are."""
         return False
+
+    def read(self) -> Codes | None:
+        """What its product reads, where the whole of it is one with grouped codes; None for every other form."""
+        return None
 
     def forward(self) -> Tensor:
         """The dense tensor; a Packed is a module, and this is what it computes."""

@@ -105,6 +105,12 @@ def reference_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tenso
     return out.to(x.dtype)
 
 
+def rows_for(level: str, bits: int, dtype: torch.dtype) -> int:
+    """Rows of x up to which a product is quicker with codes as they are stored than over dense rows."""
+    most = ROWS[level].get(bits, OTHER[level])
+    return most if dtype == torch.bfloat16 else most // FP32
+
+
 @lru_cache(maxsize=1024)
 def _grid(bits: int, group: int, m: int, half: bool = False) -> tuple[Grid, int]:
     """The grid and how many groups a row of m has."""
@@ -143,8 +149,7 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits
     rows = x.numel() // m if m else 0
     if there is None or not rows or not n:
         return reference_linear(x, codes, scales, zeros, grid)
-    most = ROWS[there.level].get(bits, OTHER[there.level])
-    if rows > (most if x.dtype == torch.bfloat16 else most // FP32):
+    if rows > rows_for(there.level, bits, x.dtype):
         return _by_panels(x, codes, scales, zeros, grid)
     given = (x if x.dtype != torch.float16 else x.float()).contiguous()
     out = torch.empty(*x.shape[:-1], n, dtype=torch.float32)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from laconic.claims.lab import SEEDS, judged, long_text, open_bench, spread
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.decoder import Decoder, Draw, Round, Stack
-from laconic.decoding import body_of
-from laconic.measurement import drafting
+from laconic.decoding import Layers, body_of
+from laconic.measurement import drafting, plainly
 from laconic.methods.cache.store.full import Full
 from laconic.methods.decode.draft.kangaroo import PART, Kangaroo
 from laconic.pipeline import learn_parts
@@ -71,9 +71,12 @@ def _found(lab: Lab, seed: int, decoder: Decoder, make: Make) -> dict[str, Any]:
     model, rows = long_text()
     count, new = (4, 48) if lab.quick else (20, 64)
     prompts = rows[seed * count : (seed + 1) * count, :64]
-    found: dict[str, Any] = bench.once(
-        ("drafting", seed, decoder, make), lambda: drafting(model, decoder, make(lab, seed), Full, prompts, new=new)
-    )
+
+    def measured() -> dict[str, Any]:
+        parts = make(lab, seed)
+        return drafting(decoder, lambda: Layers(model, Full(), parts), partial(plainly, model), prompts, new=new)
+
+    found: dict[str, Any] = bench.once(("drafting", seed, decoder, make), measured)
     return found
 
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <string>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -172,6 +173,28 @@ struct Rounded {
     // false where x holds NaN or an infinity
     bool fill(const Product& p);
 };
+
+// where a matrix lies, by addresses as Python has them
+struct Stored {
+    uintptr_t codes;
+    size_t stride;
+    uintptr_t scales, zeros;
+    size_t zero_stride;
+    int64_t n, m;
+    int bits;
+    int64_t group; // 0: the whole row
+    bool half;
+};
+
+enum class Level { plain, avx2, avx512 };
+
+Level level_of(const std::string& name);
+Weight weight_of(const Stored& stored);
+// the product by the best kernel of a level that knows its groups; false: x holds numbers that are not finite, and nothing was computed
+bool multiply(const Product& p, Level level);
+// the same with x rounded to 8 bits on the fly
+bool multiply_int8(const Product& p, Level level);
+void dense(const Weight& w, float* out, int threads, Level level);
 
 void product_plain(const Product& p);
 // false where x holds NaN or an infinity

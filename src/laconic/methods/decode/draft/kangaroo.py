@@ -117,7 +117,7 @@ class Kangaroo(Decoder):
         # prefill: the adapter's cache is filled beside the model's
         early = stack.rise(prompt, self.tap)
         adapter(early, 0, mix)
-        token = draw.pick(draw.odds(stack.answer(prompt, early, self.tap).logits[0, -1]))
+        token = draw.pick(draw.odds(stack.answer(prompt, early, self.tap, keep=1).logits[0, -1]))
         stack.settle(prompt.shape[1])
         yield Round(row(token))
         left, owed = limit - 1, early[:, :0]

@@ -28,7 +28,7 @@ class Ancestral(Decoder):
     def __call__(self, stack: Stack, prompt: Tensor, *, limit: int, draw: Draw, ends: frozenset[int] = frozenset()) -> Iterator[Round]:
         step = prompt
         for _ in range(limit):
-            odds = draw.odds(stack.answer(step).logits[:, -1])
+            odds = draw.odds(stack.answer(step, keep=1).logits[:, -1])
             stack.settle(step.shape[1])
             chosen = [draw.pick(row) for row in odds]
             if step is not prompt:

@@ -1,0 +1,330 @@
+"""A decoder as a tape of native steps: a Stack without transformers' forward pass between its products, for text by text and for batches of
+equal lengths.
+
+Steps run over buffers of fp32 in one native call (kernels/cpu/tape.cpp). What has no native step is done by the model's own modules in
+between: products of other forms, or of so many rows that torch is quicker, and attention of a prompt to itself. Keys and values lie in
+pages, in the model's dtype, and what is not settled is written over. A model is taken only where the tape gives its logits on a trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laconic.architectures import DECODERS, GATED, SPLIT
+from laconic.core.decoder import Answer, Stack
+from laconic.core.errors import UserError
+from laconic.core.packed import Dense, Held
+from laconic.core.state import State
+from laconic.decoding import Pending
+from laconic.kernels.attention import MOST
+from laconic.kernels.linear import rows_for
+from laconic.kernels.native import native
+from laconic.runtime import own_layers
+
+# the architectures whose layers are what a tape can hold: norm, attention, norm, gated feed-forward
+KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+# rotary embeddings whose angles do not depend on how long the text is
+STEADY = ("default", "linear", "llama3", "yarn")
+PAGE = 256
+# rows that a matrix held as it is is multiplied with here: torch is quicker for more
+FEW = 3
+TRIAL = 5
+# the greatest difference of logits to the model's own, as a share of the greatest logit: by dtype, and where products round their inputs,
+# since a sum in another order may fall on the other side of a step
+NEAR = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+ROUNDED = 5e-2
+# buffers: the stream, what a norm gives, queries, keys, values, what attention gives, gate, up, what a half adds, logits
+STREAM, NORMED, QUERY, KEYS, VALUES, MIXED, GATE, UP, OUT, LOGITS = range(10)
+
+
+class Layer(NamedTuple):
+    """The modules of one layer that a tape needs."""
+
+    before: nn.Module
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    between: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+
+
+def _layers(model: Any) -> list[Layer]:
+    """A model's layers; ValueError, with the reason, where a tape cannot hold them."""
+    config, decoder = model.config, model.get_decoder()
+    row = DECODERS.get(config.model_type)
+    if config.model_type not in KNOWN or row is None:
+        raise ValueError(f"no tape is known for {config.model_type}")
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"its feed-forward layers use {config.hidden_act}")
+    if any(type(layer).__name__ != "DynamicLayer" for layer in own_layers(model)):
+        raise ValueError("some of its layers do not attend to all past tokens")
+    if config.rope_parameters.get("rope_type", "default") not in STEADY:
+        raise ValueError(f"its rotary embedding is {config.rope_parameters['rope_type']}")
+    parts = {**SPLIT, **GATED, **row.parts}
+    found = []
+    for layer in decoder.layers:
+        kinds = {type(layer.self_attn).__name__.lower(), type(layer.mlp).__name__.lower()}
+        if kinds != {f"{config.model_type}attention", f"{config.model_type}mlp"}:
+            raise ValueError("other parts stand in its layers")
+        named = {**parts, "before": row.norms["attention"], "between": row.norms["mlp"]}
+        heads = {f"{name}_norm": row.norms[name] for name in ("q", "k") if name in row.norms}
+        one = Layer(**{name: layer.get_submodule(path) for name, path in (named | heads).items() if name in Layer._fields})
+        matrices = (one.q, one.k, one.v, one.o, one.gate, one.up, one.down)
+        if not all(isinstance(m, (nn.Linear, Held)) for m in matrices):
+            raise ValueError("its matrices are held in other modules")
+        if not all(hasattr(norm, "variance_epsilon") for norm in (one.before, one.between)):
+            raise ValueError("its norms are not root mean squares")
+        found.append(one)
+    return found
+
+
+def _width(module: nn.Module) -> tuple[int, int]:
+    """(n, m) of a linear layer."""
+    weight: Any = module.weight
+    return tuple(weight.matrix) if isinstance(module, Held) else tuple(weight.shape)  # type: ignore[return-value]
+
+
+def _matrix(module: Any) -> Tensor | None:
+    """The weight of a linear layer (n, m) where it is held as it is."""
+    if not isinstance(module, Held):
+        return cast(Tensor, module.weight.detach())
+    if module._copy is not None:
+        return module._copy
+    return module.weight.value if isinstance(module.weight, Dense) else None
+
+
+class Steps(Stack):
+    """A decoder of KNOWN over pages of keys and values. ValueError, with the reason, for what no tape can hold.
+
+    state: an empty State for attention of `parts`, which stand beside the model."""
+
+    def __init__(self, model: nn.Module, state: State | None = None, parts: Mapping[str, nn.Module] | None = None) -> None:
+        there = native()
+        self.model = whole = cast(Any, model)
+        if there is None:
+            raise ValueError("there are no native kernels")
+        stored = next(model.parameters(), torch.empty(0))
+        self.dtype = whole.get_decoder().norm.weight.dtype
+        if stored.device.type != "cpu" or self.dtype not in NEAR:
+            raise ValueError(f"the model is on {stored.device.type} in {self.dtype}")
+        self._level = there.level
+        self.layers = _layers(whole)
+        self.parts = dict(parts or {})
+        self._beside = None if state is None else Pending(len(self.layers), state)
+        config = whole.config
+        self.head_norm = whole.get_decoder().norm
+        self._k = config.num_key_value_heads
+        self._h = config.num_attention_heads
+        self._d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._table, self._out = whole.get_input_embeddings(), whole.get_output_embeddings()
+        self.length = self.layer_passes = self.part_passes = 0
+        self._waiting: dict[int, int] = {}
+        self._keep: list[Tensor] = []
+        self._tape = there.module.Tape(there.level, self.dtype == torch.bfloat16, len(self.layers))
+        self.rounds = any(isinstance(module, Held) and module.inputs is not None for module in model.modules())
+        self._done: dict[int, Callable[[int, int, int], None]] = {}
+        self._buffers: list[Tensor] = []
+        self._pages: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in self.layers]
+        self._rows = self._turned = 0
+        self._begins = [self._layer(i, layer) for i, layer in enumerate(self.layers)]
+        self._ends = self._norm(self.head_norm, STREAM, NORMED, 1)
+        self._last = self._product(self._out, NORMED, LOGITS) + 1
+
+    # ---- the tape
+
+    def _layer(self, index: int, layer: Layer) -> int:
+        """Writes one layer; -> its first step."""
+        h, k, d = self._h, self._k, self._d
+        attention: Any = self.model.get_decoder().layers[index].self_attn
+        first = self._norm(layer.before, STREAM, NORMED, 1)
+        for module, to in ((layer.q, QUERY), (layer.k, KEYS), (layer.v, VALUES)):
+            self._product(module, NORMED, to)
+        for norm, at, heads in ((layer.q_norm, QUERY, h), (layer.k_norm, KEYS, k)):
+            if norm is not None:
+                self._norm(norm, at, at, heads)
+        self._tape.rope(QUERY, d, h)
+        self._tape.rope(KEYS, d, k)
+        self._tape.append(KEYS, VALUES, d, k, index)
+        scale = float(attention.scaling)
+        self._done[self._tape.attend(QUERY, MIXED, d, h, index, k, scale, MOST)] = lambda b, t, past: self._attend(index, scale, b, t, past)
+        self._product(layer.o, MIXED, OUT)
+        hidden = _width(layer.o)[0]
+        self._tape.add(OUT, STREAM, hidden)
+        self._norm(layer.between, STREAM, NORMED, 1)
+        self._product(layer.gate, NORMED, GATE)
+        self._product(layer.up, NORMED, UP)
+        self._tape.gate(GATE, UP, _width(layer.up)[0])
+        self._product(layer.down, UP, OUT)
+        self._tape.add(OUT, STREAM, hidden)
+        return int(first)
+
+    def _address(self, tensor: Tensor | None) -> int:
+        """Where a tensor lies, which is kept from now on."""
+        if tensor is None:
+            return 0
+        self._keep.append(tensor)
+        return tensor.data_ptr()
+
+    def _norm(self, module: Any, source: int, to: int, heads: int) -> int:
+        times = module.weight.detach().float().contiguous()
+        return int(self._tape.norm(source, to, times.numel(), heads, self._address(times), float(module.variance_epsilon)))
+
+    def _product(self, module: Any, source: int, to: int) -> int:
+        """A product by its native kernel where there is one; -> its step."""
+        n, m = _width(module)
+        whole, codes = _matrix(module), module.weight.read() if isinstance(module, Held) else None
+        bias = None if module.bias is None else module.bias.detach().float().contiguous()
+        if whole is not None and whole.dtype in (torch.float32, torch.bfloat16) and whole.is_contiguous():
+            narrow = whole.dtype == torch.bfloat16
+            step = self._tape.dense(source, to, self._address(whole), narrow, n, m, self._address(bias), FEW)
+        elif whole is None and codes is not None:
+            stored = [t if t is None else t.contiguous() for t in (codes.codes, codes.scales, codes.zeros)]
+            strides = [0 if t is None else t.shape[1] for t in stored]
+            most = 1 << 40 if codes.int8 else rows_for(self._level, codes.bits, self.dtype)
+            step = self._tape.linear(
+                source, to, self._address(stored[0]), strides[0], self._address(stored[1]), self._address(stored[2]), strides[2],
+                n, m, codes.bits, codes.group, codes.half, self._address(bias), codes.int8, most,
+            )  # fmt: skip
+        else:
+            step = self._tape.outside()
+
+        def outside(b: int, t: int, past: int) -> None:
+            x = self._buffers[source][: b * t * m].view(b, t, m)
+            self._buffers[to][: b * t * n].view(b, t, n).copy_(module(x.to(self.dtype)))
+
+        self._done[int(step)] = outside
+        return int(step)
+
+    # ---- a pass
+
+    def _make_room(self, b: int, t: int, past: int) -> None:
+        """Buffers for b * t rows, pages and angles for past + t tokens."""
+        rows = b * t
+        if rows > self._rows:
+            self._rows = rows
+            one = self.layers[0]
+            hidden, middle = _width(one.o)[0], _width(one.up)[0]
+            wide = [hidden, hidden, self._h * self._d, self._k * self._d, self._k * self._d, self._h * self._d, middle, middle, hidden]
+            self._buffers = [torch.zeros(rows * width) for width in [*wide, _width(self._out)[0]]]
+            self._tape.hold([buffer.data_ptr() for buffer in self._buffers])
+        if past + t > self._turned:
+            self._turned = -(-(past + t) // PAGE) * PAGE
+            places = torch.arange(self._turned)[None]
+            found = self.model.get_decoder().rotary_emb(torch.zeros(1), places)
+            self._angles = [one[0].float().contiguous() for one in found]
+            self._tape.turn(*(one.data_ptr() for one in self._angles))
+        wanted = -(-(past + t) // PAGE)
+        for index, (keys, values) in enumerate(self._pages):
+            if len(keys) < wanted:
+                for half in (keys, values):
+                    half += [torch.zeros(b, self._k, PAGE, self._d, dtype=self.dtype) for _ in range(wanted - len(half))]
+                self._tell(index)
+
+    def _tell(self, index: int) -> None:
+        keys, values = self._pages[index]
+        self._tape.page(index, [page.data_ptr() for page in keys], [page.data_ptr() for page in values])
+
+    def _attend(self, index: int, scale: float, b: int, t: int, past: int) -> None:
+        """Attention of many new tokens, whose keys and values are in their pages."""
+        h, d = self._h, self._d
+        query = self._buffers[QUERY][: b * t * h * d].view(b, t, h, d).transpose(1, 2).to(self.dtype)
+        keys, values = (torch.cat(half, 2)[:, :, : past + t] for half in self._pages[index])
+        mask = None if not past else torch.ones(t, past + t, dtype=torch.bool).tril(past)
+        out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=h != self._k)
+        self._buffers[MIXED][: b * t * h * d].view(b, t, h, d).copy_(out.transpose(1, 2))
+
+    def _run(self, first: int, last: int, b: int, t: int, past: int) -> None:
+        threads = torch.get_num_threads()
+        while (first := self._tape.run(first, last, b, t, past, threads)) < last:
+            self._done[first](b, t, past)
+            first += 1
+
+    def _through(self, tokens: Tensor, hidden: Tensor | None, first: int, last: int) -> Tensor:
+        """Layers first to last - 1 over the next tokens (b, t); -> the stream (b, t, d), which the next pass writes over."""
+        b, t = tokens.shape
+        past = self.length + self._waiting.get(first, 0)
+        if self._pages[0][0] and self._pages[0][0][0].shape[0] != b:
+            raise UserError(f"{b} texts go on from {self._pages[0][0][0].shape[0]}; give as many tokens as there are texts")
+        self._make_room(b, t, past)
+        width = _width(self.layers[0].o)[0]
+        stream = self._buffers[STREAM][: b * t * width].view(b, t, width)
+        stream.copy_(self._table(tokens) if hidden is None else hidden)
+        for index in range(first, last):
+            self._waiting[index] = self._waiting.get(index, 0) + t
+        self.layer_passes += last - first
+        self._run(self._begins[first], self._begins[last] if last < len(self.layers) else self._ends, b, t, past)
+        return stream
+
+    # ---- what a Stack does
+
+    def rise(self, tokens: Tensor, last: int) -> Tensor:
+        if not 0 < last < len(self.layers):
+            raise ValueError(f"rise ends before one of the layers, 1 to {len(self.layers) - 1}, not {last}")
+        return self._through(tokens, None, 0, last).to(self.dtype, copy=True)
+
+    def answer(self, tokens: Tensor, hidden: Tensor | None = None, first: int = 0, keep: int | None = None) -> Answer:
+        stream = self._through(tokens, hidden, first, len(self.layers))
+        b, t = tokens.shape
+        if keep is not None and keep < t:
+            kept = stream[:, t - keep :].clone()
+            t = keep
+            self._buffers[STREAM][: kept.numel()].copy_(kept.flatten())
+        self._run(self._ends, self._last, b, t, 0)
+        read = self._buffers[NORMED][: b * t * stream.shape[2]].view(b, t, -1)
+        found = self._buffers[LOGITS][: b * t * _width(self._out)[0]].view(b, t, -1)
+        return Answer(found.to(self.dtype, copy=True), read.to(self.dtype, copy=True))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self._out(hidden)  # type: ignore[no-any-return]
+
+    def mix(self, part: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        self.part_passes += 1
+        if self._beside is None:
+            raise ValueError("parts beside the model attend over a State of their own; give one")
+        return self._beside.mix(len(self.layers) + part, query, keys, values)
+
+    def settle(self, count: int) -> None:
+        if self._beside is not None:
+            self._beside.settle(count)
+        self.length += count
+        self._waiting = {}
+
+    def fork(self, index: Tensor) -> None:
+        if self._waiting:
+            raise ValueError("rows are picked once pending tokens are settled")
+        if self._beside is not None:
+            self._beside.fork(index)
+        for layer, halves in enumerate(self._pages):
+            for half in halves:
+                half[:] = [page[index] for page in half]
+            self._tell(layer)
+
+
+def steps_of(model: nn.Module, state: State | None = None, parts: Mapping[str, nn.Module] | None = None) -> Steps | str:
+    """The model as Steps, where these give its own logits over a few tokens, read together and one by one; else why not."""
+    try:
+        steps = Steps(model, state, parts)
+    except ValueError as error:
+        return str(error)
+    whole = cast(Any, model)
+    with torch.inference_mode():
+        tokens = torch.arange(1, TRIAL + 1)[None] * 7 % whole.config.vocab_size
+        wanted = whole(input_ids=tokens, use_cache=False).logits.float()
+        found = []
+        for part in (tokens[:, :-2], tokens[:, -2:-1], tokens[:, -1:]):
+            found.append(steps.answer(part).logits.float())
+            steps.length += part.shape[1]
+            steps._waiting = {}
+        apart = float((torch.cat(found, 1) - wanted).abs().max() / wanted.abs().max())
+    if not apart <= max(NEAR[steps.dtype], ROUNDED if steps.rounds else 0.0):
+        return f"its logits on a trial were {apart:.1e} from the model's own"
+    return Steps(model, state, parts)
