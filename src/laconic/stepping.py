@@ -110,6 +110,8 @@ class Steps(Stack):
     def __init__(self, model: nn.Module, state: State | None = None, parts: Mapping[str, nn.Module] | None = None) -> None:
         there = native()
         self.model = whole = cast(Any, model)
+        if not hasattr(model, "get_decoder") or getattr(model, "config", None) is None:
+            raise ValueError(f"{type(model).__name__} is no decoder of transformers")
         if there is None:
             raise ValueError("there are no native kernels")
         stored = next(model.parameters(), torch.empty(0))
@@ -313,7 +315,7 @@ def steps_of(model: nn.Module, state: State | None = None, parts: Mapping[str, n
     """The model as Steps, where these give its own logits over a few tokens, read together and one by one; else why not."""
     try:
         steps = Steps(model, state, parts)
-    except ValueError as error:
+    except (UserError, ValueError) as error:
         return str(error)
     whole = cast(Any, model)
     with torch.inference_mode():

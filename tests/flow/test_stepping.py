@@ -241,6 +241,7 @@ def test_numbers_that_are_not_finite_spread_as_in_the_model() -> None:
 @pytest.mark.parametrize(
     ("model", "why"),
     [
+        (lambda: nn.Linear(2, 2), "Linear is no decoder of transformers"),
         (lambda: tiny("Mistral", sliding_window=16), "do not attend to all past tokens"),
         (lambda: tiny("Gemma"), "no tape is known for gemma"),
         (lambda: tiny(hidden_act="gelu"), "feed-forward layers use gelu"),

@@ -11,9 +11,9 @@ namespace {
 // products of fewer multiplications than this are done before a second thread has begun
 constexpr int64_t SMALL = 1 << 17;
 
-// e^x to the last bit but one, as a vector can have it (Cephes' polynomial); beyond +-87 as at +-87
+// e^x to the last bit but one, as a vector can have it (Cephes' polynomial); below -87 as there, infinite above 88
 inline float exp_of(float x) {
-    const float y = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
+    const float y = x < -87.0f ? -87.0f : x > 89.0f ? 89.0f : x;
     const float shifted = y * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
     const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
