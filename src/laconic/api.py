@@ -571,7 +571,7 @@ def _record_speed(folder: Path, found: Mapping[str, Any]) -> None:
 class Talk(NamedTuple):
     """A model with its tokenizer, ready to generate. context: most positions, 0 where there is no bound. ends: ids that end a text.
     decoder, parts: what draws several tokens a pass, None where it is one by one; cache: how the past is held, None: as it comes.
-    stepped: whether a tape of native steps gives the model's logits (`stepping.Steps`), as long as nothing else is to hold the past."""
+    stepped: whether a tape of native steps gives the model's logits (`stepping.Steps`)."""
 
     model: nn.Module
     tokenizer: Any
@@ -588,7 +588,9 @@ class Talk(NamedTuple):
 
     def stack(self) -> Stack:
         """The model as a Decoder runs it, with nothing behind it."""
-        return Steps(self.model, self.state(), self.parts) if self.stepped else Layers(self.model, self.state(), self.parts)
+        if self.stepped:
+            return Steps(self.model, self.state(), self.parts, holds=self.cache is not None)
+        return Layers(self.model, self.state(), self.parts)
 
     def plainly(self, prompt: Tensor, new: int) -> tuple[tuple[int, ...], float]:
         """prompt (1, t) -> `new` greedy tokens one by one, and the seconds after the first."""
@@ -625,7 +627,7 @@ def open_talk(
     if small:
         # what has no product of its own would be made dense for every token
         artifact.thawed(loaded, dtype, lambda layer: layer.weight.read() is None)
-    stepped = cache is None and isinstance(steps_of(loaded, _state(FULL), parts), Steps)
+    stepped = isinstance(steps_of(loaded), Steps)
     if small and not stepped:
         artifact.thawed(loaded, dtype)
     ends: set[int] = set()

@@ -71,15 +71,24 @@ class Pending(Cache):
         self.fresh: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.mark = state.mark()
 
-    def append(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The next tokens (b, h, t, d) of a layer into the State -> what they read; of a State that is not steady one at a time."""
+    def put(self, index: int, keys: Tensor, values: Tensor) -> None:
+        """The next tokens (b, h, t, d) of a layer into the State, staged."""
         self.waiting[index] = self.waiting.get(index, 0) + keys.shape[2]
-        seen = self.state.append(index, (keys, values), None, None)
-        # the first tokens of all read each other as they are and are not taken back: each layer commits at once, as a prefill does
-        if not self.length or not self.state.steady:
-            self.state.commit(torch.tensor(self.state.waiting(index)), index)
+        self.state.stage(index, (keys, values), None, None)
         if self.length and not self.state.steady:
             self.fresh.setdefault(index, []).append((keys, values))
+
+    def keep(self, index: int) -> None:
+        """Commits what is staged, where it need not be. The first tokens of all read each other as they are and are not taken back: each
+        layer commits at once, as a prefill does."""
+        if not self.length or not self.state.steady:
+            self.state.commit(torch.tensor(self.state.waiting(index)), index)
+
+    def append(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The next tokens (b, h, t, d) of a layer into the State -> what they read; of a State that is not steady one at a time."""
+        self.put(index, keys, values)
+        seen = self.state.seen(index)
+        self.keep(index)
         return seen[0].data, seen[1].data
 
     def take(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,19 +99,22 @@ class Pending(Cache):
         longest = read[-1][0].shape[2]
         return tuple(torch.cat([F.pad(one[half], (0, 0, 0, longest - one[half].shape[2])) for one in read]) for half in (0, 1))  # type: ignore[return-value]
 
-    def mix(self, index: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of the next tokens of a layer, each (b, h, t, d), over all that it has seen and themselves."""
+    def mix(self, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
+        """Attention of the next tokens of a layer, each (b, heads, t, d), over all that it has seen and themselves."""
         if not self.length and index not in self.waiting:
-            self.append(index, keys, values)
-            return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+            self.put(index, keys, values)
+            self.keep(index)
+            shared = query.shape[1] != keys.shape[1]
+            return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=shared)
         if self.state.steady:
-            self.append(index, keys, values)
-            return self.state.attend(query, index, None)
+            self.put(index, keys, values)
+            return self.state.attend(query, index, None, scale)
         out = []
-        for j in range(query.shape[2]):
-            one = slice(j, j + 1)
-            read = self.append(index, keys[:, :, one], values[:, :, one])
-            out.append(F.scaled_dot_product_attention(query[:, :, one], *read))
+        for one in range(query.shape[2]):
+            at = slice(one, one + 1)
+            self.put(index, keys[:, :, at], values[:, :, at])
+            out.append(self.state.attend(query[:, :, at], index, None, scale))
+            self.keep(index)
         return torch.cat(out, 2)
 
     def fork(self, index: Tensor) -> None:

@@ -105,9 +105,11 @@ def _matrix(module: Any) -> Tensor | None:
 class Steps(Stack):
     """A decoder of KNOWN over pages of keys and values. ValueError, with the reason, for what no tape can hold.
 
-    state: an empty State for attention of `parts`, which stand beside the model."""
+    state: an empty State, for attention of `parts` that stand beside the model, and for the model's own where it `holds` the past."""
 
-    def __init__(self, model: nn.Module, state: State | None = None, parts: Mapping[str, nn.Module] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, state: State | None = None, parts: Mapping[str, nn.Module] | None = None, holds: bool = False
+    ) -> None:
         there = native()
         self.model = whole = cast(Any, model)
         if not hasattr(model, "get_decoder") or getattr(model, "config", None) is None:
@@ -121,7 +123,10 @@ class Steps(Stack):
         self._level = there.level
         self.layers = _layers(whole)
         self.parts = dict(parts or {})
-        self._beside = None if state is None else Pending(len(self.layers), state)
+        self._past = None if state is None else Pending(len(self.layers), state)
+        if holds and state is None:
+            raise ValueError("there is no State that could hold the past")
+        self._holds = holds
         config = whole.config
         self.head_norm = whole.get_decoder().norm
         self._k = config.num_key_value_heads
@@ -136,7 +141,7 @@ class Steps(Stack):
         self._done: dict[int, Callable[[int, int, int], None]] = {}
         self._buffers: list[Tensor] = []
         self._pages: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in self.layers]
-        self._rows = self._turned = 0
+        self._rows = self._turned = self._texts = 0
         self._begins = [self._layer(i, layer) for i, layer in enumerate(self.layers)]
         self._ends = self._norm(self.head_norm, STREAM, NORMED, 1)
         self._last = self._product(self._out, NORMED, LOGITS) + 1
@@ -155,9 +160,13 @@ class Steps(Stack):
                 self._norm(norm, at, at, heads)
         self._tape.rope(QUERY, d, h)
         self._tape.rope(KEYS, d, k)
-        self._tape.append(KEYS, VALUES, d, k, index)
         scale = float(attention.scaling)
-        self._done[self._tape.attend(QUERY, MIXED, d, h, index, k, scale, MOST)] = lambda b, t, past: self._attend(index, scale, b, t, past)
+        if self._holds:
+            self._done[self._tape.outside()] = lambda b, t, past: self._mix(index, scale, b, t)
+        else:
+            self._tape.append(KEYS, VALUES, d, k, index)
+            step = self._tape.attend(QUERY, MIXED, d, h, index, k, scale, MOST)
+            self._done[step] = lambda b, t, past: self._attend(index, scale, b, t, past)
         self._product(layer.o, MIXED, OUT)
         hidden = _width(layer.o)[0]
         self._tape.add(OUT, STREAM, hidden)
@@ -224,7 +233,7 @@ class Steps(Stack):
             found = self.model.get_decoder().rotary_emb(torch.zeros(1), places)
             self._angles = [one[0].float().contiguous() for one in found]
             self._tape.turn(*(one.data_ptr() for one in self._angles))
-        wanted = -(-(past + t) // PAGE)
+        wanted = 0 if self._holds else -(-(past + t) // PAGE)
         for index, (keys, values) in enumerate(self._pages):
             if len(keys) < wanted:
                 for half in (keys, values):
@@ -237,12 +246,25 @@ class Steps(Stack):
 
     def _attend(self, index: int, scale: float, b: int, t: int, past: int) -> None:
         """Attention of many new tokens, whose keys and values are in their pages."""
-        h, d = self._h, self._d
-        query = self._buffers[QUERY][: b * t * h * d].view(b, t, h, d).transpose(1, 2).to(self.dtype)
+        query, h = self._heads(QUERY, self._h, b, t), self._h
         keys, values = (torch.cat(half, 2)[:, :, : past + t] for half in self._pages[index])
         mask = None if not past else torch.ones(t, past + t, dtype=torch.bool).tril(past)
         out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=h != self._k)
-        self._buffers[MIXED][: b * t * h * d].view(b, t, h, d).copy_(out.transpose(1, 2))
+        self._put(out)
+
+    def _mix(self, index: int, scale: float, b: int, t: int) -> None:
+        """Attention over what a State holds."""
+        assert self._past is not None
+        query, keys, values = (self._heads(at, heads, b, t) for at, heads in ((QUERY, self._h), (KEYS, self._k), (VALUES, self._k)))
+        self._put(self._past.mix(index, query, keys, values, scale))
+
+    def _heads(self, buffer: int, heads: int, b: int, t: int) -> Tensor:
+        """What lies in a buffer as (b, heads, t, d), in a copy."""
+        return self._buffers[buffer][: b * t * heads * self._d].view(b, t, heads, self._d).transpose(1, 2).to(self.dtype, copy=True)
+
+    def _put(self, mixed: Tensor) -> None:
+        """What attention gives (b, heads, t, d)."""
+        self._buffers[MIXED][: mixed.numel()].view(mixed.transpose(1, 2).shape).copy_(mixed.transpose(1, 2))
 
     def _run(self, first: int, last: int, b: int, t: int, past: int) -> None:
         threads = torch.get_num_threads()
@@ -254,8 +276,10 @@ class Steps(Stack):
         """Layers first to last - 1 over the next tokens (b, t); -> the stream (b, t, d), which the next pass writes over."""
         b, t = tokens.shape
         past = self.length + self._waiting.get(first, 0)
-        if self._pages[0][0] and self._pages[0][0][0].shape[0] != b:
-            raise UserError(f"{b} texts go on from {self._pages[0][0][0].shape[0]}; give as many tokens as there are texts")
+        if past and self._texts != b:
+            raise UserError(f"{b} texts go on from {self._texts}; give as many tokens as there are texts")
+        if b != self._texts:
+            self._texts, self._pages = b, [([], []) for _ in self.layers]
         self._make_room(b, t, past)
         width = _width(self.layers[0].o)[0]
         stream = self._buffers[STREAM][: b * t * width].view(b, t, width)
@@ -290,31 +314,32 @@ class Steps(Stack):
 
     def mix(self, part: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         self.part_passes += 1
-        if self._beside is None:
+        if self._past is None:
             raise ValueError("parts beside the model attend over a State of their own; give one")
-        return self._beside.mix(len(self.layers) + part, query, keys, values)
+        return self._past.mix(len(self.layers) + part, query, keys, values)
 
     def settle(self, count: int) -> None:
-        if self._beside is not None:
-            self._beside.settle(count)
+        if self._past is not None:
+            self._past.settle(count)
         self.length += count
         self._waiting = {}
 
     def fork(self, index: Tensor) -> None:
         if self._waiting:
             raise ValueError("rows are picked once pending tokens are settled")
-        if self._beside is not None:
-            self._beside.fork(index)
+        if self._past is not None:
+            self._past.fork(index)
+        self._texts = len(index)
         for layer, halves in enumerate(self._pages):
             for half in halves:
                 half[:] = [page[index] for page in half]
             self._tell(layer)
 
 
-def steps_of(model: nn.Module, state: State | None = None, parts: Mapping[str, nn.Module] | None = None) -> Steps | str:
+def steps_of(model: nn.Module) -> Steps | str:
     """The model as Steps, where these give its own logits over a few tokens, read together and one by one; else why not."""
     try:
-        steps = Steps(model, state, parts)
+        steps = Steps(model)
     except (UserError, ValueError) as error:
         return str(error)
     whole = cast(Any, model)
@@ -324,9 +349,8 @@ def steps_of(model: nn.Module, state: State | None = None, parts: Mapping[str, n
         found = []
         for part in (tokens[:, :-2], tokens[:, -2:-1], tokens[:, -1:]):
             found.append(steps.answer(part).logits.float())
-            steps.length += part.shape[1]
-            steps._waiting = {}
+            steps.settle(part.shape[1])
         apart = float((torch.cat(found, 1) - wanted).abs().max() / wanted.abs().max())
     if not apart <= max(NEAR[steps.dtype], ROUNDED if steps.rounds else 0.0):
         return f"its logits on a trial were {apart:.1e} from the model's own"
-    return Steps(model, state, parts)
+    return Steps(model)

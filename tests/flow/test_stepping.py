@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,14 +18,17 @@ from laconic.artifact import put, round_inputs, thawed
 from laconic.core.decoder import Draw
 from laconic.core.errors import UserError
 from laconic.core.packed import Dense, Held, Packed, Sum
+from laconic.core.state import State
 from laconic.decoding import Layers, body_of
 from laconic.kernels.grids import Grid, encode, fit_range
 from laconic.kernels.native import LEVELS, Native, native
 from laconic.measurement import timed_generation
 from laconic.methods.cache.store.full import Full
+from laconic.methods.cache.store.kivi import Kivi
 from laconic.methods.decode.draft.kangaroo import Kangaroo
 from laconic.methods.decode.sample.ancestral import Ancestral
 from laconic.methods.quantize.grid.grouped import Grouped
+from laconic.runtime import StateCache
 from laconic.stepping import Steps, steps_of
 
 KNOWN = {
@@ -175,6 +179,24 @@ def test_what_is_not_settled_leaves_no_trace() -> None:
         steps.settle(0)
         found.append(steps.answer(tokens[:, 12:]).logits)
     torch.testing.assert_close(torch.cat(found, 1), torch.cat([wanted[:, :10], wanted[:, 12:]], 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [Full, functools.partial(Kivi, bits=4, group=8, residual=16)])
+def test_a_state_holds_the_past(make: Callable[[], State]) -> None:
+    model = hold(tiny())
+    for b, sizes in ((1, [40, 1, 1, 3, 20, 1]), (2, [20, 1, 30, 1])):
+        tokens = ids(sum(sizes), b)
+        steps, cache, found = Steps(model, make(), holds=True), StateCache(model, make()), []
+        with torch.inference_mode():
+            for part in tokens.split(sizes, 1):
+                found.append(steps.answer(part).logits)
+                steps.settle(part.shape[1])
+            # as transformers generates: what comes after the first tokens comes one by one
+            apart_by = [sizes[0], *[1] * sum(sizes[1:])]
+            wanted = [model(input_ids=part, past_key_values=cache).logits for part in tokens.split(apart_by, 1)]
+        torch.testing.assert_close(torch.cat(found, 1), torch.cat(wanted, 1), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="no State"):
+        Steps(model, holds=True)
 
 
 def test_rows_are_picked_by_index() -> None:
