@@ -735,19 +735,22 @@ def _drafted(talk: Talk, ids: Tensor, room: int, draw: Draw) -> Iterator[int]:
 
 def pieces(talk: Talk, ids: Tensor, new: Iterator[int]) -> Iterator[str]:
     """The text of new tokens as it grows; a character that is not whole yet waits for the next token."""
-    # a prompt's last token goes along, because some tokenizers drop a space at the very front
-    front = ids[0, -1:].tolist()
-    known = talk.tokenizer.decode(front, skip_special_tokens=True)
-    held: list[int] = list(front)
+    # a prompt's last token goes along, because some tokenizers drop a space at the very front; later the tokens of the piece before do
+    held: list[int] = ids[0, -1:].tolist()
+    begin, said = 0, len(held)
+
+    def more() -> str:
+        known, text = (talk.tokenizer.decode(held[begin:end], skip_special_tokens=True) for end in (said, len(held)))
+        return str(text[len(known) :])
+
     for one in new:
         held.append(one)
-        text = talk.tokenizer.decode(held, skip_special_tokens=True)
-        if not text.endswith("\ufffd") and len(text) > len(known):
-            yield text[len(known) :]
-            known = text
-    rest = talk.tokenizer.decode(held, skip_special_tokens=True)
-    if len(rest) > len(known):
-        yield rest[len(known) :]
+        text = more()
+        if text and not text.endswith("\ufffd"):
+            yield text
+            begin, said = said, len(held)
+    if rest := more():
+        yield rest
 
 
 def generate(

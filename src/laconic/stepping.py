@@ -32,6 +32,8 @@ STEADY = ("default", "linear", "llama3", "yarn")
 PAGE = 256
 # rows that a matrix held as it is is multiplied with here: torch is quicker for more
 FEW = 3
+# tokens of a prompt that are read together
+PROMPT = 1024
 TRIAL = 5
 # the greatest difference of logits to the model's own, as a share of the greatest logit: by dtype, and where products round their inputs,
 # since a sum in another order may fall on the other side of a step
@@ -225,7 +227,7 @@ class Steps(Stack):
             one = self.layers[0]
             hidden, middle = _width(one.o)[0], _width(one.up)[0]
             wide = [hidden, hidden, self._h * self._d, self._k * self._d, self._k * self._d, self._h * self._d, middle, middle, hidden]
-            self._buffers = [torch.zeros(rows * width) for width in [*wide, _width(self._out)[0]]]
+            self._buffers = [*(torch.zeros(rows * width) for width in wide), torch.zeros(0)]
             self._tape.hold([buffer.data_ptr() for buffer in self._buffers])
         if past + t > self._turned:
             self._turned = -(-(past + t) // PAGE) * PAGE
@@ -298,15 +300,24 @@ class Steps(Stack):
         return self._through(tokens, None, 0, last).to(self.dtype, copy=True)
 
     def answer(self, tokens: Tensor, hidden: Tensor | None = None, first: int = 0, keep: int | None = None) -> Answer:
+        if keep is not None and hidden is None and not self._holds:
+            # a long prompt is read in pieces, so that what is computed for it stays small
+            while tokens.shape[1] > max(PROMPT, keep):
+                self._through(tokens[:, :PROMPT], None, first, len(self.layers))
+                tokens = tokens[:, PROMPT:]
         stream = self._through(tokens, hidden, first, len(self.layers))
         b, t = tokens.shape
         if keep is not None and keep < t:
             kept = stream[:, t - keep :].clone()
             t = keep
             self._buffers[STREAM][: kept.numel()].copy_(kept.flatten())
+        vocabulary = _width(self._out)[0]
+        if self._buffers[LOGITS].numel() < b * t * vocabulary:
+            self._buffers[LOGITS] = torch.zeros(b * t * vocabulary)
+            self._tape.hold([buffer.data_ptr() for buffer in self._buffers])
         self._run(self._ends, self._last, b, t, 0)
         read = self._buffers[NORMED][: b * t * stream.shape[2]].view(b, t, -1)
-        found = self._buffers[LOGITS][: b * t * _width(self._out)[0]].view(b, t, -1)
+        found = self._buffers[LOGITS][: b * t * vocabulary].view(b, t, -1)
         return Answer(found.to(self.dtype, copy=True), read.to(self.dtype, copy=True))
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -121,6 +121,19 @@ def test_a_text_longer_than_a_page(level: str) -> None:
     assert apart(model, read(made(model), tokens, sizes), tokens) < 2e-5
 
 
+def test_a_long_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepping, "PROMPT", 24)
+    model, tokens = hold(tiny()), ids(101, 2)
+    steps = made(model)
+    with torch.inference_mode():
+        found = [steps.answer(tokens[:, :90], keep=3).logits]
+        steps.settle(90)
+        found.append(steps.answer(tokens[:, 90:]).logits)
+        wanted = model(input_ids=tokens).logits[:, 87:]
+    assert steps.length == 90
+    torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-3, atol=1e-3)
+
+
 def held_every_way(dtype: torch.dtype) -> Iterator[PreTrainedModel]:
     """Matrices as they are, in codes, in numbers of 16 bits, in a sum that has no native product, tied, as dense copies."""
     yield tiny(dtype=dtype)
