@@ -524,11 +524,13 @@ def bench(
     repeats: int = 7,
     record: bool = False,
     inputs: int | None = None,
+    explain: bool = False,
     progress: Progress = quiet,
     log: Log = say,
 ) -> dict[str, Any]:
     """Prefill and decode speed of a result and of its original, taking turns; memory; hardware. record: into its measurements.json too.
-    inputs: 8 rounds inputs of the result's products to 8 bits."""
+    inputs: 8 rounds inputs of the result's products to 8 bits. explain: `steps` says where the result's time goes, `details.steps` what
+    else runs it."""
     if record and inputs is not None:
         raise UserError("measurements.json keeps the speed of the result as it loads by itself: leave out --record or --inputs")
     if repeats < 1 or prompt < 1 or new < 1:
@@ -545,6 +547,14 @@ def bench(
         compressed = load(path, dtype=dtype, inputs=inputs, log=log).eval()
         found = measurement.speed(original, compressed, prompt=prompt, new=new, repeats=repeats)
         progress("timing", 1, 1, "")
+    if explain:
+        steps = steps_of(compressed)
+        if isinstance(steps, Steps):
+            with torch.inference_mode():
+                spent = steps.spent(measurement.any_tokens(compressed, prompt), new)
+            found["steps"] = {phase: [row._asdict() for row in rows] for phase, rows in spent.items()}
+        else:
+            found["details"]["steps"] = {"what": f"the model's own forward pass in transformers runs it: {steps}"}
     del original, compressed
     found["peak_memory_bytes"] = peak.bytes
     found["details"]["peak_memory_bytes"] = {"unit": "bytes", "n": 1, "what": "process tree of this bench, which holds both models"}

@@ -530,7 +530,11 @@ def numbers_table(title: str, found: Mapping[str, Any]) -> Table:
     return table
 
 
-@app.command(epilog=_examples("laconic bench out --json", "laconic bench out --prompt-tokens 512 --new-tokens 64 --record"))
+@app.command(
+    epilog=_examples(
+        "laconic bench out --json", "laconic bench out --prompt-tokens 512 --new-tokens 64 --record", "laconic bench out --explain"
+    )
+)
 @guarded
 def bench(
     folder: FolderArgument,
@@ -540,6 +544,7 @@ def bench(
     repeats: Annotated[int, typer.Option("--repeats", help="Turns of each model; the median counts.")] = 7,
     record: Annotated[bool, typer.Option("--record", help="Write the speeds into the folder's measurements.json too.")] = False,
     inputs: InputsOption = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say where the time of a token and of a prompt goes.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -551,7 +556,7 @@ def bench(
     with Voice() as voice:
         found = api.bench(
             folder, against, prompt=prompt_tokens, new=new_tokens, repeats=repeats, record=record, inputs=inputs,
-            progress=voice.progress, log=voice.log,
+            explain=explain, progress=voice.progress, log=voice.log,
         )  # fmt: skip
     if as_json:
         _print_json(found)
@@ -573,6 +578,16 @@ def bench(
     if slower:
         print(f"The result is slower than the original in {' and '.join(slower)} on this machine.")
     print(f"peak memory with both models: {_bytes(found['peak_memory_bytes'])}")
+    for phase, rows in found.get("steps", {}).items():
+        total = sum(row["ms"] for row in rows)
+        unit = "token" if phase == "decode" else f"prompt of {prompt_tokens} tokens"
+        table = _table(f"{phase}: {total:,.2f} ms for a {unit}", "", "by", "times", "ms", "share", "GB/s")
+        for row in rows:
+            rate = f"{row['nbytes'] / row['ms'] / 1e6:,.1f}" if row["nbytes"] else ""
+            table.add_row(row["what"], row["by"], str(row["times"]), f"{row['ms']:.3f}", f"{row['ms'] / total:.0%}", rate)
+        _show(table)
+    if explain and "steps" not in found:
+        print(found["details"]["steps"]["what"])
 
 
 def drafting_line(found: Mapping[str, Any]) -> str:

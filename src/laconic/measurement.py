@@ -330,6 +330,12 @@ def timed_generation(model: nn.Module, tokens: Tensor, new: int, stack: Stack | 
     return middle - start, time.perf_counter() - middle
 
 
+def any_tokens(model: nn.Module, count: int) -> Tensor:
+    """(1, count) token ids of a model's vocabulary, always the same."""
+    config: Any = model.config
+    return torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+
+
 def speed(original: nn.Module, compressed: nn.Module, *, prompt: int = 128, new: int = 32, repeats: int = 7) -> dict[str, Any]:
     """Tokens per second of both causal models of transformers, batch 1: prefill over `prompt` tokens, then decode of `new` greedy tokens
     from the KV cache, each run as `generate` runs it (`loop`: a tape of native steps, or transformers' forward pass). The models take
@@ -339,7 +345,7 @@ def speed(original: nn.Module, compressed: nn.Module, *, prompt: int = 128, new:
     context = getattr(config, "max_position_embeddings", None) or prompt + new
     if prompt + new > context:
         raise UserError(f"{prompt} tokens of prompt and {new} new ones do not fit the context of {context}: ask for fewer")
-    tokens = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    tokens = any_tokens(compressed, prompt)
     models = {"original": original, "compressed": compressed}
     rates: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
     loops = {name: "transformers" if isinstance(steps_of(model), str) else "tape" for name, model in models.items()}

@@ -7,6 +7,7 @@ pages, in the model's dtype, and what is not settled is written over. A model is
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -95,6 +96,23 @@ def _width(module: nn.Module) -> tuple[int, int]:
     return tuple(weight.matrix) if isinstance(module, Held) else tuple(weight.shape)  # type: ignore[return-value]
 
 
+class Told(NamedTuple):
+    """What a step does, and the stored bytes that it reads each time."""
+
+    what: str
+    nbytes: int = 0
+
+
+class Spent(NamedTuple):
+    """Where time goes: what is done, by whom, how often in a pass, milliseconds of a pass, stored bytes read in it."""
+
+    what: str
+    by: str
+    times: int
+    ms: float
+    nbytes: int
+
+
 def _matrix(module: Any) -> Tensor | None:
     """The weight of a linear layer (n, m) where it is held as it is."""
     if not isinstance(module, Held):
@@ -141,6 +159,9 @@ class Steps(Stack):
         self._tape = there.module.Tape(there.level, self.dtype == torch.bfloat16, len(self.layers))
         self.rounds = any(isinstance(module, Held) and module.inputs is not None for module in model.modules())
         self._done: dict[int, Callable[[int, int, int], None]] = {}
+        self._told: dict[int, Told] = {}
+        # seconds of each step and who did it, while they are taken
+        self._took: dict[tuple[int, str], list[float]] | None = None
         self._buffers: list[Tensor] = []
         self._pages: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in self.layers]
         self._rows = self._turned = self._texts = 0
@@ -160,24 +181,26 @@ class Steps(Stack):
         for norm, at, heads in ((layer.q_norm, QUERY, h), (layer.k_norm, KEYS, k)):
             if norm is not None:
                 self._norm(norm, at, at, heads)
-        self._tape.rope(QUERY, d, h)
-        self._tape.rope(KEYS, d, k)
+        for at, heads in ((QUERY, h), (KEYS, k)):
+            self._told[self._tape.rope(at, d, heads)] = Told("rotary embedding")
         scale = float(attention.scaling)
         if self._holds:
-            self._done[self._tape.outside()] = lambda b, t, past: self._mix(index, scale, b, t)
+            step = self._tape.outside()
+            self._done[step] = lambda b, t, past: self._mix(index, scale, b, t)
         else:
-            self._tape.append(KEYS, VALUES, d, k, index)
+            self._told[self._tape.append(KEYS, VALUES, d, k, index)] = Told("keys and values put away")
             step = self._tape.attend(QUERY, MIXED, d, h, index, k, scale, MOST)
             self._done[step] = lambda b, t, past: self._attend(index, scale, b, t, past)
+        self._told[step] = Told("attention")
         self._product(layer.o, MIXED, OUT)
         hidden = _width(layer.o)[0]
-        self._tape.add(OUT, STREAM, hidden)
+        self._told[self._tape.add(OUT, STREAM, hidden)] = Told("sum")
         self._norm(layer.between, STREAM, NORMED, 1)
         self._product(layer.gate, NORMED, GATE)
         self._product(layer.up, NORMED, UP)
-        self._tape.gate(GATE, UP, _width(layer.up)[0])
+        self._told[self._tape.gate(GATE, UP, _width(layer.up)[0])] = Told("gate")
         self._product(layer.down, UP, OUT)
-        self._tape.add(OUT, STREAM, hidden)
+        self._told[self._tape.add(OUT, STREAM, hidden)] = Told("sum")
         return int(first)
 
     def _address(self, tensor: Tensor | None) -> int:
@@ -189,7 +212,9 @@ class Steps(Stack):
 
     def _norm(self, module: Any, source: int, to: int, heads: int) -> int:
         times = module.weight.detach().float().contiguous()
-        return int(self._tape.norm(source, to, times.numel(), heads, self._address(times), float(module.variance_epsilon)))
+        step = int(self._tape.norm(source, to, times.numel(), heads, self._address(times), float(module.variance_epsilon)))
+        self._told[step] = Told("norm")
+        return step
 
     def _product(self, module: Any, source: int, to: int) -> int:
         """A product by its native kernel where there is one; -> its step."""
@@ -198,17 +223,21 @@ class Steps(Stack):
         bias = None if module.bias is None else module.bias.detach().float().contiguous()
         if whole is not None and whole.dtype in (torch.float32, torch.bfloat16) and whole.is_contiguous():
             narrow = whole.dtype == torch.bfloat16
+            form, nbytes = str(whole.dtype).removeprefix("torch."), whole.numel() * whole.element_size()
             step = self._tape.dense(source, to, self._address(whole), narrow, n, m, self._address(bias), FEW)
         elif whole is None and codes is not None:
             stored = [t if t is None else t.contiguous() for t in (codes.codes, codes.scales, codes.zeros)]
             strides = [0 if t is None else t.shape[1] for t in stored]
+            form = f"{codes.bits} bits{f', groups of {codes.group}' if codes.group else ''}{', inputs in 8' if codes.int8 else ''}"
+            nbytes = sum(t.numel() * t.element_size() for t in stored if t is not None)
             most = 1 << 40 if codes.int8 else rows_for(self._level, codes.bits, self.dtype)
             step = self._tape.linear(
                 source, to, self._address(stored[0]), strides[0], self._address(stored[1]), self._address(stored[2]), strides[2],
                 n, m, codes.bits, codes.group, codes.half, self._address(bias), codes.int8, most,
             )  # fmt: skip
         else:
-            step = self._tape.outside()
+            form, nbytes, step = type(module.weight).__name__, module.weight.nbytes if isinstance(module, Held) else 0, self._tape.outside()
+        self._told[int(step)] = Told(f"product {n} x {m}, {form}", nbytes)
 
         def outside(b: int, t: int, past: int) -> None:
             x = self._buffers[source][: b * t * m].view(b, t, m)
@@ -270,6 +299,14 @@ class Steps(Stack):
 
     def _run(self, first: int, last: int, b: int, t: int, past: int) -> None:
         threads = torch.get_num_threads()
+        if self._took is not None:
+            for step in range(first, last):
+                began, by = time.perf_counter(), "native"
+                if self._tape.run(step, step + 1, b, t, past, threads) == step:
+                    self._done[step](b, t, past)
+                    by = "torch"
+                self._took.setdefault((step, by), []).append(time.perf_counter() - began)
+            return
         while (first := self._tape.run(first, last, b, t, past, threads)) < last:
             self._done[first](b, t, past)
             first += 1
@@ -291,6 +328,27 @@ class Steps(Stack):
         self.layer_passes += last - first
         self._run(self._begins[first], self._begins[last] if last < len(self.layers) else self._ends, b, t, past)
         return stream
+
+    def spent(self, tokens: Tensor, new: int) -> dict[str, list[Spent]]:
+        """Where the time of a prompt (b, t), and of each of `new` tokens after it, goes; the longest first."""
+        found: dict[str, list[Spent]] = {}
+        step, passes = tokens, {"prefill": 1, "decode": new}
+        for phase, times in passes.items():
+            self._took = {}
+            for _ in range(times):
+                step = self.answer(step, keep=1).logits.argmax(-1)
+                self.settle(tokens.shape[1] if phase == "prefill" else 1)
+            sums: dict[tuple[str, str], list[float]] = {}
+            for (number, by), seconds in self._took.items():
+                told = self._told[number]
+                one = sums.setdefault((told.what, by), [0, 0.0, 0])
+                one[0] += 1
+                one[1] += 1e3 * sum(seconds) / times
+                one[2] += told.nbytes * len(seconds) // times
+            self._took = None
+            rows = [Spent(what, by, int(count), ms, int(nbytes)) for (what, by), (count, ms, nbytes) in sums.items()]
+            found[phase] = sorted(rows, key=lambda row: -row.ms)
+        return found
 
     # ---- what a Stack does
 

@@ -318,6 +318,26 @@ def test_threads_change_nothing_but_the_order_of_sums(threads: None) -> None:
         torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-4)
 
 
+def test_where_time_goes_is_said() -> None:
+    model = hold(tiny(), o_proj=Sum(Dense(torch.randn(64, 64) * 0.1), Dense(torch.randn(64, 64) * 0.1)))
+    steps = made(model)
+    with torch.inference_mode():
+        found = steps.spent(ids(20), 3)
+    for phase, by in (("prefill", "torch"), ("decode", "native")):
+        rows = {row.what: row for row in found[phase]}
+        assert rows["norm"].times == 7
+        assert rows["attention"].times == 3
+        # twenty tokens at once are torch's
+        assert rows["attention"].by == by
+        assert rows["product 64 x 64, Sum"].by == "torch"
+        assert rows["product 64 x 64, Sum"].nbytes == 3 * 2 * 64 * 64 * 4
+        assert all(row.ms > 0 for row in found[phase])
+        assert [row.ms for row in found[phase]] == sorted((row.ms for row in found[phase]), reverse=True)
+    # codes, two scales and two zeros a row
+    assert {row.what: row.nbytes for row in found["decode"]}["product 131 x 64, 4 bits, groups of 32"] == 131 * (32 + 4 + 1)
+    assert steps.length == 23
+
+
 def test_timing_a_stack_draws_what_the_model_draws() -> None:
     model = hold(tiny())
     prefill, decode = timed_generation(model, ids(8), 4, made(model))
