@@ -26,8 +26,8 @@ from laconic.kernels.linear import rows_for
 from laconic.kernels.native import native
 from laconic.runtime import own_layers
 
-# the architectures whose layers are what a tape can hold: norm, attention, norm, gated feed-forward
-KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+# the architectures whose layers are what a tape can hold: norm, attention, norm, feed-forward
+KNOWN = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 # rotary embeddings whose angles do not depend on how long the text is
 STEADY = ("default", "linear", "llama3", "yarn")
 PAGE = 256
@@ -45,7 +45,8 @@ STREAM, NORMED, QUERY, KEYS, VALUES, MIXED, GATE, UP, OUT, LOGITS = range(10)
 
 
 class Layer(NamedTuple):
-    """The modules of one layer that a tape needs."""
+    """The modules of one layer that a tape needs. gate, up, down: None where the feed-forward layer `mlp` is another than a gated one
+    (experts, a part that stands in its place) and runs as a whole."""
 
     before: nn.Module
     q: nn.Module
@@ -53,9 +54,10 @@ class Layer(NamedTuple):
     v: nn.Module
     o: nn.Module
     between: nn.Module
-    gate: nn.Module
-    up: nn.Module
-    down: nn.Module
+    mlp: nn.Module
+    gate: nn.Module | None = None
+    up: nn.Module | None = None
+    down: nn.Module | None = None
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
 
@@ -66,24 +68,21 @@ def _layers(model: Any) -> list[Layer]:
     row = DECODERS.get(config.model_type)
     if config.model_type not in KNOWN or row is None:
         raise ValueError(f"no tape is known for {config.model_type}")
-    if config.hidden_act not in ("silu", "swish"):
-        raise ValueError(f"its feed-forward layers use {config.hidden_act}")
     if any(type(layer).__name__ != "DynamicLayer" for layer in own_layers(model)):
         raise ValueError("some of its layers do not attend to all past tokens")
     if config.rope_parameters.get("rope_type", "default") not in STEADY:
         raise ValueError(f"its rotary embedding is {config.rope_parameters['rope_type']}")
-    parts = {**SPLIT, **GATED, **row.parts}
-    found = []
+    kind, found = config.model_type.replace("_", ""), []
     for layer in decoder.layers:
-        kinds = {type(layer.self_attn).__name__.lower(), type(layer.mlp).__name__.lower()}
-        if kinds != {f"{config.model_type}attention", f"{config.model_type}mlp"}:
-            raise ValueError("other parts stand in its layers")
-        named = {**parts, "before": row.norms["attention"], "between": row.norms["mlp"]}
+        if type(layer.self_attn).__name__.lower() != f"{kind}attention":
+            raise ValueError(f"{type(layer.self_attn).__name__} stands for attention in one of its layers")
+        gated = type(layer.mlp).__name__.lower() == f"{kind}mlp" and config.hidden_act in ("silu", "swish")
+        parts = {name: row.parts[name] for name in (SPLIT | GATED if gated else SPLIT)}
         heads = {f"{name}_norm": row.norms[name] for name in ("q", "k") if name in row.norms}
-        one = Layer(**{name: layer.get_submodule(path) for name, path in (named | heads).items() if name in Layer._fields})
-        matrices = (one.q, one.k, one.v, one.o, one.gate, one.up, one.down)
-        if not all(isinstance(m, (nn.Linear, Held)) for m in matrices):
-            raise ValueError("its matrices are held in other modules")
+        named = {**parts, **heads, "before": row.norms["attention"], "between": row.norms["mlp"], "mlp": "mlp"}
+        one = Layer(**{name: layer.get_submodule(path) for name, path in named.items()})
+        if not all(isinstance(getattr(one, name), (nn.Linear, Held)) for name in parts):
+            raise ValueError("some of its matrices are held in other modules")
         if not all(hasattr(norm, "variance_epsilon") for norm in (one.before, one.between)):
             raise ValueError("its norms are not root mean squares")
         found.append(one)
@@ -94,6 +93,21 @@ def _width(module: nn.Module) -> tuple[int, int]:
     """(n, m) of a linear layer."""
     weight: Any = module.weight
     return tuple(weight.matrix) if isinstance(module, Held) else tuple(weight.shape)  # type: ignore[return-value]
+
+
+def _fitting(layer: Layer, hidden: int, d: int) -> tuple[int, int]:
+    """Query heads and heads of keys of a layer whose widths fit each other; ValueError where they do not."""
+    h, k = _width(layer.q)[0] // d, _width(layer.k)[0] // d
+    wanted = {"q": (h * d, hidden), "k": (k * d, hidden), "v": (k * d, hidden), "o": (hidden, h * d)}
+    if layer.up is not None:
+        middle = _width(layer.up)[0]
+        wanted |= {"gate": (middle, hidden), "up": (middle, hidden), "down": (hidden, middle)}
+    norms = {"before": hidden, "between": hidden, "q_norm": d, "k_norm": d}
+    fit = all(_width(getattr(layer, name)) == shape for name, shape in wanted.items())
+    found: Any = {name: getattr(layer, name) for name in norms}
+    if not fit or not k or h % k or d % 2 or any(norm is not None and norm.weight.numel() != norms[name] for name, norm in found.items()):
+        raise ValueError("the widths of its layers do not fit each other")
+    return h, k
 
 
 class Told(NamedTuple):
@@ -148,11 +162,14 @@ class Steps(Stack):
             raise ValueError("there is no State that could hold the past")
         self._holds = holds
         config = whole.config
+        self._hidden = config.hidden_size
         self.head_norm = whole.get_decoder().norm
-        self._k = config.num_key_value_heads
-        self._h = config.num_attention_heads
         self._d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # query heads and heads of keys, of each layer
+        self._heads = [_fitting(layer, self._hidden, self._d) for layer in self.layers]
         self._table, self._out = whole.get_input_embeddings(), whole.get_output_embeddings()
+        if not isinstance(self._out, (nn.Linear, Held)) or {_width(self._out)[1], self.head_norm.weight.numel()} != {self._hidden}:
+            raise ValueError("its head does not fit its layers")
         self.length = self.layer_passes = self.part_passes = 0
         self._waiting: dict[int, int] = {}
         self._keep: list[Tensor] = []
@@ -173,7 +190,7 @@ class Steps(Stack):
 
     def _layer(self, index: int, layer: Layer) -> int:
         """Writes one layer; -> its first step."""
-        h, k, d = self._h, self._k, self._d
+        (h, k), d = self._heads[index], self._d
         attention: Any = self.model.get_decoder().layers[index].self_attn
         first = self._norm(layer.before, STREAM, NORMED, 1)
         for module, to in ((layer.q, QUERY), (layer.k, KEYS), (layer.v, VALUES)):
@@ -193,13 +210,18 @@ class Steps(Stack):
             self._done[step] = lambda b, t, past: self._attend(index, scale, b, t, past)
         self._told[step] = Told("attention")
         self._product(layer.o, MIXED, OUT)
-        hidden = _width(layer.o)[0]
+        hidden = self._hidden
         self._told[self._tape.add(OUT, STREAM, hidden)] = Told("sum")
         self._norm(layer.between, STREAM, NORMED, 1)
-        self._product(layer.gate, NORMED, GATE)
-        self._product(layer.up, NORMED, UP)
-        self._told[self._tape.gate(GATE, UP, _width(layer.up)[0])] = Told("gate")
-        self._product(layer.down, UP, OUT)
+        if layer.gate is None or layer.up is None:
+            step = self._tape.outside()
+            self._done[step] = self._outside(layer.mlp, NORMED, OUT, hidden, hidden)
+            self._told[step] = Told(type(layer.mlp).__name__, sum(t.numel() * t.element_size() for t in layer.mlp.state_dict().values()))
+        else:
+            self._product(layer.gate, NORMED, GATE)
+            self._product(layer.up, NORMED, UP)
+            self._told[self._tape.gate(GATE, UP, _width(layer.up)[0])] = Told("gate")
+            self._product(layer.down, UP, OUT)
         self._told[self._tape.add(OUT, STREAM, hidden)] = Told("sum")
         return int(first)
 
@@ -238,13 +260,18 @@ class Steps(Stack):
         else:
             form, nbytes, step = type(module.weight).__name__, module.weight.nbytes if isinstance(module, Held) else 0, self._tape.outside()
         self._told[int(step)] = Told(f"product {n} x {m}, {form}", nbytes)
+        self._done[int(step)] = self._outside(module, source, to, n, m)
+        return int(step)
+
+    def _outside(self, module: nn.Module, source: int, to: int, n: int, m: int) -> Callable[[int, int, int], None]:
+        """What a module (b, t, m) -> (b, t, n) does, between two buffers."""
 
         def outside(b: int, t: int, past: int) -> None:
-            x = self._buffers[source][: b * t * m].view(b, t, m)
-            self._buffers[to][: b * t * n].view(b, t, n).copy_(module(x.to(self.dtype)))
+            out = module(self._buffers[source][: b * t * m].view(b, t, m).to(self.dtype))
+            # experts may give what their router said as well
+            self._buffers[to][: b * t * n].view(b, t, n).copy_(out[0] if isinstance(out, tuple) else out)
 
-        self._done[int(step)] = outside
-        return int(step)
+        return outside
 
     # ---- a pass
 
@@ -253,9 +280,10 @@ class Steps(Stack):
         rows = b * t
         if rows > self._rows:
             self._rows = rows
-            one = self.layers[0]
-            hidden, middle = _width(one.o)[0], _width(one.up)[0]
-            wide = [hidden, hidden, self._h * self._d, self._k * self._d, self._k * self._d, self._h * self._d, middle, middle, hidden]
+            hidden = self._hidden
+            middle = max((_width(layer.up)[0] for layer in self.layers if layer.up is not None), default=0)
+            h, k = (max(counts) * self._d for counts in zip(*self._heads, strict=True))
+            wide = [hidden, hidden, h, k, k, h, middle, middle, hidden]
             self._buffers = [*(torch.zeros(rows * width) for width in wide), torch.zeros(0)]
             self._tape.hold([buffer.data_ptr() for buffer in self._buffers])
         if past + t > self._turned:
@@ -268,7 +296,8 @@ class Steps(Stack):
         for index, (keys, values) in enumerate(self._pages):
             if len(keys) < wanted:
                 for half in (keys, values):
-                    half += [torch.zeros(b, self._k, PAGE, self._d, dtype=self.dtype) for _ in range(wanted - len(half))]
+                    shape = b, self._heads[index][1], PAGE, self._d
+                    half += [torch.zeros(shape, dtype=self.dtype) for _ in range(wanted - len(half))]
                 self._tell(index)
 
     def _tell(self, index: int) -> None:
@@ -277,19 +306,21 @@ class Steps(Stack):
 
     def _attend(self, index: int, scale: float, b: int, t: int, past: int) -> None:
         """Attention of many new tokens, whose keys and values are in their pages."""
-        query, h = self._heads(QUERY, self._h, b, t), self._h
+        h, k = self._heads[index]
+        query = self._copied(QUERY, h, b, t)
         keys, values = (torch.cat(half, 2)[:, :, : past + t] for half in self._pages[index])
         mask = None if not past else torch.ones(t, past + t, dtype=torch.bool).tril(past)
-        out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=h != self._k)
+        out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=h != k)
         self._put(out)
 
     def _mix(self, index: int, scale: float, b: int, t: int) -> None:
         """Attention over what a State holds."""
         assert self._past is not None
-        query, keys, values = (self._heads(at, heads, b, t) for at, heads in ((QUERY, self._h), (KEYS, self._k), (VALUES, self._k)))
+        h, k = self._heads[index]
+        query, keys, values = (self._copied(at, heads, b, t) for at, heads in ((QUERY, h), (KEYS, k), (VALUES, k)))
         self._put(self._past.mix(index, query, keys, values, scale))
 
-    def _heads(self, buffer: int, heads: int, b: int, t: int) -> Tensor:
+    def _copied(self, buffer: int, heads: int, b: int, t: int) -> Tensor:
         """What lies in a buffer as (b, heads, t, d), in a copy."""
         return self._buffers[buffer][: b * t * heads * self._d].view(b, t, heads, self._d).transpose(1, 2).to(self.dtype, copy=True)
 
@@ -320,7 +351,7 @@ class Steps(Stack):
         if b != self._texts:
             self._texts, self._pages = b, [([], []) for _ in self.layers]
         self._make_room(b, t, past)
-        width = _width(self.layers[0].o)[0]
+        width = self._hidden
         stream = self._buffers[STREAM][: b * t * width].view(b, t, width)
         stream.copy_(self._table(tokens) if hidden is None else hidden)
         for index in range(first, last):

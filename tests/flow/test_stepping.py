@@ -36,6 +36,8 @@ KNOWN = {
     "Mistral": {"sliding_window": None},
     "Qwen2": {},
     "Qwen3": {"head_dim": 24},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": {"head_dim": 24, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
 }
 pytestmark = pytest.mark.skipif(native() is None, reason="the native kernels were not built here")
 
@@ -279,7 +281,6 @@ def test_numbers_that_are_not_finite_spread_as_in_the_model() -> None:
         (lambda: nn.Linear(2, 2), "Linear is no decoder of transformers"),
         (lambda: tiny("Mistral", sliding_window=16), "do not attend to all past tokens"),
         (lambda: tiny("Gemma"), "no tape is known for gemma"),
-        (lambda: tiny(hidden_act="gelu"), "feed-forward layers use gelu"),
         (lambda: tiny(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}), "rotary embedding is dynamic"),
         (lambda: tiny(dtype=torch.float64), "float64"),
     ],
@@ -292,13 +293,42 @@ def test_what_no_tape_can_hold_is_named(model: Any, why: str) -> None:
 
 def test_parts_in_a_layer_and_other_logits_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    model.get_decoder().layers[1].mlp = nn.Identity()
-    assert steps_of(model) == "other parts stand in its layers"
+    model.get_decoder().layers[1].self_attn = nn.Identity()
+    assert steps_of(model) == "Identity stands for attention in one of its layers"
     other = tiny()
     layer: Any = other.get_decoder().layers[0].self_attn
     # a scale that is not where the tape looks for it
     layer.register_forward_hook(lambda module, args, output: (output[0] * 1.1, *output[1:]))
     assert "from the model's own" in str(steps_of(other))
+
+
+def test_another_feed_forward_layer_runs_as_a_whole() -> None:
+    tokens = ids(30)
+    model = hold(tiny())
+    model.get_decoder().layers[1].mlp = nn.Sequential(nn.Linear(64, 30), nn.Tanh(), nn.Linear(30, 64))
+    assert apart(model, read(made(model), tokens, [20, 1, 9]), tokens) < 2e-5
+    other = hold(tiny(hidden_act="gelu"))
+    assert apart(other, read(made(other), tokens, [20, 1, 9]), tokens) < 2e-5
+
+
+def test_layers_may_have_other_widths() -> None:
+    """As heads and channels that were cut for good leave them."""
+    model, tokens = tiny(num_attention_heads=4, num_key_value_heads=4), ids(30)
+    one: Any = model.get_decoder().layers[1]
+    narrow = {"q_proj": 32, "k_proj": 32, "v_proj": 32}
+    for name, n in narrow.items():
+        layer = getattr(one.self_attn, name)
+        layer.weight = nn.Parameter(layer.weight.detach()[:n])
+    one.self_attn.o_proj.weight = nn.Parameter(one.self_attn.o_proj.weight.detach()[:, :32].contiguous())
+    for name in ("gate_proj", "up_proj"):
+        getattr(one.mlp, name).weight = nn.Parameter(getattr(one.mlp, name).weight.detach()[:50])
+    one.mlp.down_proj.weight = nn.Parameter(one.mlp.down_proj.weight.detach()[:, :50].contiguous())
+    assert apart(model, read(made(model), tokens, [20, 1, 9]), tokens) < 2e-5
+    one.self_attn.v_proj.weight = nn.Parameter(one.self_attn.v_proj.weight.detach()[:16])
+    assert steps_of(model) == "the widths of its layers do not fit each other"
+    headless = tiny()
+    headless.lm_head = nn.Linear(32, 131)
+    assert steps_of(headless) == "its head does not fit its layers"
 
 
 @pytest.fixture
