@@ -72,6 +72,11 @@ class Packed(nn.Module, ABC):
             out[..., i : i + step] = F.linear(x, self.rows(slice(i, min(i + step, n))).to(x.dtype))
         return out
 
+    def line(self) -> Any:
+        """The numbers of the matrix view, row after row, as a kernel takes them: a tensor of any shape and dtype, or what a form holds in
+        its place (`kernels.sparse.Codes`)."""
+        return self.dense()
+
     @property
     def feed(self) -> Callable[[Tensor], Tensor] | None:
         """What becomes of an input x (..., m) before the product, None for nothing: `matmul(x)` is the dense matrix with `feed(x)`. It
@@ -153,6 +158,9 @@ class Dense(Packed):
 
     def rows(self, index: Tensor | slice) -> Tensor:
         return self.value.reshape(self.matrix)[index].float()
+
+    def line(self) -> Tensor:
+        return self.value
 
     @property
     def as_is(self) -> bool:

@@ -1,13 +1,13 @@
-"""Products with matrices most of whose weights are zero, as they are stored: `sparse_linear`; `sparse_rows`: rows of the matrix, or all of it.
-In torch.ops.laconic.
+"""Products with matrices most of whose weights are zero, as they are stored: `sparse_linear`; `sparse_rows`: rows of the matrix, or all
+of it. Both in torch.ops.laconic.
 
 A bit says of each weight whether it is there; those that are there follow one another, as numbers or as grouped codes. "Load as sparse,
-compute as dense": a word of the mask spreads the next weights over 32 columns in a register, which are multiplied as if they had always been
-dense (Xia et al. 2023, arXiv:2309.10285, section 4). So what is read is what is stored, and zeros cost a multiplication but no bytes."""
+compute as dense" (Xia et al. 2023, arXiv:2309.10285, section 4): a word of the mask spreads the next weights over 32 columns in a register,
+which are multiplied as if they had always been dense. So what is read is what is stored; a zero costs a multiplication and no bytes."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +18,20 @@ from laconic.kernels.grids import Grid
 from laconic.kernels.linear import PANEL, checked, reference_dense
 from laconic.kernels.native import native
 
-# more rows of x than this are quicker over dense rows, made PANEL weights at a time; where pairs of bf16 are multiplied none are
-ROWS = {"plain": 4, "avx2": 4, "avx512": 64}
+# more rows of x than this are quicker by torch over dense rows, made PANEL weights at a time; with AVX-512 none are
+ROWS = {"plain": 8, "avx2": 8}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _OPS = torch.library.Library("laconic", "FRAGMENT")
-_KEPT = "Tensor mask, Tensor starts, Tensor kept, Tensor? scales=None, Tensor? zeros=None, int bits=0, int group=0, bool half=False, int width=0"
+_CODES = "Tensor? scales=None, Tensor? zeros=None, int bits=0, int group=0, bool half=False, int width=0"
+_KEPT = f"Tensor mask, Tensor starts, Tensor kept, {_CODES}"
 _OPS.define(f"sparse_linear(Tensor x, {_KEPT}) -> Tensor")
 _OPS.define(f"sparse_rows(Tensor index, int m, {_KEPT}) -> Tensor")
 
 
 class Codes(NamedTuple):
-    """Weights that are there, on a grid: codes (rows, ceil(width b / 8)) uint8, scales (rows, g) bf16, zeros (rows, ceil(g z / 8)) uint8 or None
-    where symmetric. `rows` are those of the matrix, each with `width` weights, or one for all."""
+    """Weights that are there, on a grid: codes (rows, ceil(width b / 8)) uint8, scales (rows, g) bf16, zeros (rows, ceil(g z / 8)) uint8
+    or None where symmetric. `rows` are those of the matrix, each with `width` weights, or one for all."""
 
     codes: Tensor
     scales: Tensor
@@ -70,14 +71,15 @@ def sparse_linear(x: Tensor, mask: Tensor, kept: Kept, starts: Tensor | None = N
 
 
 def sparse_rows(mask: Tensor, kept: Kept, m: int, index: Tensor | slice = slice(None), starts: Tensor | None = None) -> Tensor:
-    """Rows of the matrix, (len(index), m) fp32: the same numbers whatever computes them."""
+    """Rows of the matrix, (len(index), m) fp32: the same numbers whatever computes them. IndexError for rows that are not there."""
     starts = row_starts(mask, m) if starts is None else starts
     chosen = torch.arange(mask.shape[0], device=mask.device)[index]
-    words = _words(kept)
+    given = chosen.reshape(-1), m, mask, starts, *_words(kept)
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _rows(chosen, m, mask, starts, *words)
-    found: Tensor = torch.ops.laconic.sparse_rows(chosen, m, mask, starts, *words)
-    return found
+        found = _rows(*given)
+    else:
+        found = torch.ops.laconic.sparse_rows(*given)
+    return found.reshape(*chosen.shape, m)
 
 
 def reference_sparse_linear(x: Tensor, mask: Tensor, kept: Kept, starts: Tensor | None = None) -> Tensor:
@@ -86,12 +88,12 @@ def reference_sparse_linear(x: Tensor, mask: Tensor, kept: Kept, starts: Tensor 
     return F.linear(x.float(), dense).to(x.dtype)
 
 
-def reference_sparse_rows(
-    mask: Tensor, kept: Kept, m: int, index: Tensor | slice = slice(None), starts: Tensor | None = None
-) -> Tensor:
+def reference_sparse_rows(mask: Tensor, kept: Kept, m: int, index: Tensor | slice = slice(None), starts: Tensor | None = None) -> Tensor:
     """sparse_rows by torch's own operations."""
     values = kept.float() if isinstance(kept, Tensor) else reference_dense(*kept)
     where = unpacked(mask, m)
+    if (there := int(where.sum())) != values.numel():
+        raise ValueError(f"{values.numel()} weights are held; the mask has {there}")
     return torch.zeros(where.shape, device=mask.device).masked_scatter(where, values.reshape(-1))[index]
 
 
@@ -110,7 +112,15 @@ def _words(kept: Kept) -> _Words:
     return codes, scales, zeros, grid.bits, grid.group or 0, grid.zeros == "half", width
 
 
-def _kept(kept: Tensor, scales: Tensor | None, zeros: Tensor | None, bits: int, group: int, half: bool, width: int) -> Kept:
+def _kept(
+    kept: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    bits: int = 0,
+    group: int = 0,
+    half: bool = False,
+    width: int = 0,
+) -> Kept:
     if scales is None:
         if kept.dtype not in TYPES:
             raise TypeError(f"kept weights are {kept.dtype}; they have to be torch.float32, torch.bfloat16 or torch.float16")
@@ -144,7 +154,7 @@ def _checked_x(x: Tensor) -> None:
 
 def _unlike(starts: Tensor, kept: Kept) -> ValueError:
     held = kept.numel() if isinstance(kept, Tensor) else kept.codes.shape[0] * kept.width
-    return ValueError(f"{held} weights are held, and not in rows as the mask has them; it has {int(starts[-1])}, as counted by row_starts")
+    return ValueError(f"{held} weights are held; starts are those of a mask that has {int(starts[-1])}, or of other rows")
 
 
 def _told(kept: Kept) -> tuple[list[int], list[Tensor]]:
@@ -160,16 +170,15 @@ def _told(kept: Kept) -> tuple[list[int], list[Tensor]]:
     return [codes.data_ptr(), codes.shape[1], scales.data_ptr(), *at, *shape], whole
 
 
-def _linear(x: Tensor, mask: Tensor, starts: Tensor, *words: object) -> Tensor:
-    kept = _kept(*words)  # type: ignore[arg-type]
+def _linear(x: Tensor, mask: Tensor, starts: Tensor, *words: Any) -> Tensor:
+    kept = _kept(*words)
     _checked_x(x)
     (n, m), there = (mask.shape[0], x.shape[-1]), native()
     _checked_kept(mask, starts, kept, m)
     rows = x.numel() // m if m else 0
     if there is None or not rows or not n:
         return _any_linear(x, mask, starts, *words)
-    pairs = there.level == "avx512" and x.dtype == torch.bfloat16 == getattr(kept, "dtype", None) and there.module.has_pairs()
-    if rows > ROWS[there.level] and not pairs:
+    if rows > ROWS.get(there.level, rows):
         return _by_panels(x, mask, kept, starts)
     given = (x if x.dtype != torch.float16 else x.float()).contiguous()
     out = torch.empty(*x.shape[:-1], n, dtype=given.dtype)
@@ -206,8 +215,8 @@ def _by_panels(x: Tensor, mask: Tensor, kept: Kept, starts: Tensor) -> Tensor:
     return out.T.reshape(*x.shape[:-1], n).to(x.dtype)
 
 
-def _rows(index: Tensor, m: int, mask: Tensor, starts: Tensor, *words: object) -> Tensor:
-    kept, there = _kept(*words), native()  # type: ignore[arg-type]
+def _rows(index: Tensor, m: int, mask: Tensor, starts: Tensor, *words: Any) -> Tensor:
+    kept, there = _kept(*words), native()
     _checked_kept(mask, starts, kept, m)
     if there is None or not index.numel() or not m:
         return _any_rows(index, m, mask, starts, *words)
@@ -242,15 +251,15 @@ def _native_rows(index: Tensor | None, first: int, count: int, m: int, mask: Ten
     return out
 
 
-def _any_linear(x: Tensor, mask: Tensor, starts: Tensor, *words: object) -> Tensor:
-    kept = _kept(*words)  # type: ignore[arg-type]
+def _any_linear(x: Tensor, mask: Tensor, starts: Tensor, *words: Any) -> Tensor:
+    kept = _kept(*words)
     _checked_x(x)
     _checked_kept(mask, starts, kept, x.shape[-1])
     return reference_sparse_linear(x, mask, kept)
 
 
-def _any_rows(index: Tensor, m: int, mask: Tensor, starts: Tensor, *words: object) -> Tensor:
-    kept = _kept(*words)  # type: ignore[arg-type]
+def _any_rows(index: Tensor, m: int, mask: Tensor, starts: Tensor, *words: Any) -> Tensor:
+    kept = _kept(*words)
     _checked_kept(mask, starts, kept, m)
     return reference_sparse_rows(mask, kept, m, index)
 
@@ -265,10 +274,10 @@ _OPS.impl("sparse_rows", _any_rows, "CUDA")
 
 
 @torch.library.register_fake("laconic::sparse_linear", lib=_OPS)
-def _(x: Tensor, mask: Tensor, starts: Tensor, *words: object) -> Tensor:
+def _(x: Tensor, mask: Tensor, starts: Tensor, *words: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], mask.shape[0])
 
 
 @torch.library.register_fake("laconic::sparse_rows", lib=_OPS)
-def _(index: Tensor, m: int, mask: Tensor, starts: Tensor, *words: object) -> Tensor:
+def _(index: Tensor, m: int, mask: Tensor, starts: Tensor, *words: Any) -> Tensor:
     return index.new_empty(index.shape[0], m, dtype=torch.float32)

@@ -11,7 +11,7 @@ namespace {
 // columns of a block
 constexpr int64_t BLOCK = 32;
 // rows of x that are multiplied straight from registers, TOGETHER at once; with more of them, dense rows of the weight pass through the nearest caches
-constexpr int64_t FEW = 12;
+constexpr int64_t FEW = 16;
 // rows of the weight and, at most, of x that a tile has
 constexpr int WIDE = 32, TALL = 12;
 // words behind a row of x, so that rows do not lie a page apart, where they would take each other's place in the nearest cache

@@ -33,7 +33,9 @@ bool pairs() {
 // told: of numbers where they are and their type; of codes what `linear` is told of a weight, n first
 Sparse sparse(uintptr_t mask, size_t stride, uintptr_t starts, int64_t n, int64_t m, const std::vector<int64_t>& told) {
     Sparse w{reinterpret_cast<const uint8_t*>(mask), stride, reinterpret_cast<const int64_t*>(starts), n, m, Type::fp32, nullptr, {}};
-    if (told.size() == 3) w.values = reinterpret_cast<const void*>(told[0]), w.type = Type(told[1]);
+    // of no numbers at all torch gives no address
+    static const float none = 0.0f;
+    if (told.size() == 3) w.values = told[0] ? reinterpret_cast<const void*>(told[0]) : &none, w.type = Type(told[1]);
     else {
         const int64_t wide = told[8] < 1 || told[8] > told[6] ? told[6] : told[8];
         w.codes = {reinterpret_cast<const uint8_t*>(told[0]), size_t(told[1]), reinterpret_cast<const uint16_t*>(told[2]),
@@ -99,5 +101,4 @@ void bind_sparse(nb::module_& module) {
     module.def("sparse_linear", &product);
     module.def("sparse_rows", &rows_of);
     module.def("sparse_starts", &starts);
-    module.def("has_pairs", &pairs);
 }

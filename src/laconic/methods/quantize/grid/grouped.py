@@ -18,6 +18,7 @@ from laconic.core.packed import Packed, Soft, Way
 from laconic.kernels.bits import pack, packed_width, unpack
 from laconic.kernels.grids import SPAN, Grid, as_stored, encode, grouped, notched, notches, storable, through, ungrouped
 from laconic.kernels.linear import grouped_dense, grouped_linear, grouped_linear_int8, zeros_of
+from laconic.kernels.sparse import Codes
 
 
 class Grouped(Packed):
@@ -85,13 +86,20 @@ class Grouped(Packed):
         zeros = None if self.grid.symmetric else self.zeros[index]
         return grouped_dense(self.codes[index], self.wide_scales(index), zeros, self.grid, self.matrix[1])
 
-    def matmul(self, x: Tensor) -> Tensor:
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor | None, Grid]:
+        """As kernels take it."""
         scales = self.scales
         if self.grid.scales != "bf16":
             if self.wide is None or self.wide.device != scales.device:
                 self.wide = self.wide_scales()
             scales = self.wide
-        return self._product(x, self.codes, scales, None if self.grid.symmetric else self.zeros, self.grid)
+        return self.codes, scales, None if self.grid.symmetric else self.zeros, self.grid
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self._product(x, *self._stored())
+
+    def line(self) -> Codes:
+        return Codes(*self._stored(), self.matrix[1])
 
     def round_inputs(self, bits: int) -> bool:
         if bits == 8:
