@@ -331,7 +331,8 @@ for turn in range(int(sys.argv[3])):
         assert (np.abs(out - found[0][0]) < (1e-2 if bf16 else 1e-5) * size).all(), (n, m, rows, kind, bf16)
     wrong = starts.copy()
     wrong[n] += 1
-    assert not module.sparse_linear(given.ctypes.data, bf16, rows, *stored[:2], wrong.ctypes.data, n, m, told, out.ctypes.data, bf16, 2, level)
+    stored = (mask.ctypes.data, mask.shape[1], wrong.ctypes.data, n, m, told)
+    assert not module.sparse_linear(given.ctypes.data, bf16, rows, *stored, out.ctypes.data, bf16, 2, level)
 """
 
 
