@@ -4,8 +4,9 @@
 
 Every form has a pool of distinct matrices of at least --pool gigabytes; forms take turns, a few matrices each, so that a slow moment of the
 machine is nobody's. torch's products have inputs of their own dtype, all others those of --inputs; a8: inputs are rounded to 8 bits as they
-come. Bandwidth is that of a sum over a pool of fp32 vectors, taken in the same turns. A form whose products are not equal to the
-reference's has no figures; exit code 1."""
+come. sparse70: 70 % of the weights are zero, anywhere; 2:4: two of each four are; the others are held in bf16, or as said. Bandwidth is
+that of a sum over a pool of fp32 vectors, taken in the same turns. A form whose products are not equal to the reference's has no figures;
+exit code 1."""
 
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laconic.kernels.bits import packed_width
+from laconic.kernels.bits import pack, packed_width
 from laconic.kernels.grids import Grid
 from laconic.kernels.linear import grouped_linear, grouped_linear_int8, reference_linear, reference_linear_int8
 from laconic.kernels.native import native
+from laconic.kernels.sparse import Codes, Kept, reference_sparse_linear, row_starts, sparse_linear
 
 GRIDS = [
     Grid(8, 128, True), Grid(6, 64), Grid(4, 128, True), Grid(4, 64), Grid(4, 32, True),
@@ -36,6 +38,13 @@ GRIDS = [
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "": (grouped_linear, reference_linear),
     " a8": (grouped_linear_int8, reference_linear_int8),
+}
+# of sparse matrices: the share that is kept, of each so many (None: of all), and the grid of what is kept (None: bf16)
+SPARSE: dict[str, tuple[float, int | None, Grid | None]] = {
+    "sparse70": (0.3, None, None),
+    "sparse50": (0.5, None, None),
+    "2:4": (0.5, 4, None),
+    "2:4 int4 g64": (0.5, 4, Grid(4, 64, True)),
 }
 # error against the product in fp32, as a share of the greatest result
 NEAR = 1e-3
@@ -67,6 +76,27 @@ def codes(n: int, m: int, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
     )
 
 
+def scattered(n: int, m: int, keep: float, run: int | None, grid: Grid | None) -> tuple[Tensor, Kept, Tensor]:
+    """Mask, weights and starts of their rows; of runs the same number is kept in each, and of m no more than whole runs."""
+    if run is None:
+        mask = torch.rand(n, m) < keep
+    else:
+        among = torch.rand(n, m // run, run).argsort(-1) < round(keep * run)
+        mask = F.pad(among.flatten(1), (0, m % run))
+    bits, count = pack(mask.to(torch.uint8), 1), int(mask.sum())
+    kept: Kept = torch.randn(count).bfloat16()
+    if grid is not None:
+        rows = 1 if run is None else n
+        kept = Codes(*codes(rows, count // rows, grid), grid, count // rows)
+    return bits, kept, row_starts(bits, m)
+
+
+def held(mask: Tensor, kept: Kept) -> int:
+    """Bytes of what is stored."""
+    tensors = [mask, *([kept] if isinstance(kept, Tensor) else [kept.codes, kept.scales, kept.zeros])]
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
 def forms(n: int, m: int, gigabytes: float) -> dict[str, Form]:
     """All that is compared."""
 
@@ -85,7 +115,18 @@ def forms(n: int, m: int, gigabytes: float) -> dict[str, Form]:
             start = number * len(matrices) // len(PRODUCTS)
             turned = matrices[start:] + matrices[:start]
             made[name(grid) + inputs] = Form(size, turned, lambda x, w, grid=grid, product=product: product(x, *w, grid))
+    for label, how in SPARSE.items():
+        first = scattered(n, m, *how)
+        copies = pool(lambda first=first: tuple(_copy(part) for part in first), held(*first[:2]))
+        made[label] = Form(held(*first[:2]), copies, lambda x, w: sparse_linear(x, *w))
     return made
+
+
+def _copy(part: Kept) -> Kept:
+    """The same numbers elsewhere in memory."""
+    if isinstance(part, Tensor):
+        return part.clone()
+    return part._replace(codes=part.codes.clone(), scales=part.scales.clone(), zeros=None if part.zeros is None else part.zeros.clone())
 
 
 def equal(m: int, rows: int) -> list[str]:
@@ -97,6 +138,13 @@ def equal(m: int, rows: int) -> list[str]:
             right = reference(x, *w, grid)
             if not float((product(x, *w, grid) - right).abs().max() / right.abs().max()) <= NEAR:
                 bad.append(name(grid) + inputs)
+    for label, how in SPARSE.items():
+        mask, kept, starts = scattered(37, m, *how)
+        # inputs in bf16 have a way of their own, and results in bf16
+        for given, near in ((x, NEAR), (x.bfloat16(), 2.0**-7)):
+            right = reference_sparse_linear(given, mask, kept).float()
+            if not float((sparse_linear(given, mask, kept, starts).float() - right).abs().max() / right.abs().max()) <= near:
+                bad.append(label)
     return bad
 
 

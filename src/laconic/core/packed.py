@@ -19,7 +19,7 @@ from typing_extensions import Self
 CHUNK = 16 * 1024 * 1024
 
 
-class Codes(NamedTuple):
+class Read(NamedTuple):
     """What a product with grouped codes reads: codes (n, ceil(m bits / 8)) uint8, scales (n, g) bf16, packed zeros or None; group 0 is the
     whole row; half: zeros are counted in halves; int8: inputs are rounded to 8 bits as they come."""
 
@@ -85,6 +85,11 @@ class Packed(nn.Module, ABC):
             out[..., i : i + step] = F.linear(x, self.rows(slice(i, min(i + step, n))).to(x.dtype))
         return out
 
+    def line(self) -> Any:
+        """The numbers of the matrix view, row after row, as a kernel takes them: a tensor of any shape and dtype, or what a form holds in
+        its place (`kernels.sparse.Codes`)."""
+        return self.dense()
+
     @property
     def feed(self) -> Callable[[Tensor], Tensor] | None:
         """What becomes of an input x (..., m) before the product, None for nothing: `matmul(x)` is the dense matrix with `feed(x)`. It
@@ -96,7 +101,7 @@ class Packed(nn.Module, ABC):
         whether it has. It is a way to compute: nothing of it is stored, and `dense` and `feed` stay what they are."""
         return False
 
-    def read(self) -> Codes | None:
+    def read(self) -> Read | None:
         """What its product reads, where the whole of it is one with grouped codes; None for every other form."""
         return None
 
@@ -170,6 +175,9 @@ class Dense(Packed):
 
     def rows(self, index: Tensor | slice) -> Tensor:
         return self.value.reshape(self.matrix)[index].float()
+
+    def line(self) -> Tensor:
+        return self.value
 
     @property
     def as_is(self) -> bool:

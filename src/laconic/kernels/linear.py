@@ -118,7 +118,7 @@ def _grid(bits: int, group: int, m: int, half: bool = False) -> tuple[Grid, int]
     return grid, grid.count(m) if m else 0
 
 
-def _checked(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int, half: bool = False) -> Grid:
+def checked(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int, half: bool = False) -> Grid:
     grid, groups = _grid(bits, group, m, half)
     n = codes.shape[0]
     for name, tensor, dtype, width in (
@@ -136,7 +136,7 @@ def _checked(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, gro
 
 
 def _checked_with(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, half: bool = False) -> Grid:
-    grid = _checked(codes, scales, zeros, bits, group, x.shape[-1], half)
+    grid = checked(codes, scales, zeros, bits, group, x.shape[-1], half)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"x is {x.dtype}; it has to be torch.float32, torch.bfloat16 or torch.float16")
     return grid
@@ -217,7 +217,7 @@ def _by_panels(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, g
 
 
 def _dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int, half: bool = False) -> Tensor:
-    grid = _checked(codes, scales, zeros, bits, group, m, half)
+    grid = checked(codes, scales, zeros, bits, group, m, half)
     there, n = native(), codes.shape[0]
     if there is None or not n or not m:
         return reference_dense(codes, scales, zeros, grid, m)
@@ -238,7 +238,7 @@ def _threads() -> int:
 
 
 def _any_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, half: bool = False) -> Tensor:
-    return reference_linear(x, codes, scales, zeros, _checked(codes, scales, zeros, bits, group, x.shape[-1], half))
+    return reference_linear(x, codes, scales, zeros, checked(codes, scales, zeros, bits, group, x.shape[-1], half))
 
 
 def _any_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, half: bool = False) -> Tensor:
@@ -248,7 +248,7 @@ def _any_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | N
 
 
 def _any_dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int, half: bool = False) -> Tensor:
-    return reference_dense(codes, scales, zeros, _checked(codes, scales, zeros, bits, group, m, half), m)
+    return reference_dense(codes, scales, zeros, checked(codes, scales, zeros, bits, group, m, half), m)
 
 
 # where x is differentiated, and on other devices, products are made of torch's own operations

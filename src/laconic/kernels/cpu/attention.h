@@ -8,10 +8,6 @@
 
 namespace laconic {
 
-enum class Type { fp32, bf16, fp16 };
-
-inline int64_t size_of(Type type) { return type == Type::fp32 ? 4 : 2; }
-
 struct Page {
     const uint8_t* data;
     const uint16_t *scales, *zeros; // null where numbers are held as they are
@@ -98,20 +94,5 @@ extern const Ops avx512_ops;
 #endif
 
 void attend(const Held& held, const Ops& ops);
-
-inline float from_fp16(uint16_t value) {
-    const uint32_t sign = uint32_t(value & 0x8000) << 16, exponent = (value >> 10) & 31, fraction = value & 1023;
-    uint32_t wide;
-    if (exponent == 0) {
-        const float small = float(fraction) * 5.9604644775390625e-8f;
-        return sign ? -small : small;
-    }
-    wide = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | fraction << 13;
-    float out;
-    std::memcpy(&out, &wide, 4);
-    return out;
-}
-
-inline float from_16(uint16_t value, Type type) { return type == Type::bf16 ? from_bf16(value) : from_fp16(value); }
 
 } // namespace laconic

@@ -137,34 +137,46 @@ void product(const Product& p, const Prepared& q) {
     }
 }
 
-// (code - zero) * scale, in that order: the same numbers as the reference to the last bit
+// columns from..to of a row, (code - zero) * scale, in that order: the same numbers as the reference to the last bit
+template <int BITS>
+void span(const Weight& w, const Bytes<BITS>& bytes, int64_t row, int64_t from, int64_t to, float* out) {
+    const uint8_t* at = w.codes + row * w.stride + from / 8 * BITS;
+    const uint16_t* scales = w.scales + row * w.groups;
+    int64_t left = int64_t(w.stride) - from / 8 * BITS, group = -1, read = -1;
+    alignas(64) uint8_t codes[64], zeros[64];
+    __m512 scale = _mm512_setzero_ps(), zero = _mm512_set1_ps(float(w.middle()) * w.unit());
+    for (int64_t j = from; j < to; j += 64, at += 8 * BITS, left -= 8 * BITS) {
+        _mm512_store_si512(codes, bytes.load(at, left));
+        for (int64_t k = 0; k < 64 && j + k < to; k += 16) {
+            if ((j + k) / w.group != group) {
+                group = (j + k) / w.group;
+                scale = _mm512_set1_ps(from_bf16(scales[group]));
+                if (w.zeros) {
+                    if (group / 64 != read) {
+                        read = group / 64;
+                        _mm512_store_si512(zeros, zeros_of<BITS>(w, bytes, row, 64 * read));
+                    }
+                    zero = _mm512_set1_ps(float(zeros[group % 64]) * w.unit());
+                }
+            }
+            const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + k))));
+            const __m512 value = _mm512_mul_ps(_mm512_sub_ps(code, zero), scale);
+            _mm512_mask_storeu_ps(out + (j - from) + k, __mmask16(first(to - j - k)), value);
+        }
+    }
+}
+
 template <int BITS>
 void dense(const Weight& w, float* out, int threads) {
     const Bytes<BITS> bytes;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < w.n; i++) {
-        const uint8_t* at = w.codes + i * w.stride;
-        const uint16_t* scales = w.scales + i * w.groups;
-        int64_t left = int64_t(w.stride), group = -1;
-        alignas(64) uint8_t codes[64], zeros[64];
-        __m512 scale = _mm512_setzero_ps(), zero = _mm512_set1_ps(float(w.middle()) * w.unit());
-        for (int64_t j = 0; j < w.m; j += 64, at += 8 * BITS, left -= 8 * BITS) {
-            _mm512_store_si512(codes, bytes.load(at, left));
-            for (int64_t k = 0; k < 64 && j + k < w.m; k += 16) {
-                if ((j + k) / w.group != group) {
-                    group = (j + k) / w.group;
-                    scale = _mm512_set1_ps(from_bf16(scales[group]));
-                    if (w.zeros) {
-                        if (group % 64 == 0) _mm512_store_si512(zeros, zeros_of<BITS>(w, bytes, i, group));
-                        zero = _mm512_set1_ps(float(zeros[group % 64]) * w.unit());
-                    }
-                }
-                const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + k))));
-                const __m512 value = _mm512_mul_ps(_mm512_sub_ps(code, zero), scale);
-                _mm512_mask_storeu_ps(out + i * w.m + j + k, __mmask16(first(w.m - j - k)), value);
-            }
-        }
-    }
+    for (int64_t i = 0; i < w.n; i++) span<BITS>(w, bytes, i, 0, w.m, out + i * w.m);
+}
+
+template <int BITS>
+void span(const Weight& w, int64_t row, int64_t from, int64_t to, float* out) {
+    static const Bytes<BITS> bytes;
+    span<BITS>(w, bytes, row, from, to, out);
 }
 
 // P vectors of words in their order -> planes of every P-th word
@@ -260,6 +272,19 @@ void dense_avx512(const Weight& w, float* out, int threads) {
     case 6: return dense<6>(w, out, threads);
     case 7: return dense<7>(w, out, threads);
     default: return dense<8>(w, out, threads);
+    }
+}
+
+void span_avx512(const Weight& w, int64_t row, int64_t from, int64_t to, float* out) {
+    switch (w.bits) {
+    case 1: return span<1>(w, row, from, to, out);
+    case 2: return span<2>(w, row, from, to, out);
+    case 3: return span<3>(w, row, from, to, out);
+    case 4: return span<4>(w, row, from, to, out);
+    case 5: return span<5>(w, row, from, to, out);
+    case 6: return span<6>(w, row, from, to, out);
+    case 7: return span<7>(w, row, from, to, out);
+    default: return span<8>(w, row, from, to, out);
     }
 }
 

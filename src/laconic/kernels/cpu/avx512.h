@@ -52,6 +52,14 @@ struct Bytes {
 
 inline __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 
+inline __m256i narrowed(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i near = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(near, nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40)));
+}
+
 // Scales of a row, block by block: one for all of a block, or, where a block holds several groups, a lane for each run of 2 * planes columns.
 struct Scales {
     int64_t share;  // groups of a block; 0: a group is a block or more
@@ -127,6 +135,29 @@ inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
     const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// 16 rows of 16 words of 32 bits, columns to rows
+inline void transpose(__m512i (&v)[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    // v[4 a + c] holds column c of each quarter of rows 4a..4a+3
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        t[c] = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), t[4 + c] = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xDD);
+        t[8 + c] = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88), t[12 + c] = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xDD);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        v[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88), v[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xDD);
+        v[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88), v[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xDD);
+    }
 }
 
 } // namespace

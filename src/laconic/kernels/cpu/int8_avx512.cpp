@@ -98,14 +98,6 @@ bool round_row(const Product& p, const Runs& runs, int64_t r, int64_t blocks, in
     return true;
 }
 
-inline __m256i narrowed(__m512 value) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i near = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(near, nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40)));
-}
-
 // ---- few rows
 
 // x along its columns, rows in bunches as in Prepared: [bunch][block][row][plane][64], scales [bunch][block][row][16], one for each lane
@@ -293,29 +285,6 @@ using Tile = void (*)(const uint8_t*, const int32_t*, int64_t, const float*, con
 template <Zeros ZEROS>
 constexpr Tile TILES[TALL + 1] = {nullptr,        tile<1, ZEROS>, tile<2, ZEROS>, tile<3, ZEROS>,  tile<4, ZEROS>,  tile<5, ZEROS>, tile<6, ZEROS>,
                                   tile<7, ZEROS>, tile<8, ZEROS>, tile<9, ZEROS>, tile<10, ZEROS>, tile<11, ZEROS>, tile<12, ZEROS>};
-
-// 16 rows of 16 words of 32 bits, columns to rows
-inline void transpose(__m512i (&v)[16]) {
-    __m512i t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    // v[4 a + c] holds column c of each quarter of rows 4a..4a+3
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        t[c] = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), t[4 + c] = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xDD);
-        t[8 + c] = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88), t[12 + c] = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xDD);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        v[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88), v[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xDD);
-        v[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88), v[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xDD);
-    }
-}
 
 // codes of WIDE rows of the weight from `row` on, blocks `begin` to `end`, step by step; rows behind the last are zeros
 template <int BITS>

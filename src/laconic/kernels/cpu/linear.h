@@ -86,7 +86,29 @@ inline float from_bf16(uint16_t value) {
     return out;
 }
 
-inline void put(const Product& p, int64_t at, float value) {
+// numbers that are held as they are
+enum class Type { fp32, bf16, fp16 };
+
+inline int64_t size_of(Type type) { return type == Type::fp32 ? 4 : 2; }
+
+inline float from_fp16(uint16_t value) {
+    const uint32_t sign = uint32_t(value & 0x8000) << 16, exponent = (value >> 10) & 31, fraction = value & 1023;
+    uint32_t wide;
+    if (exponent == 0) {
+        const float small = float(fraction) * 5.9604644775390625e-8f;
+        return sign ? -small : small;
+    }
+    wide = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | fraction << 13;
+    float out;
+    std::memcpy(&out, &wide, 4);
+    return out;
+}
+
+inline float from_16(uint16_t value, Type type) { return type == Type::bf16 ? from_bf16(value) : from_fp16(value); }
+
+// one number of a result, in bf16 where that is asked for
+template <class P>
+inline void put(const P& p, int64_t at, float value) {
     if (p.narrow) p.narrow[at] = to_bf16(value);
     else p.out[at] = value;
 }
@@ -197,6 +219,8 @@ bool multiply_int8(const Product& p, Level level);
 void dense(const Weight& w, float* out, int threads, Level level);
 
 void product_plain(const Product& p);
+// columns from..to of a row as numbers; `from` is a multiple of 8
+void span_plain(const Weight& w, int64_t row, int64_t from, int64_t to, float* out);
 // false where x holds NaN or an infinity
 bool int8_plain(const Product& p);
 void dense_plain(const Weight& w, float* out, int threads);
@@ -211,6 +235,8 @@ bool int8_avx2(const Product& p);
 bool prepare_avx512(const Product& p, const Prepared& q);
 void product_avx512(const Product& p, const Prepared& q);
 void dense_avx512(const Weight& w, float* out, int threads);
+// as span_plain, for groups that are a row or a multiple of 16 columns; `from` is a multiple of 64
+void span_avx512(const Weight& w, int64_t row, int64_t from, int64_t to, float* out);
 bool int8_avx512(const Product& p);
 #endif
 

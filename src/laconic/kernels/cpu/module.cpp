@@ -9,6 +9,7 @@
 namespace nb = nanobind;
 
 void bind_attention(nb::module_& module);
+void bind_sparse(nb::module_& module);
 void bind_tape(nb::module_& module);
 
 using namespace laconic;
@@ -59,5 +60,6 @@ NB_MODULE(_native, module) {
     module.def("linear_int8", &linear_int8);
     module.def("dense", &dense_of);
     bind_attention(module);
+    bind_sparse(module);
     bind_tape(module);
 }

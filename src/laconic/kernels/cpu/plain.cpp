@@ -25,14 +25,6 @@ LACONIC_CLONES void place(float* out, int64_t count, float zero, float scale) {
     for (int64_t j = 0; j < count; j++) out[j] = (out[j] - zero) * scale;
 }
 
-void decode_row(const Weight& w, int64_t row, float* out) {
-    numbers(w.codes + row * w.stride, w.m, w.bits, out);
-    for (int64_t g = 0; g < w.groups; g++) {
-        const int64_t begin = g * w.group;
-        place(out + begin, std::min(w.group, w.m - begin), zero_at(w, row, g), from_bf16(w.scales[row * w.groups + g]));
-    }
-}
-
 LACONIC_CLONES float dot(const float* a, const float* b, int64_t count) {
     float lanes[16] = {};
     int64_t i = 0;
@@ -81,6 +73,15 @@ LACONIC_CLONES int32_t dot(const int16_t* codes, const int8_t* x, int64_t count)
 }
 
 } // namespace
+
+void span_plain(const Weight& w, int64_t row, int64_t from, int64_t to, float* out) {
+    numbers(w.codes + row * w.stride + from / 8 * w.bits, to - from, w.bits, out);
+    for (int64_t at = from; at < to;) {
+        const int64_t g = at / w.group, end = std::min(to, (g + 1) * w.group);
+        place(out + (at - from), end - at, zero_at(w, row, g), from_bf16(w.scales[row * w.groups + g]));
+        at = end;
+    }
+}
 
 Rounded::Rounded(const Product& p) : runs(p.w), wide(0) {
     for (int64_t run = 0; run < runs.count; run++) {
@@ -138,7 +139,7 @@ bool int8_plain(const Product& p) {
 
 void dense_plain(const Weight& w, float* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < w.n; i++) decode_row(w, i, out + i * w.m);
+    for (int64_t i = 0; i < w.n; i++) span_plain(w, i, 0, w.m, out + i * w.m);
 }
 
 void product_plain(const Product& p) {
@@ -156,7 +157,7 @@ void product_plain(const Product& p) {
         std::vector<float> row(size_t(w.m) + 1);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < w.n; i++) {
-            decode_row(w, i, row.data());
+            span_plain(w, i, 0, w.m, row.data());
             for (int64_t r = 0; r < p.rows; r++) p.out[r * w.n + i] = dot(row.data(), x + r * w.m, w.m);
         }
     }

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from laconic.core.packed import Packed, Soft, Way, below, restore
 from laconic.kernels.bits import pack, unpack
+from laconic.kernels.sparse import row_starts, sparse_linear, sparse_rows
 
 
 class Sparse(Packed):
@@ -26,6 +27,8 @@ class Sparse(Packed):
         self.shape = tuple(shape)
         self.register_buffer("mask", mask)
         self.values = values
+        # where the weights of each row begin: counted once a product has asked for them, and not stored
+        self.starts: Tensor | None = None
 
     @staticmethod
     def gather(weight: Tensor, mask: Tensor) -> Tensor:
@@ -39,11 +42,19 @@ class Sparse(Packed):
         """mask (n, m) bool; values: the form of `gather(weight, mask)`."""
         return cls(shape, pack(mask.to(torch.uint8), 1), values)
 
+    def _starts(self) -> Tensor:
+        if self.starts is None or self.starts.device != self.mask.device:
+            self.starts = row_starts(self.mask, self.matrix[1])
+        return self.starts
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        return sparse_rows(self.mask, self.values.line(), self.matrix[1], index, self._starts())
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return sparse_linear(x, self.mask, self.values.line(), self._starts())
+
     def dense(self) -> Tensor:
-        n, m = self.matrix
-        out = torch.zeros(n, m)
-        out[unpack(self.mask, 1, m).bool()] = self.values.dense().reshape(-1)
-        return out.reshape(self.shape)
+        return self.rows(slice(None)).reshape(self.shape)
 
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         mask = unpack(self.mask, 1, self.matrix[1]).bool()

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from laconic.core.packed import Codes, Packed, Soft, Way
+from laconic.core.packed import Packed, Read, Soft, Way
 from laconic.kernels.bits import pack, packed_width, unpack
 from laconic.kernels.grids import SPAN, Grid, as_stored, encode, grouped, notched, notches, storable, through, ungrouped
 from laconic.kernels.linear import grouped_dense, grouped_linear, grouped_linear_int8, zeros_of
+from laconic.kernels.sparse import Codes
 
 
 class Grouped(Packed):
@@ -85,18 +86,24 @@ class Grouped(Packed):
         zeros = None if self.grid.symmetric else self.zeros[index]
         return grouped_dense(self.codes[index], self.wide_scales(index), zeros, self.grid, self.matrix[1])
 
-    def read(self) -> Codes:
-        scales, grid = self.scales, self.grid
-        if grid.scales != "bf16":
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor | None, Grid]:
+        """As kernels take it."""
+        scales = self.scales
+        if self.grid.scales != "bf16":
             if self.wide is None or self.wide.device != scales.device:
                 self.wide = self.wide_scales()
             scales = self.wide
-        zeros = None if grid.symmetric else self.zeros
-        return Codes(self.codes, scales, zeros, grid.bits, grid.group or 0, grid.zeros == "half", self._product is grouped_linear_int8)
+        return self.codes, scales, None if self.grid.symmetric else self.zeros, self.grid
 
     def matmul(self, x: Tensor) -> Tensor:
-        codes = self.read()
-        return self._product(x, codes.codes, codes.scales, codes.zeros, self.grid)
+        return self._product(x, *self._stored())
+
+    def read(self) -> Read:
+        codes, scales, zeros, grid = self._stored()
+        return Read(codes, scales, zeros, grid.bits, grid.group or 0, grid.zeros == "half", self._product is grouped_linear_int8)
+
+    def line(self) -> Codes:
+        return Codes(*self._stored(), self.matrix[1])
 
     def round_inputs(self, bits: int) -> bool:
         if bits == 8:

@@ -1,0 +1,97 @@
+// What every processor can: the weights of a row are put in their places in a small buffer, then a product.
+#include <algorithm>
+#include <vector>
+
+#include "sparse.h"
+
+namespace laconic {
+
+namespace {
+
+// the weights of a row that are there, as numbers
+void kept(const Sparse& w, int64_t row, float* out) {
+    const int64_t from = w.starts[row], count = w.count(row);
+    if (!w.values) {
+        const bool own = w.codes.n == w.n;
+        // spans begin at whole bytes
+        const int64_t begin = own ? 0 : from, odd = begin % 8;
+        span_plain(w.codes, own ? row : 0, begin - odd, begin + count, out);
+        if (odd) std::move(out + odd, out + odd + count, out);
+    } else if (w.type == Type::fp32) {
+        std::copy_n(static_cast<const float*>(w.values) + from, count, out);
+    } else {
+        const uint16_t* values = static_cast<const uint16_t*>(w.values) + from;
+        for (int64_t i = 0; i < count; i++) out[i] = from_16(values[i], w.type);
+    }
+}
+
+// a row in its places; a mask that knows more weights than there are gets zeros for them
+void place(const Sparse& w, int64_t row, float* room, float* out) {
+    kept(w, row, room);
+    const uint8_t* mask = w.mask + row * w.stride;
+    const float *at = room, *end = room + w.count(row);
+    std::fill(out, out + w.m, 0.0f);
+    for (int64_t block = 0; block * 32 < w.m; block++) {
+        const int64_t left = w.m - block * 32;
+        for (uint32_t bits = left < 32 ? last_bits(mask, block, left) : bits_at(mask, block); bits && at < end; bits &= bits - 1)
+            out[block * 32 + __builtin_ctz(bits)] = *at++;
+    }
+}
+
+LACONIC_CLONES float dot(const float* a, const float* b, int64_t count) {
+    float lanes[16] = {};
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+        for (int k = 0; k < 16; k++) lanes[k] += a[i + k] * b[i + k];
+    float total = 0.0f;
+    for (; i < count; i++) total += a[i] * b[i];
+    for (int k = 0; k < 16; k++) total += lanes[k];
+    return total;
+}
+
+// room for a row's weights, which may begin up to 7 behind where they are decoded
+size_t room_of(const Sparse& w) { return size_t(w.m) + 8; }
+
+} // namespace
+
+void starts_plain(const uint8_t* mask, size_t stride, int64_t n, int64_t m, int64_t* starts) {
+    starts[0] = 0;
+    for (int64_t i = 0; i < n; i++, mask += stride) {
+        int64_t count = 0;
+        for (int64_t block = 0; block < m / 32; block++) count += __builtin_popcount(bits_at(mask, block));
+        if (m % 32) count += __builtin_popcount(last_bits(mask, m / 32, m % 32));
+        starts[i + 1] = starts[i] + count;
+    }
+}
+
+void sparse_plain(const SparseProduct& p) {
+    const Sparse& w = p.w;
+    std::vector<float> wide;
+    const float* x = static_cast<const float*>(p.x);
+    if (p.bf16) {
+        const uint16_t* given = static_cast<const uint16_t*>(p.x);
+        wide.resize(size_t(p.rows * w.m));
+        for (size_t i = 0; i < wide.size(); i++) wide[i] = from_bf16(given[i]);
+        x = wide.data();
+    }
+#pragma omp parallel num_threads(p.threads)
+    {
+        std::vector<float> room(room_of(w)), row(size_t(w.m) + 1);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < w.n; i++) {
+            place(w, i, room.data(), row.data());
+            for (int64_t r = 0; r < p.rows; r++) put(p, r * w.n + i, dot(row.data(), x + r * w.m, w.m));
+        }
+    }
+}
+
+void sparse_rows_plain(const SparseRows& p) {
+#pragma omp parallel num_threads(p.threads)
+    {
+        std::vector<float> room(room_of(p.w));
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < p.count; i++) place(p.w, p.row(i), room.data(), p.out + i * p.w.m);
+    }
+}
+
+} // namespace laconic

@@ -1,0 +1,283 @@
+// Products with sparse rows for AVX-512: read as sparse, computed as dense. A block is 32 columns: a word of the mask spreads the weights that follow over
+// it (vpexpandw), and the block is multiplied as if it had always been dense. What differs between dtypes is a K; see sparse_avx512.cpp and sparse_bf16.cpp.
+#pragma once
+#include "avx512.h"
+#include "sparse.h"
+
+namespace laconic {
+
+namespace {
+
+// columns of a block
+constexpr int64_t BLOCK = 32;
+// rows of x that are multiplied straight from registers, TOGETHER at once; with more of them, dense rows of the weight pass through the nearest caches
+constexpr int64_t FEW = 16;
+// rows of the weight and, at most, of x that a tile has
+constexpr int WIDE = 32, TALL = 12;
+// words behind a row of x, so that rows do not lie a page apart, where they would take each other's place in the nearest cache
+constexpr int64_t APART = 16;
+// what a vector may read behind the last weight
+constexpr int64_t BEHIND = 128;
+
+thread_local Room whole, near;
+
+inline int64_t padded(int64_t m) { return (m + BLOCK - 1) / BLOCK * BLOCK; }
+
+// 32 words, none of them from behind `end` where `careful`
+template <bool CAREFUL>
+inline __m512i words(const uint16_t* at, const uint16_t* end) {
+    if constexpr (CAREFUL) return _mm512_maskz_loadu_epi16(__mmask32(first(std::clamp<int64_t>(end - at, 0, 32))), at);
+    else return _mm512_loadu_si512(at);
+}
+
+// Words, or numbers of 32 bits, of which the next goes to each place whose bit is set; zeros elsewhere. In their own register: written to another one, an
+// instruction waits for what that held, on Zen 4 for three times as long as a block takes.
+inline __m512i spread(__m512i v, uint32_t bits) {
+    asm("vpexpandw %0, %0 %{%1%}%{z%}" : "+v"(v) : "Yk"(__mmask32(bits)));
+    return v;
+}
+
+inline __m512i spread_wide(__m512i v, uint32_t bits) {
+    asm("vpexpandd %0, %0 %{%1%}%{z%}" : "+v"(v) : "Yk"(__mmask16(bits)));
+    return v;
+}
+
+// A row's weights as they are read: `at` goes on, and nothing is read from `end` on.
+template <class V>
+struct Cursor {
+    const V *at, *end;
+};
+
+// fp32 of a row's weights that are no bf16; `room` has space for m + BEHIND of them
+inline const float* numbers_of(const Sparse& w, int64_t row, float* room) {
+    const int64_t from = w.starts[row], count = w.count(row);
+    if (!w.values) {
+        const bool own = w.codes.n == w.n;
+        const int64_t begin = own ? 0 : from;
+        const bool known = w.codes.group % 16 == 0 || w.codes.group >= w.codes.m;
+        const int64_t odd = begin % (known ? 64 : 8);
+        (known ? span_avx512 : span_plain)(w.codes, own ? row : 0, begin - odd, begin + count, room);
+        return room + odd;
+    }
+    if (w.type == Type::fp32) std::copy_n(static_cast<const float*>(w.values) + from, count, room);
+    else
+        for (int64_t i = 0; i < count; i += 16) {
+            const __mmask16 there = __mmask16(first(count - i));
+            const __m256i part = _mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(w.values) + from + i);
+            _mm512_storeu_ps(room + i, w.type == Type::bf16 ? widen(part) : _mm512_cvtph_ps(part));
+        }
+    return room;
+}
+
+// whether no vector that begins at a weight of `row`, or of any before it, ends behind the last weight; rows have at most m, whatever a mask says
+inline bool safe(const Sparse& w, int64_t row) { return w.starts[row] + w.m + BLOCK <= w.total(); }
+
+// Asks for what rows first..last of the weight are read from, a share at a time, while others are computed with: what a row reads begins and ends
+// anywhere, and the processor does not see where the next one is.
+class Ask {
+    const char *at = nullptr, *end = nullptr;
+    int64_t each = 0;
+
+  public:
+    // in `shares`
+    Ask(const Sparse& w, int64_t first, int64_t last, int64_t shares) {
+        first = std::min(first, w.n), last = std::min(last, w.n);
+        for (const uint8_t *mask = w.mask + first * w.stride, *stop = w.mask + last * w.stride; mask < stop; mask += 64) _mm_prefetch(mask, _MM_HINT_T0);
+        const int64_t size = w.values ? size_of(w.type) : 0;
+        at = static_cast<const char*>(w.values) + w.starts[first] * size, end = at + (w.starts[last] - w.starts[first]) * size;
+        each = (end - at) / shares + 1;
+    }
+    void next() {
+        for (const char* stop = std::min(end, at + each); at < stop; at += 64) _mm_prefetch(at, _MM_HINT_T0);
+    }
+};
+
+// N rows of the weight, side by side, times ROWS rows of x
+template <class K, bool CAREFUL, int N, int ROWS>
+inline void few(const Sparse& w, int64_t row, Cursor<typename K::Value>* given, const typename K::X* x, int64_t wide, __m512 (&total)[N][ROWS]) {
+    Cursor<typename K::Value> from[N];
+    const uint8_t* mask = w.mask + row * w.stride;
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+        from[n] = given[n];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) total[n][r] = _mm512_setzero_ps();
+    }
+    const auto step = [&](int64_t b, const uint32_t (&bits)[N]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+            __m512i part[K::PARTS];
+            K::template expand<CAREFUL>(from[n], bits[n], part);
+#pragma GCC unroll 2
+            for (int k = 0; k < K::PARTS; k++)
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++)
+                    total[n][r] = K::madd(total[n][r], part[k], _mm512_loadu_si512(x + r * wide + b * BLOCK + k * BLOCK / K::PARTS));
+        }
+    };
+    const int64_t full = w.m / BLOCK;
+    // what the rows after the next are read from
+    Ask ask(w, row + 2 * N, row + 3 * N, full + 1);
+    uint32_t bits[N];
+    for (int64_t b = 0; b < full; b++) {
+        ask.next();
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) bits[n] = bits_at(mask + n * w.stride, b);
+        step(b, bits);
+    }
+    if (w.m % BLOCK) {
+        for (int n = 0; n < N; n++) bits[n] = last_bits(mask + n * w.stride, full, w.m % BLOCK);
+        step(full, bits);
+    }
+}
+
+template <class K, int N, int ROWS>
+void few(const SparseProduct& p, int64_t row, const typename K::X* x, int64_t wide, int64_t r, float* room) {
+    const Sparse& w = p.w;
+    Cursor<typename K::Value> from[N];
+    for (int n = 0; n < N; n++) from[n] = K::begin(w, row + n, room + n * (w.m + BEHIND));
+    __m512 total[N][ROWS];
+    if (K::BUFFERED || safe(w, row + N - 1)) few<K, false, N, ROWS>(w, row, from, x, wide, total);
+    else few<K, true, N, ROWS>(w, row, from, x, wide, total);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; i++) {
+        const int64_t to = (r + i) * w.n + row;
+        if constexpr (N == 4) {
+            const __m128 four = sums_of(total[0][i], total[1][i], total[2][i], total[3][i]);
+            if (p.narrow) _mm_storel_epi64(reinterpret_cast<__m128i*>(p.narrow + to), _mm256_castsi256_si128(narrowed(_mm512_castps128_ps512(four))));
+            else _mm_storeu_ps(p.out + to, four);
+        } else
+            for (int n = 0; n < N; n++) put(p, to + n, _mm512_reduce_add_ps(total[n][i]));
+    }
+}
+
+// WIDE rows of the weight from `row` on, dense, word by word with rows as lanes; rows behind the last are zeros
+template <class K>
+void fill(const Sparse& w, int64_t row, float* room, int32_t* panel) {
+    using Value = typename K::Value;
+    const int64_t number = std::min<int64_t>(WIDE, w.n - row), full = w.m / BLOCK;
+    Ask ask(w, row + WIDE, row + 2 * WIDE, 2 * (full + 1));
+    for (int half = 0; half < 2; half++) {
+        Cursor<Value> from[16];
+        const int64_t begin = row + 16 * half, here = std::clamp<int64_t>(number - 16 * half, 0, 16);
+        for (int64_t i = 0; i < here; i++) from[i] = K::begin(w, begin + i, room + i * (w.m + BEHIND));
+        const bool near_end = !K::BUFFERED && here && !safe(w, begin + here - 1);
+        for (int64_t b = 0; b * BLOCK < w.m; b++) {
+            ask.next();
+            __m512i part[K::PARTS][16];
+            for (int64_t i = 0; i < 16; i++) {
+                __m512i one[K::PARTS];
+                const uint8_t* mask = w.mask + (begin + i) * w.stride;
+                if (i >= here) std::fill(one, one + K::PARTS, _mm512_setzero_si512());
+                else {
+                    const uint32_t bits = b < full ? bits_at(mask, b) : last_bits(mask, b, w.m % BLOCK);
+                    if (near_end) K::template expand<true>(from[i], bits, one);
+                    else K::template expand<false>(from[i], bits, one);
+                }
+                for (int k = 0; k < K::PARTS; k++) part[k][i] = one[k];
+            }
+            for (int k = 0; k < K::PARTS; k++) {
+                transpose(part[k]);
+                for (int l = 0; l < 16; l++) _mm512_store_si512(panel + ((b * K::PARTS + k) * 16 + l) * WIDE + half * 16, part[k][l]);
+            }
+        }
+    }
+}
+
+// ROWS rows of x, `stride` words apart, times a panel of `words`; `number` rows of the weight are there
+template <class K, int ROWS>
+void tile(const SparseProduct& p, const int32_t* panel, const int32_t* x, int64_t stride, int64_t words, int64_t r, int64_t row, int64_t number) {
+    __m512 total[ROWS][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) total[i][0] = total[i][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < words; k++, panel += WIDE, x++) {
+        const __m512i low = _mm512_load_si512(panel), high = _mm512_load_si512(panel + 16);
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            const __m512i given = _mm512_set1_epi32(x[i * stride]);
+            total[i][0] = K::madd(total[i][0], low, given), total[i][1] = K::madd(total[i][1], high, given);
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const __mmask16 there = __mmask16(first(std::max<int64_t>(0, number - 16 * half)));
+            const int64_t to = (r + i) * p.w.n + row + 16 * half;
+            if (p.narrow) _mm256_mask_storeu_epi16(p.narrow + to, there, narrowed(total[i][half]));
+            else _mm512_mask_storeu_ps(p.out + to, there, total[i][half]);
+        }
+}
+
+using Tile = void (*)(const SparseProduct&, const int32_t*, const int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t);
+template <class K>
+constexpr Tile TILES[TALL + 1] = {nullptr,    nullptr,    nullptr,    nullptr,    nullptr,     nullptr,     tile<K, 6>,
+                                  tile<K, 7>, tile<K, 8>, tile<K, 9>, tile<K, 10>, tile<K, 11>, tile<K, 12>};
+static_assert(FEW >= TALL, "tiles of more than FEW rows are no less than half full");
+
+template <class K>
+void many(const SparseProduct& p) {
+    const Sparse& w = p.w;
+    constexpr int64_t EACH = sizeof(int32_t) / sizeof(typename K::X);
+    const int64_t words = padded(w.m) / EACH, stride = words + APART, panels = (w.n + WIDE - 1) / WIDE, tiles = (p.rows + TALL - 1) / TALL;
+    const int32_t* x = reinterpret_cast<const int32_t*>(K::ready(p, stride * EACH));
+#pragma omp parallel num_threads(p.threads)
+    {
+        const size_t bytes = size_t(words * WIDE) * 4;
+        uint8_t* at = near.of(bytes + (K::BUFFERED ? size_t(16 * (w.m + BEHIND)) * 4 : 0));
+        int32_t* panel = reinterpret_cast<int32_t*>(at);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < panels; i++) {
+            const int64_t row = i * WIDE, number = std::min<int64_t>(WIDE, w.n - row);
+            fill<K>(w, row, reinterpret_cast<float*>(at + bytes), panel);
+            for (int64_t t = 0; t < tiles; t++) {
+                const int64_t r = p.rows * t / tiles, rows = p.rows * (t + 1) / tiles - r;
+                TILES<K>[rows](p, panel, x + r * stride, stride, words, r, row, number);
+            }
+        }
+        near.shrink();
+    }
+}
+
+template <class K, int ROWS>
+void few(const SparseProduct& p, int64_t begin, int64_t end, const typename K::X* x, int64_t wide, int64_t r, float* room) {
+    int64_t i = begin;
+    for (; i + SIDE <= end; i += SIDE) few<K, SIDE, ROWS>(p, i, x, wide, r, room);
+    for (; i < end; i++) few<K, 1, ROWS>(p, i, x, wide, r, room);
+}
+
+template <class K>
+void few(const SparseProduct& p) {
+    const Sparse& w = p.w;
+    const int64_t wide = padded(w.m);
+    const typename K::X* x = K::ready(p, wide);
+#pragma omp parallel num_threads(p.threads)
+    {
+        float* room = K::BUFFERED ? reinterpret_cast<float*>(near.of(size_t(SIDE * (w.m + BEHIND)) * 4)) : nullptr;
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < (w.n + NEAR - 1) / NEAR; block++) {
+            const int64_t begin = block * NEAR, end = std::min(w.n, begin + NEAR);
+            for (int64_t r = 0; r < p.rows; r += TOGETHER) {
+                const typename K::X* from = x + r * wide;
+                switch (p.rows - r) {
+                case 1: few<K, 1>(p, begin, end, from, wide, r, room); break;
+                case 2: few<K, 2>(p, begin, end, from, wide, r, room); break;
+                case 3: few<K, 3>(p, begin, end, from, wide, r, room); break;
+                default: few<K, TOGETHER>(p, begin, end, from, wide, r, room); break;
+                }
+            }
+        }
+        near.shrink();
+    }
+}
+
+template <class K>
+void sparse_product(const SparseProduct& p) {
+    if (p.rows <= FEW) few<K>(p);
+    else many<K>(p);
+    whole.shrink();
+}
+
+} // namespace
+
+} // namespace laconic

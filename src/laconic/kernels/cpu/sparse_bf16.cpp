@@ -1,0 +1,42 @@
+// AVX-512 with VBMI2 and BF16: weights and x in bf16, multiplied in pairs and added in fp32.
+#include <type_traits>
+
+#include "sparse_avx512.h"
+
+namespace laconic {
+
+namespace {
+
+struct Pairs {
+    using Value = uint16_t;
+    using X = uint16_t;
+    static constexpr int PARTS = 1;
+    static constexpr bool BUFFERED = false;
+
+    static Cursor<Value> begin(const Sparse& w, int64_t row, float*) {
+        const uint16_t* values = static_cast<const uint16_t*>(w.values);
+        return {values + w.starts[row], values + w.total()};
+    }
+    template <bool CAREFUL>
+    static inline void expand(Cursor<Value>& from, uint32_t bits, __m512i (&out)[PARTS]) {
+        out[0] = spread(words<CAREFUL>(from.at, from.end), bits);
+        from.at += _mm_popcnt_u32(bits);
+    }
+    static inline __m512 madd(__m512 total, __m512i w, __m512i x) { return _mm512_dpbf16_ps(total, (__m512bh)w, (__m512bh)x); }
+
+    // rows of x, `wide` apart, filled up with zeros
+    static const X* ready(const SparseProduct& p, int64_t wide) {
+        const X* given = static_cast<const X*>(p.x);
+        if (wide == p.w.m) return given;
+        X* out = reinterpret_cast<X*>(whole.of(size_t(p.rows * wide) * sizeof(X)));
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows > 16)
+        for (int64_t r = 0; r < p.rows; r++) std::fill_n(std::copy_n(given + r * p.w.m, p.w.m, out + r * wide), wide - p.w.m, X(0));
+        return out;
+    }
+};
+
+} // namespace
+
+void sparse_bf16(const SparseProduct& p) { sparse_product<Pairs>(p); }
+
+} // namespace laconic
