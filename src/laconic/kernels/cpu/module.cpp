@@ -9,6 +9,7 @@
 namespace nb = nanobind;
 
 void bind_attention(nb::module_& module);
+void bind_lookup(nb::module_& module);
 
 using namespace laconic;
 
@@ -103,4 +104,5 @@ NB_MODULE(_native, module) {
     module.def("linear_int8", &linear_int8);
     module.def("dense", &dense);
     bind_attention(module);
+    bind_lookup(module);
 }
