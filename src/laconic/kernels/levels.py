@@ -9,7 +9,7 @@ All values of tables are bf16's, so that a product of one with a bf16 number is 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
@@ -80,6 +80,11 @@ class Levels:
     def top(self) -> float:
         """What the greatest weight of a group becomes in units of its scale."""
         return 1.0 if self.table == "codebook" else float(values(self.table).abs().nan_to_num(0.0, 0.0).max())
+
+    @property
+    def row(self) -> Levels:
+        """The same with one group a row."""
+        return replace(self, group=None)
 
     def width(self, m: int) -> int:
         """Weights in a full group of a row of m."""
