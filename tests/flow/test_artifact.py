@@ -18,6 +18,8 @@ from laconic import artifact
 from laconic.core.errors import UserError
 from laconic.core.packed import Dense, Held, Packed, Product, Sum
 from laconic.journal import Work
+from laconic.kernels.levels import Levels, encode, fit_scale, fit_table, whole_of
+from laconic.methods.quantize.grid.levels import Leveled
 from laconic.models import open_model
 
 TOKENS = torch.tensor([[1, 5, 9, 2, 77, 3], [4, 4, 60, 8, 0, 12]])
@@ -35,12 +37,18 @@ def original(folder: Path, *, tied: bool, bias: bool = True) -> Path:
 
 
 def form_of(name: str, weight: Tensor) -> Packed | None:
-    """Some of every form: a sum of a base and a low rank for the MLP, the numbers themselves for the queries, a sum of one for the rest,
-    none for the keys and all vectors."""
+    """Some of every form: a sum of a base and a low rank for the MLP, the numbers themselves for the queries, 4-bit floats and a codebook
+    for outputs and values, a sum of one for the rest, none for the keys and all vectors."""
     if weight.dim() < 2 or "k_proj" in name:
         return None
     if "q_proj" in name:
         return Dense(weight)
+    if "o_proj" in name or "v_proj" in name:
+        levels = Levels.nvfp4() if "o_proj" in name else Levels.codebook(3, 16)
+        whole = whole_of(weight.abs().max(), levels)
+        scale = fit_scale(weight.float(), levels, whole)
+        table = fit_table(weight, scale, levels) if levels.table == "codebook" else None
+        return Leveled.of(tuple(weight.shape), levels, encode(weight.float(), scale, levels, table), scale, whole, table)
     if "mlp" not in name:
         return Sum(Dense(weight))
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)

@@ -7,7 +7,7 @@ al. 2023, QLoRA, arXiv:2305.14314, section 3)."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -76,7 +76,17 @@ class Grid:
         return torch.arange(m) // self.width(m)
 
 
-def grouped(x: Tensor, grid: Grid, fill: float = 0.0) -> Tensor:
+class Groups(Protocol):
+    """What says how a row of m weights falls into groups, the last of which may be shorter."""
+
+    def width(self, m: int) -> int:
+        """Weights in a full group."""
+
+    def count(self, m: int) -> int:
+        """Groups in a row."""
+
+
+def grouped(x: Tensor, grid: Groups, fill: float = 0.0) -> Tensor:
     """(n, m) -> (n, groups, width), the ragged end filled."""
     n, m = x.shape
     width, count = grid.width(m), grid.count(m)

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from laconic.kernels import levels as tables
 from laconic.kernels.grids import Grid, fit_clipped, fit_range
+from laconic.kernels.levels import Levels
 
 
 class Factor(NamedTuple):
@@ -169,6 +171,43 @@ def round_columns(
     sweep(work, factor.upper, settle, block=block)
     split = [codes[:, level * n : (level + 1) * n].T.contiguous() for level in range(count)]
     return [Rounded(*found) for found in zip(split, scales, zeros, strict=True)]
+
+
+def round_columns_to(
+    weight: Tensor,
+    factor: Factor,
+    levels: Levels,
+    table: Tensor | None,
+    whole: Tensor | None,
+    *,
+    importance: Tensor | None = None,
+    block: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """Rounds weight (n, m) column by column with error compensation to the values of a table (None: the format's own) -> codes (n, m)
+    uint8, scale (n, g) fp32 as stored beside `whole`. Each group's scale is fitted when the walk reaches it, from weights that carry the
+    errors so far; importance (m,): then for least error under it."""
+    n, m = weight.shape
+    width = levels.width(m)
+    names, rising, bounds = tables.ranked(levels, table)
+    scale, codes = torch.empty(levels.count(m), n), torch.empty(m, n, dtype=torch.uint8)
+
+    def settle(window: Window, i: int) -> Tensor:
+        column = window.start + i
+        group, into = divmod(column, width)
+        if into == 0:
+            end = min(column + width, m)
+            ahead = window.ahead(i, slice(None), end)
+            if importance is None:
+                scale[group] = tables.fit_scale(ahead, levels.row, whole)[:, 0]
+            else:
+                scale[group] = tables.fit_clipped(ahead, levels.row, table, whole, importance=importance[column:end])[:, 0]
+        w, s = window.inside[i], scale[group]
+        rank = torch.bucketize(w / torch.where(s > 0, s, torch.inf), bounds)
+        codes[column] = names[rank]
+        return w - rising[rank] * s
+
+    sweep(weight.float().clone(), factor.upper, settle, block=block)
+    return codes.T.contiguous(), scale.T.contiguous()
 
 
 def output_error(delta: Tensor, gram: Tensor) -> Tensor:

@@ -66,9 +66,10 @@ struct Scales {
     int64_t blocks; // blocks of a group
     __m512i lanes;
 
-    Scales(const Weight& w, int64_t width) {
-        share = w.group < w.m && w.group < width ? width / w.group : 0;
-        blocks = share ? 1 : w.group >= w.m ? w.m / width + 1 : w.group / width;
+    Scales(const Weight& w, int64_t width) : Scales(w.group, w.m, width) {}
+    Scales(int64_t group, int64_t m, int64_t width) {
+        share = group < m && group < width ? width / group : 0;
+        blocks = share ? 1 : group >= m ? m / width + 1 : group / width;
         alignas(64) int32_t at[16];
         for (int i = 0; i < 16; i++) at[i] = int32_t(i * share / 16);
         lanes = _mm512_load_si512(at);

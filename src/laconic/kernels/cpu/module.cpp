@@ -9,6 +9,7 @@
 namespace nb = nanobind;
 
 void bind_attention(nb::module_& module);
+void bind_lookup(nb::module_& module);
 void bind_sparse(nb::module_& module);
 void bind_tape(nb::module_& module);
 
@@ -60,6 +61,7 @@ NB_MODULE(_native, module) {
     module.def("linear_int8", &linear_int8);
     module.def("dense", &dense_of);
     bind_attention(module);
+    bind_lookup(module);
     bind_sparse(module);
     bind_tape(module);
 }
