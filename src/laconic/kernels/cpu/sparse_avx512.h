@@ -131,24 +131,36 @@ inline void few(const Sparse& w, int64_t row, Cursor<typename K::Value>* given, 
     }
 }
 
+// the same for what N rows of the weight begin with, results put where they belong
 template <class K, int N, int ROWS>
-void few(const SparseProduct& p, int64_t row, const typename K::X* x, int64_t wide, int64_t r, float* room) {
+void few(const SparseProduct& p, int64_t row, Cursor<typename K::Value>* from, const typename K::X* x, int64_t wide, int64_t r) {
     const Sparse& w = p.w;
-    Cursor<typename K::Value> from[N];
-    for (int n = 0; n < N; n++) from[n] = K::begin(w, row + n, room + n * (w.m + BEHIND));
     __m512 total[N][ROWS];
-    if (K::BUFFERED || safe(w, row + N - 1)) few<K, false, N, ROWS>(w, row, from, x, wide, total);
-    else few<K, true, N, ROWS>(w, row, from, x, wide, total);
+    if (K::BUFFERED || safe(w, row + N - 1)) few<K, false, N, ROWS>(w, row, from, x + r * wide, wide, total);
+    else few<K, true, N, ROWS>(w, row, from, x + r * wide, wide, total);
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; i++) {
         const int64_t to = (r + i) * w.n + row;
-        if constexpr (N == 4) {
+        if constexpr (N == SIDE) {
             const __m128 four = sums_of(total[0][i], total[1][i], total[2][i], total[3][i]);
             if (p.narrow) _mm_storel_epi64(reinterpret_cast<__m128i*>(p.narrow + to), _mm256_castsi256_si128(narrowed(_mm512_castps128_ps512(four))));
             else _mm_storeu_ps(p.out + to, four);
         } else
             for (int n = 0; n < N; n++) put(p, to + n, _mm512_reduce_add_ps(total[n][i]));
     }
+}
+
+// N rows of the weight times rows r..stop of x
+template <class K, int N>
+void few(const SparseProduct& p, int64_t row, const typename K::X* x, int64_t wide, int64_t r, int64_t stop, float* room) {
+    Cursor<typename K::Value> from[N];
+    for (int n = 0; n < N; n++) from[n] = K::begin(p.w, row + n, room + n * (p.w.m + BEHIND));
+    for (; r < stop; r += TOGETHER) switch (stop - r) {
+        case 1: few<K, N, 1>(p, row, from, x, wide, r); break;
+        case 2: few<K, N, 2>(p, row, from, x, wide, r); break;
+        case 3: few<K, N, 3>(p, row, from, x, wide, r); break;
+        default: few<K, N, TOGETHER>(p, row, from, x, wide, r); break;
+        }
 }
 
 // WIDE rows of the weight from `row` on, dense, word by word with rows as lanes; rows behind the last are zeros
@@ -239,32 +251,24 @@ void many(const SparseProduct& p) {
     }
 }
 
-template <class K, int ROWS>
-void few(const SparseProduct& p, int64_t begin, int64_t end, const typename K::X* x, int64_t wide, int64_t r, float* room) {
-    int64_t i = begin;
-    for (; i + SIDE <= end; i += SIDE) few<K, SIDE, ROWS>(p, i, x, wide, r, room);
-    for (; i < end; i++) few<K, 1, ROWS>(p, i, x, wide, r, room);
-}
-
 template <class K>
 void few(const SparseProduct& p) {
     const Sparse& w = p.w;
     const int64_t wide = padded(w.m);
     const typename K::X* x = K::ready(p, wide);
+    // what is decoded is decoded once; else x is what stays in the nearest cache, while the same few rows of the weight pass by again
+    const int64_t each = K::BUFFERED ? p.rows : TOGETHER;
 #pragma omp parallel num_threads(p.threads)
     {
         float* room = K::BUFFERED ? reinterpret_cast<float*>(near.of(size_t(SIDE * (w.m + BEHIND)) * 4)) : nullptr;
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < (w.n + NEAR - 1) / NEAR; block++) {
             const int64_t begin = block * NEAR, end = std::min(w.n, begin + NEAR);
-            for (int64_t r = 0; r < p.rows; r += TOGETHER) {
-                const typename K::X* from = x + r * wide;
-                switch (p.rows - r) {
-                case 1: few<K, 1>(p, begin, end, from, wide, r, room); break;
-                case 2: few<K, 2>(p, begin, end, from, wide, r, room); break;
-                case 3: few<K, 3>(p, begin, end, from, wide, r, room); break;
-                default: few<K, TOGETHER>(p, begin, end, from, wide, r, room); break;
-                }
+            for (int64_t r = 0; r < p.rows; r += each) {
+                const int64_t stop = std::min(p.rows, r + each);
+                int64_t i = begin;
+                for (; i + SIDE <= end; i += SIDE) few<K, SIDE>(p, i, x, wide, r, stop, room);
+                for (; i < end; i++) few<K, 1>(p, i, x, wide, r, stop, room);
             }
         }
         near.shrink();
