@@ -163,35 +163,45 @@ void few(const SparseProduct& p, int64_t row, const typename K::X* x, int64_t wi
         }
 }
 
-// WIDE rows of the weight from `row` on, dense, word by word with rows as lanes; rows behind the last are zeros
+// one block of 16 rows of the weight, dense, word by word with rows as lanes; without PLAIN `here` of them are there and may be the last
+template <class K, bool PLAIN>
+inline void block_of(const Sparse& w, const uint8_t* mask, Cursor<typename K::Value> (&from)[16], int64_t b, int64_t here, int32_t* to) {
+    __m512i part[K::PARTS][16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        __m512i one[K::PARTS];
+        if (PLAIN) K::template expand<false>(from[i], bits_at(mask + i * w.stride, b), one);
+        else if (i < here) {
+            const int64_t left = w.m - b * BLOCK;
+            const uint32_t bits = left < BLOCK ? last_bits(mask + i * w.stride, b, left) : bits_at(mask + i * w.stride, b);
+            K::template expand<!K::BUFFERED>(from[i], bits, one);
+        } else std::fill(one, one + K::PARTS, _mm512_setzero_si512());
+#pragma GCC unroll 2
+        for (int k = 0; k < K::PARTS; k++) part[k][i] = one[k];
+    }
+#pragma GCC unroll 2
+    for (int k = 0; k < K::PARTS; k++) {
+        transpose(part[k]);
+#pragma GCC unroll 16
+        for (int l = 0; l < 16; l++) _mm512_store_si512(to + ((b * K::PARTS + k) * 16 + l) * WIDE, part[k][l]);
+    }
+}
+
+// WIDE rows of the weight from `row` on; rows behind the last are zeros
 template <class K>
 void fill(const Sparse& w, int64_t row, float* room, int32_t* panel) {
-    using Value = typename K::Value;
-    const int64_t number = std::min<int64_t>(WIDE, w.n - row), full = w.m / BLOCK;
-    Ask ask(w, row + WIDE, row + 2 * WIDE, 2 * (full + 1));
+    const int64_t full = w.m / BLOCK, blocks = padded(w.m) / BLOCK;
+    Ask ask(w, row + WIDE, row + 2 * WIDE, 2 * blocks);
     for (int half = 0; half < 2; half++) {
-        Cursor<Value> from[16];
-        const int64_t begin = row + 16 * half, here = std::clamp<int64_t>(number - 16 * half, 0, 16);
+        Cursor<typename K::Value> from[16];
+        const int64_t begin = row + 16 * half, here = std::clamp<int64_t>(w.n - begin, 0, 16);
+        const uint8_t* mask = w.mask + begin * w.stride;
         for (int64_t i = 0; i < here; i++) from[i] = K::begin(w, begin + i, room + i * (w.m + BEHIND));
-        const bool near_end = !K::BUFFERED && here && !safe(w, begin + here - 1);
-        for (int64_t b = 0; b * BLOCK < w.m; b++) {
+        const bool plain = here == 16 && (K::BUFFERED || safe(w, begin + 15));
+        for (int64_t b = 0; b < blocks; b++) {
             ask.next();
-            __m512i part[K::PARTS][16];
-            for (int64_t i = 0; i < 16; i++) {
-                __m512i one[K::PARTS];
-                const uint8_t* mask = w.mask + (begin + i) * w.stride;
-                if (i >= here) std::fill(one, one + K::PARTS, _mm512_setzero_si512());
-                else {
-                    const uint32_t bits = b < full ? bits_at(mask, b) : last_bits(mask, b, w.m % BLOCK);
-                    if (near_end) K::template expand<true>(from[i], bits, one);
-                    else K::template expand<false>(from[i], bits, one);
-                }
-                for (int k = 0; k < K::PARTS; k++) part[k][i] = one[k];
-            }
-            for (int k = 0; k < K::PARTS; k++) {
-                transpose(part[k]);
-                for (int l = 0; l < 16; l++) _mm512_store_si512(panel + ((b * K::PARTS + k) * 16 + l) * WIDE + half * 16, part[k][l]);
-            }
+            if (plain && b < full) block_of<K, true>(w, mask, from, b, here, panel + 16 * half);
+            else block_of<K, false>(w, mask, from, b, here, panel + 16 * half);
         }
     }
 }
