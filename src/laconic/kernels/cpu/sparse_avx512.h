@@ -51,6 +51,7 @@ struct Cursor {
 // fp32 of a row's weights that are no bf16; `room` has space for m + BEHIND of them
 inline const float* numbers_of(const Sparse& w, int64_t row, float* room) {
     const int64_t from = w.starts[row], count = w.count(row);
+    if (!count) return room;
     if (!w.values) {
         const bool own = w.codes.n == w.n;
         const int64_t begin = own ? 0 : from;

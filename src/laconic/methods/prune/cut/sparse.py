@@ -1,6 +1,10 @@
 """Sparse: one bit for each weight says whether it is there, and those that are there are held in some form of their own.
 
-Stored: mask (n, ceil(m / 8)) uint8, and the kept weights as a matrix: (n, kept) where every row keeps as many, else (1, kept in all)."""
+Stored: mask (n, ceil(m / 8)) uint8, and the kept weights as a matrix: (n, kept) where every row keeps as many, else (1, kept in all).
+Products are Flash-LLM's, Xia et al. 2023, arXiv:2309.10285: "load as sparse, compute as dense".  What is read is what is stored, 2 bytes a
+kept weight in bf16 and 1/8 byte for every weight; on the way to the multiplication it is spread out, zeros and all (kernels/sparse.py).
+Flash-LLM's own format, Tiled-CSL, has a position of 16 bits with each weight in place of the bits, which is more where over 1/16 is kept.
+Sibling: prune.cut.drop (which weights go)."""
 
 from __future__ import annotations
 
@@ -11,9 +15,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from laconic.core.claim import Card, Paper
 from laconic.core.packed import Packed, Soft, Way, below, restore
 from laconic.kernels.bits import pack, unpack
 from laconic.kernels.sparse import row_starts, sparse_linear, sparse_rows
+
+CARD = Card(Paper("Xia et al.", 2023, "arXiv:2309.10285"), catalogue="flash-llm", sibling="prune.cut.drop")
 
 
 class Sparse(Packed):
