@@ -257,7 +257,7 @@ def forms(draw: torch.Generator) -> list[Sparse]:
         codes = torch.randint(0, 16, kept.shape, generator=draw, dtype=torch.uint8)
         scale = torch.rand(kept.shape[0], grid.count(kept.shape[1]), generator=draw) + 0.5
         on_grid = Grouped.of(tuple(kept.shape), grid, codes, scale, scale * 0 + 7)
-        values: list[Packed] = [Dense(kept.bfloat16()), Dense(kept.half()), Dense(kept), on_grid]
+        values: list[Packed] = [Dense(kept.bfloat16()), Dense(kept.half()), Dense(kept), Dense(kept.double()), on_grid]
         values.append(Sum(Dense(kept.bfloat16()), Dense(kept * 0.01)))
         found += [Sparse.of((12, 80), mask, one) for one in values]
     return found

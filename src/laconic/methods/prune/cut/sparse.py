@@ -18,7 +18,7 @@ from typing_extensions import Self
 from laconic.core.claim import Card, Paper
 from laconic.core.packed import Packed, Soft, Way, below, restore
 from laconic.kernels.bits import pack, unpack
-from laconic.kernels.sparse import row_starts, sparse_linear, sparse_rows
+from laconic.kernels.sparse import Kept, row_starts, sparse_linear, sparse_rows
 
 CARD = Card(Paper("Xia et al.", 2023, "arXiv:2309.10285"), catalogue="flash-llm", sibling="prune.cut.drop")
 
@@ -54,11 +54,16 @@ class Sparse(Packed):
             self.starts = row_starts(self.mask, self.matrix[1])
         return self.starts
 
+    def _line(self) -> Kept:
+        line = self.values.line()
+        # no kernel knows these
+        return line.float() if isinstance(line, Tensor) and line.dtype == torch.float64 else line
+
     def rows(self, index: Tensor | slice) -> Tensor:
-        return sparse_rows(self.mask, self.values.line(), self.matrix[1], index, self._starts())
+        return sparse_rows(self.mask, self._line(), self.matrix[1], index, self._starts())
 
     def matmul(self, x: Tensor) -> Tensor:
-        return sparse_linear(x, self.mask, self.values.line(), self._starts())
+        return sparse_linear(x, self.mask, self._line(), self._starts())
 
     def dense(self) -> Tensor:
         return self.rows(slice(None)).reshape(self.shape)
