@@ -61,7 +61,8 @@ def sparse_linear(x: Tensor, mask: Tensor, kept: Kept, starts: Tensor | None = N
     """x (..., m) fp32, bf16 or fp16, times the transposed matrix -> (..., n) in x's dtype, added in fp32.
 
     mask (n, ceil(m / 8)) uint8, bit j of a row in byte j / 8 from the lowest up; starts: `row_starts(mask, m)`. ValueError for other shapes
-    and where the mask has more or fewer weights than there are, TypeError for other dtypes. Subnormal numbers of bf16 may count as zero."""
+    and where the mask has more or fewer weights than there are, TypeError for other dtypes. Where x is in bf16, weights that are not may be
+    rounded to it, as torch would round them, and subnormal numbers may count as zero."""
     starts = row_starts(mask, x.shape[-1]) if starts is None else starts
     words = _words(kept)
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
@@ -83,8 +84,10 @@ def sparse_rows(mask: Tensor, kept: Kept, m: int, index: Tensor | slice = slice(
 
 
 def reference_sparse_linear(x: Tensor, mask: Tensor, kept: Kept, starts: Tensor | None = None) -> Tensor:
-    """sparse_linear by torch's own operations, in fp32."""
+    """sparse_linear by torch's own operations, in fp32, of weights in bf16 where x is."""
     dense = reference_sparse_rows(mask, kept, x.shape[-1])
+    if x.dtype == torch.bfloat16:
+        dense = dense.bfloat16().float()
     return F.linear(x.float(), dense).to(x.dtype)
 
 

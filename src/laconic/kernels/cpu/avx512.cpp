@@ -142,14 +142,15 @@ template <int BITS>
 void span(const Weight& w, const Bytes<BITS>& bytes, int64_t row, int64_t from, int64_t to, float* out) {
     const uint8_t* at = w.codes + row * w.stride + from / 8 * BITS;
     const uint16_t* scales = w.scales + row * w.groups;
-    int64_t left = int64_t(w.stride) - from / 8 * BITS, group = -1, read = -1;
+    int64_t left = int64_t(w.stride) - from / 8 * BITS, group = from / w.group - 1, ends = (group + 1) * w.group, read = -1;
     alignas(64) uint8_t codes[64], zeros[64];
     __m512 scale = _mm512_setzero_ps(), zero = _mm512_set1_ps(float(w.middle()) * w.unit());
     for (int64_t j = from; j < to; j += 64, at += 8 * BITS, left -= 8 * BITS) {
         _mm512_store_si512(codes, bytes.load(at, left));
         for (int64_t k = 0; k < 64 && j + k < to; k += 16) {
-            if ((j + k) / w.group != group) {
-                group = (j + k) / w.group;
+            // counted, since a division takes as long as all the rest
+            if (j + k >= ends) {
+                group++, ends += w.group;
                 scale = _mm512_set1_ps(from_bf16(scales[group]));
                 if (w.zeros) {
                     if (group / 64 != read) {
@@ -161,7 +162,9 @@ void span(const Weight& w, const Bytes<BITS>& bytes, int64_t row, int64_t from, 
             }
             const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + k))));
             const __m512 value = _mm512_mul_ps(_mm512_sub_ps(code, zero), scale);
-            _mm512_mask_storeu_ps(out + (j - from) + k, __mmask16(first(to - j - k)), value);
+            // a store under a mask takes longer
+            if (j + k + 16 <= to) _mm512_storeu_ps(out + (j - from) + k, value);
+            else _mm512_mask_storeu_ps(out + (j - from) + k, __mmask16(first(to - j - k)), value);
         }
     }
 }

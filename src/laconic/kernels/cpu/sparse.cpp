@@ -11,6 +11,7 @@ namespace {
 // the weights of a row that are there, as numbers
 void kept(const Sparse& w, int64_t row, float* out) {
     const int64_t from = w.starts[row], count = w.count(row);
+    if (!count) return;
     if (!w.values) {
         const bool own = w.codes.n == w.n;
         // spans begin at whole bytes

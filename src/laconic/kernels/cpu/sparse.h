@@ -56,7 +56,7 @@ void starts_plain(const uint8_t* mask, size_t stride, int64_t n, int64_t m, int6
 void sparse_plain(const SparseProduct& p);
 void sparse_rows_plain(const SparseRows& p);
 #if defined(LACONIC_X86)
-// with VBMI2; the second, where values and x are in bf16, with products of pairs of bf16
+// with VBMI2; the second, where x is in bf16, with products of pairs of bf16
 void sparse_avx512(const SparseProduct& p);
 void sparse_bf16(const SparseProduct& p);
 void sparse_rows_avx512(const SparseRows& p);

@@ -23,15 +23,15 @@ thread_local Room whole, near;
 
 inline int64_t padded(int64_t m) { return (m + BLOCK - 1) / BLOCK * BLOCK; }
 
-// 32 words, none of them from behind `end` where `careful`
+// 32 words, none of them from behind `end` where CAREFUL
 template <bool CAREFUL>
 inline __m512i words(const uint16_t* at, const uint16_t* end) {
     if constexpr (CAREFUL) return _mm512_maskz_loadu_epi16(__mmask32(first(std::clamp<int64_t>(end - at, 0, 32))), at);
     else return _mm512_loadu_si512(at);
 }
 
-// Words, or numbers of 32 bits, of which the next goes to each place whose bit is set; zeros elsewhere. In their own register: written to another one, an
-// instruction waits for what that held, on Zen 4 for three times as long as a block takes.
+// Words, or numbers of 32 bits, of which the next goes to each place whose bit is set; zeros elsewhere. In their own register: on Zen 4 the
+// instruction waits for what the register that it writes to held before, so that blocks would come one after another, at half the speed.
 inline __m512i spread(__m512i v, uint32_t bits) {
     asm("vpexpandw %0, %0 %{%1%}%{z%}" : "+v"(v) : "Yk"(__mmask32(bits)));
     return v;
@@ -51,6 +51,7 @@ struct Cursor {
 // fp32 of a row's weights that are no bf16; `room` has space for m + BEHIND of them
 inline const float* numbers_of(const Sparse& w, int64_t row, float* room) {
     const int64_t from = w.starts[row], count = w.count(row);
+    if (!count) return room;
     if (!w.values) {
         const bool own = w.codes.n == w.n;
         const int64_t begin = own ? 0 : from;
@@ -131,18 +132,17 @@ inline void few(const Sparse& w, int64_t row, Cursor<typename K::Value>* given, 
     }
 }
 
+// the same for what N rows of the weight begin with, results put where they belong
 template <class K, int N, int ROWS>
-void few(const SparseProduct& p, int64_t row, const typename K::X* x, int64_t wide, int64_t r, float* room) {
+void few(const SparseProduct& p, int64_t row, Cursor<typename K::Value>* from, const typename K::X* x, int64_t wide, int64_t r) {
     const Sparse& w = p.w;
-    Cursor<typename K::Value> from[N];
-    for (int n = 0; n < N; n++) from[n] = K::begin(w, row + n, room + n * (w.m + BEHIND));
     __m512 total[N][ROWS];
-    if (K::BUFFERED || safe(w, row + N - 1)) few<K, false, N, ROWS>(w, row, from, x, wide, total);
-    else few<K, true, N, ROWS>(w, row, from, x, wide, total);
+    if (K::BUFFERED || safe(w, row + N - 1)) few<K, false, N, ROWS>(w, row, from, x + r * wide, wide, total);
+    else few<K, true, N, ROWS>(w, row, from, x + r * wide, wide, total);
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; i++) {
         const int64_t to = (r + i) * w.n + row;
-        if constexpr (N == 4) {
+        if constexpr (N == SIDE) {
             const __m128 four = sums_of(total[0][i], total[1][i], total[2][i], total[3][i]);
             if (p.narrow) _mm_storel_epi64(reinterpret_cast<__m128i*>(p.narrow + to), _mm256_castsi256_si128(narrowed(_mm512_castps128_ps512(four))));
             else _mm_storeu_ps(p.out + to, four);
@@ -151,35 +151,58 @@ void few(const SparseProduct& p, int64_t row, const typename K::X* x, int64_t wi
     }
 }
 
-// WIDE rows of the weight from `row` on, dense, word by word with rows as lanes; rows behind the last are zeros
+// N rows of the weight times rows r..stop of x
+template <class K, int N>
+void few(const SparseProduct& p, int64_t row, const typename K::X* x, int64_t wide, int64_t r, int64_t stop, float* room) {
+    Cursor<typename K::Value> from[N];
+    for (int n = 0; n < N; n++) from[n] = K::begin(p.w, row + n, room + n * (p.w.m + BEHIND));
+    for (; r < stop; r += TOGETHER) switch (stop - r) {
+        case 1: few<K, N, 1>(p, row, from, x, wide, r); break;
+        case 2: few<K, N, 2>(p, row, from, x, wide, r); break;
+        case 3: few<K, N, 3>(p, row, from, x, wide, r); break;
+        default: few<K, N, TOGETHER>(p, row, from, x, wide, r); break;
+        }
+}
+
+// one block of 16 rows of the weight, dense, word by word with rows as lanes; without PLAIN `here` of them are there and may be the last
+template <class K, bool PLAIN>
+inline void block_of(const Sparse& w, const uint8_t* mask, Cursor<typename K::Value> (&from)[16], int64_t b, int64_t here, int32_t* to) {
+    __m512i part[K::PARTS][16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        __m512i one[K::PARTS];
+        if (PLAIN) K::template expand<false>(from[i], bits_at(mask + i * w.stride, b), one);
+        else if (i < here) {
+            const int64_t left = w.m - b * BLOCK;
+            const uint32_t bits = left < BLOCK ? last_bits(mask + i * w.stride, b, left) : bits_at(mask + i * w.stride, b);
+            K::template expand<!K::BUFFERED>(from[i], bits, one);
+        } else std::fill(one, one + K::PARTS, _mm512_setzero_si512());
+#pragma GCC unroll 2
+        for (int k = 0; k < K::PARTS; k++) part[k][i] = one[k];
+    }
+#pragma GCC unroll 2
+    for (int k = 0; k < K::PARTS; k++) {
+        transpose(part[k]);
+#pragma GCC unroll 16
+        for (int l = 0; l < 16; l++) _mm512_store_si512(to + ((b * K::PARTS + k) * 16 + l) * WIDE, part[k][l]);
+    }
+}
+
+// WIDE rows of the weight from `row` on; rows behind the last are zeros
 template <class K>
 void fill(const Sparse& w, int64_t row, float* room, int32_t* panel) {
-    using Value = typename K::Value;
-    const int64_t number = std::min<int64_t>(WIDE, w.n - row), full = w.m / BLOCK;
-    Ask ask(w, row + WIDE, row + 2 * WIDE, 2 * (full + 1));
+    const int64_t full = w.m / BLOCK, blocks = padded(w.m) / BLOCK;
+    Ask ask(w, row + WIDE, row + 2 * WIDE, 2 * blocks);
     for (int half = 0; half < 2; half++) {
-        Cursor<Value> from[16];
-        const int64_t begin = row + 16 * half, here = std::clamp<int64_t>(number - 16 * half, 0, 16);
+        Cursor<typename K::Value> from[16];
+        const int64_t begin = row + 16 * half, here = std::clamp<int64_t>(w.n - begin, 0, 16);
+        const uint8_t* mask = w.mask + begin * w.stride;
         for (int64_t i = 0; i < here; i++) from[i] = K::begin(w, begin + i, room + i * (w.m + BEHIND));
-        const bool near_end = !K::BUFFERED && here && !safe(w, begin + here - 1);
-        for (int64_t b = 0; b * BLOCK < w.m; b++) {
+        const bool plain = here == 16 && (K::BUFFERED || safe(w, begin + 15));
+        for (int64_t b = 0; b < blocks; b++) {
             ask.next();
-            __m512i part[K::PARTS][16];
-            for (int64_t i = 0; i < 16; i++) {
-                __m512i one[K::PARTS];
-                const uint8_t* mask = w.mask + (begin + i) * w.stride;
-                if (i >= here) std::fill(one, one + K::PARTS, _mm512_setzero_si512());
-                else {
-                    const uint32_t bits = b < full ? bits_at(mask, b) : last_bits(mask, b, w.m % BLOCK);
-                    if (near_end) K::template expand<true>(from[i], bits, one);
-                    else K::template expand<false>(from[i], bits, one);
-                }
-                for (int k = 0; k < K::PARTS; k++) part[k][i] = one[k];
-            }
-            for (int k = 0; k < K::PARTS; k++) {
-                transpose(part[k]);
-                for (int l = 0; l < 16; l++) _mm512_store_si512(panel + ((b * K::PARTS + k) * 16 + l) * WIDE + half * 16, part[k][l]);
-            }
+            if (plain && b < full) block_of<K, true>(w, mask, from, b, here, panel + 16 * half);
+            else block_of<K, false>(w, mask, from, b, here, panel + 16 * half);
         }
     }
 }
@@ -239,32 +262,24 @@ void many(const SparseProduct& p) {
     }
 }
 
-template <class K, int ROWS>
-void few(const SparseProduct& p, int64_t begin, int64_t end, const typename K::X* x, int64_t wide, int64_t r, float* room) {
-    int64_t i = begin;
-    for (; i + SIDE <= end; i += SIDE) few<K, SIDE, ROWS>(p, i, x, wide, r, room);
-    for (; i < end; i++) few<K, 1, ROWS>(p, i, x, wide, r, room);
-}
-
 template <class K>
 void few(const SparseProduct& p) {
     const Sparse& w = p.w;
     const int64_t wide = padded(w.m);
     const typename K::X* x = K::ready(p, wide);
+    // what is decoded is decoded once; else x is what stays in the nearest cache, while the same few rows of the weight pass by again
+    const int64_t each = K::BUFFERED ? p.rows : TOGETHER;
 #pragma omp parallel num_threads(p.threads)
     {
         float* room = K::BUFFERED ? reinterpret_cast<float*>(near.of(size_t(SIDE * (w.m + BEHIND)) * 4)) : nullptr;
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < (w.n + NEAR - 1) / NEAR; block++) {
             const int64_t begin = block * NEAR, end = std::min(w.n, begin + NEAR);
-            for (int64_t r = 0; r < p.rows; r += TOGETHER) {
-                const typename K::X* from = x + r * wide;
-                switch (p.rows - r) {
-                case 1: few<K, 1>(p, begin, end, from, wide, r, room); break;
-                case 2: few<K, 2>(p, begin, end, from, wide, r, room); break;
-                case 3: few<K, 3>(p, begin, end, from, wide, r, room); break;
-                default: few<K, TOGETHER>(p, begin, end, from, wide, r, room); break;
-                }
+            for (int64_t r = 0; r < p.rows; r += each) {
+                const int64_t stop = std::min(p.rows, r + each);
+                int64_t i = begin;
+                for (; i + SIDE <= end; i += SIDE) few<K, SIDE>(p, i, x, wide, r, stop, room);
+                for (; i < end; i++) few<K, 1>(p, i, x, wide, r, stop, room);
             }
         }
         near.shrink();

@@ -1,4 +1,5 @@
-// AVX-512 with VBMI2 and BF16: weights and x in bf16, multiplied in pairs and added in fp32.
+// AVX-512 with VBMI2 and BF16: weights and x in bf16, multiplied in pairs and added in fp32. Weights of other kinds are rounded to bf16 as torch would
+// before a product with x in bf16, a row at a time.
 #include <type_traits>
 
 #include "sparse_avx512.h"
@@ -7,13 +8,22 @@ namespace laconic {
 
 namespace {
 
+template <bool STORED>
 struct Pairs {
     using Value = uint16_t;
     using X = uint16_t;
     static constexpr int PARTS = 1;
-    static constexpr bool BUFFERED = false;
+    static constexpr bool BUFFERED = !STORED;
 
-    static Cursor<Value> begin(const Sparse& w, int64_t row, float*) {
+    static Cursor<Value> begin(const Sparse& w, int64_t row, float* room) {
+        if constexpr (!STORED) {
+            const float* wide = numbers_of(w, row, room);
+            // over what was read before
+            Value* near = reinterpret_cast<Value*>(room);
+            for (int64_t i = 0; i < w.count(row); i += 16)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(near + i), narrowed(_mm512_loadu_ps(wide + i)));
+            return {near, nullptr};
+        }
         const uint16_t* values = static_cast<const uint16_t*>(w.values);
         return {values + w.starts[row], values + w.total()};
     }
@@ -37,6 +47,9 @@ struct Pairs {
 
 } // namespace
 
-void sparse_bf16(const SparseProduct& p) { sparse_product<Pairs>(p); }
+void sparse_bf16(const SparseProduct& p) {
+    if (p.w.values && p.w.type == Type::bf16) sparse_product<Pairs<true>>(p);
+    else sparse_product<Pairs<false>>(p);
+}
 
 } // namespace laconic

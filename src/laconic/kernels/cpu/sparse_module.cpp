@@ -64,7 +64,7 @@ bool product(uintptr_t x, bool bf16, int64_t rows, uintptr_t mask, size_t stride
                           narrow ? reinterpret_cast<uint16_t*>(out) : nullptr, threads};
 #if defined(LACONIC_X86)
     if (with == "avx512" && spreads()) {
-        if (bf16 && w.values && w.type == Type::bf16 && pairs()) sparse_bf16(p);
+        if (bf16 && pairs()) sparse_bf16(p);
         else sparse_avx512(p);
         return true;
     }

@@ -1,6 +1,10 @@
 """Sparse: one bit for each weight says whether it is there, and those that are there are held in some form of their own.
 
-Stored: mask (n, ceil(m / 8)) uint8, and the kept weights as a matrix: (n, kept) where every row keeps as many, else (1, kept in all)."""
+Stored: mask (n, ceil(m / 8)) uint8, and the kept weights as a matrix: (n, kept) where every row keeps as many, else (1, kept in all).
+Products are Flash-LLM's, Xia et al. 2023, arXiv:2309.10285: "load as sparse, compute as dense".  What is read is what is stored, 2 bytes a
+kept weight in bf16 and 1/8 byte for every weight; on the way to the multiplication it is spread out, zeros and all (kernels/sparse.py).
+Flash-LLM's own format, Tiled-CSL, has a position of 16 bits with each weight in place of the bits, which is more where over 1/16 is kept.
+Sibling: prune.cut.drop (which weights go)."""
 
 from __future__ import annotations
 
@@ -11,9 +15,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from laconic.core.claim import Card, Paper
 from laconic.core.packed import Packed, Soft, Way, below, restore
 from laconic.kernels.bits import pack, unpack
-from laconic.kernels.sparse import row_starts, sparse_linear, sparse_rows
+from laconic.kernels.sparse import Kept, row_starts, sparse_linear, sparse_rows
+
+CARD = Card(Paper("Xia et al.", 2023, "arXiv:2309.10285"), catalogue="flash-llm", sibling="prune.cut.drop")
 
 
 class Sparse(Packed):
@@ -47,11 +54,16 @@ class Sparse(Packed):
             self.starts = row_starts(self.mask, self.matrix[1])
         return self.starts
 
+    def _line(self) -> Kept:
+        line = self.values.line()
+        # no kernel knows these
+        return line.float() if isinstance(line, Tensor) and line.dtype == torch.float64 else line
+
     def rows(self, index: Tensor | slice) -> Tensor:
-        return sparse_rows(self.mask, self.values.line(), self.matrix[1], index, self._starts())
+        return sparse_rows(self.mask, self._line(), self.matrix[1], index, self._starts())
 
     def matmul(self, x: Tensor) -> Tensor:
-        return sparse_linear(x, self.mask, self.values.line(), self._starts())
+        return sparse_linear(x, self.mask, self._line(), self._starts())
 
     def dense(self) -> Tensor:
         return self.rows(slice(None)).reshape(self.shape)
