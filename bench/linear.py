@@ -26,7 +26,10 @@ from torch.nn import functional as F
 
 from laconic.kernels.bits import pack, packed_width
 from laconic.kernels.grids import Grid
+from laconic.kernels.levels import Levels
 from laconic.kernels.linear import grouped_linear, grouped_linear_int8, reference_linear, reference_linear_int8
+from laconic.kernels.lookup import lookup_linear
+from laconic.kernels.lookup import reference_linear as reference_lookup
 from laconic.kernels.native import native
 from laconic.kernels.sparse import Codes, Kept, reference_sparse_linear, row_starts, sparse_linear
 
@@ -34,6 +37,10 @@ GRIDS = [
     Grid(8, 128, True), Grid(6, 64), Grid(4, 128, True), Grid(4, 64), Grid(4, 32, True),
     Grid(3, 128, True), Grid(3, 64), Grid(2, 128, True), Grid(2, 64),
 ]  # fmt: skip
+LEVELS = {
+    "mxfp4": Levels.mxfp4(), "nvfp4": Levels.nvfp4(), "fp8 g128": Levels.fp8(128),
+    "codebook4 g64": Levels.codebook(4), "codebook3 g64": Levels.codebook(3),
+}  # fmt: skip
 # inputs as they are, and in 8 bits: the product and its reference
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "": (grouped_linear, reference_linear),
@@ -97,6 +104,19 @@ def held(mask: Tensor, kept: Kept) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def leveled(n: int, m: int, levels: Levels) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Any codes of numbers, with scales and a codebook of about a weight's size."""
+    stored = torch.randint(0, 256, (n, packed_width(m, levels.bits)), dtype=torch.uint8)
+    if levels.bits == 8:
+        # a bit that is clear leaves no code that is no number
+        stored &= 0xFB
+    g = levels.count(m)
+    scales = (torch.rand(n, g) * 0.1).bfloat16() if levels.scales == "bf16" else torch.randint(100, 120, (n, g), dtype=torch.uint8)
+    whole = torch.full((1,), 0.01) if levels.scales == "e4m3" else None
+    table = torch.randn(2**levels.bits).sort().values.bfloat16() if levels.table == "codebook" else None
+    return stored, scales, whole, table
+
+
 def forms(n: int, m: int, gigabytes: float) -> dict[str, Form]:
     """All that is compared."""
 
@@ -119,6 +139,10 @@ def forms(n: int, m: int, gigabytes: float) -> dict[str, Form]:
         first = scattered(n, m, *how)
         copies = pool(lambda first=first: tuple(_copy(part) for part in first), held(*first[:2]))
         made[label] = Form(held(*first[:2]), copies, lambda x, w: sparse_linear(x, *w))
+    for label, levels in LEVELS.items():
+        size = sum(t.numel() * t.element_size() for t in leveled(n, m, levels) if t is not None)
+        matrices = pool(lambda levels=levels: leveled(n, m, levels), size)
+        made[label] = Form(size, matrices, lambda x, w, levels=levels: lookup_linear(x, *w, levels))
     return made
 
 
@@ -145,6 +169,11 @@ def equal(m: int, rows: int) -> list[str]:
             right = reference_sparse_linear(given, mask, kept).float()
             if not float((sparse_linear(given, mask, kept, starts).float() - right).abs().max() / right.abs().max()) <= near:
                 bad.append(label)
+    for label, levels in LEVELS.items():
+        stored = leveled(37, m, levels)
+        right = reference_lookup(x, *stored, levels)
+        if not float((lookup_linear(x, *stored, levels) - right).abs().max() / right.abs().max()) <= NEAR:
+            bad.append(label)
     return bad
 
 

@@ -50,7 +50,7 @@ def run(small, out: Path, recipe: str, budget: str = "bits=6", **more):
     return compress(source, split, budget=[budget], recipe=load_recipe(recipe), out=out, log=lambda _: None, **more)
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "gptq", "auto"])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq", "auto", "mxfp4", "nvfp4", "lloyd"])
 def test_recipe_keeps_its_budget_and_loads_as_searched(small, tmp_path, recipe):
     out = tmp_path / "out"
     certificate = run(small, out, recipe)

@@ -188,6 +188,12 @@ def test_gradients_of_learned_levels():
     assert soft.step.grad.tolist() == [[15.0]]
 
 
+def test_tables_first_asked_for_in_inference_can_be_learned_with():
+    values.cache_clear()
+    with torch.inference_mode():
+        assert not values("e2m1").is_inference()
+
+
 def test_levels_say_what_is_wrong():
     for wrong, said in (
         ({"bits": 5, "table": "e2m1"}, "numbers of e2m1 have 4 bits"),

@@ -96,8 +96,10 @@ class Levels:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def values(table: str) -> Tensor:
-    """The values of a float format in the order of its codes, (2^bits,) bf16; NaN for codes that are no numbers."""
+    """The values of a float format in the order of its codes, (2^bits,) bf16; NaN for codes that are no numbers. Kept, and not to be
+    written to."""
     exponent, mantissa, odd = FLOATS[table]
     bias, steps = 2 ** (exponent - 1) - 1, 2**mantissa
     half = []
@@ -109,6 +111,7 @@ def values(table: str) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _order(table: str) -> tuple[Tensor, Tensor]:
     """Of a float format: its codes by rising value, without a negative zero, and the bounds between neighbours, where what lies in the
     middle goes to the even one of them."""

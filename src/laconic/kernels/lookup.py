@@ -19,7 +19,7 @@ from laconic.kernels.levels import Levels, decode, scales_of, values
 from laconic.kernels.native import native
 
 # more rows of bf16 than this are quicker over dense rows, made PANEL weights at a time, by the kernel; rows of fp32 are more work
-ROWS = {"plain": 4, "avx2": 4, "avx512": 96}
+ROWS = {"plain": 4, "avx2": 4, "avx512": 256}
 FP32 = 4
 PANEL = 1 << 20
 # what the kernels know scales and tables by

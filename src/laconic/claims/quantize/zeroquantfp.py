@@ -58,7 +58,7 @@ CLAIMS: tuple[Claim, ...] = (
         broken=partial(_on, "nano", Misled(), ONE),
     ),
     Claim(
-        says="In MXFP4 and NVFP4, the walk over columns loses less KL and perplexity than rounding to nearest, on a model trained by others.",
+        says="In MXFP4 and NVFP4, the walk over columns loses less KL and perplexity than rounding to nearest, on a model of others.",
         where=PAPER,
         scale="stories260k on TinyStories, all matrices of the blocks, 3 draws of the calibration rows",
         check=partial(_on, "stories260k", ZeroQuantFP(), SEEDS),

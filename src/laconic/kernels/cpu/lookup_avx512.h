@@ -170,12 +170,11 @@ inline void some(const Looked& p, const Block<BITS, KIND>& block, const Scales& 
     }
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
-        if constexpr (N == 4) {
-            alignas(16) float four[4];
-            _mm_store_ps(four, sums_of(total[0][i], total[1][i], total[2][i], total[3][i]));
-            for (int n = 0; n < N; n++) put(p, to + i * w.n + n, four[n]);
-        } else
-            for (int n = 0; n < N; n++) put(p, to + i * w.n + n, _mm512_reduce_add_ps(total[n][i]));
+        // added up in one order, whatever stands beside a row
+        const auto of = [&](int n) { return n < N ? total[n][i] : _mm512_setzero_ps(); };
+        alignas(16) float four[4];
+        _mm_store_ps(four, sums_of(of(0), of(1), of(2), of(3)));
+        for (int n = 0; n < N; n++) put(p, to + i * w.n + n, four[n]);
     }
 }
 
