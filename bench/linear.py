@@ -1,6 +1,7 @@
 """Speed of products with compressed matrices: ratios in one run, over weights that no cache holds.
 
-    python -m bench.linear [--shape 5632x2048] [--rows 1,8,32,128,512] [--inputs bf16|fp32] [--threads N] [--pool GB] [--out FILE]
+    python -m bench.linear [--shape 5632x2048] [--rows 1,8,32,128,512] [--inputs bf16|fp32] [--forms REGEX] [--threads N] [--pool GB]
+        [--out FILE]
 
 Every form has a pool of distinct matrices of at least --pool gigabytes; forms take turns, a few matrices each, so that a slow moment of the
 machine is nobody's. torch's products have inputs of their own dtype, all others those of --inputs; a8: inputs are rounded to 8 bits as they
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import sys
 import time
@@ -117,8 +119,8 @@ def leveled(n: int, m: int, levels: Levels) -> tuple[Tensor, Tensor, Tensor | No
     return stored, scales, whole, table
 
 
-def forms(n: int, m: int, gigabytes: float) -> dict[str, Form]:
-    """All that is compared."""
+def forms(n: int, m: int, gigabytes: float, wanted: Callable[[str], bool]) -> dict[str, Form]:
+    """What is compared: reading, torch's products, and the forms that are wanted."""
 
     def pool(make: Callable[[], Any], nbytes: int) -> list[Any]:
         return [make() for _ in range(max(2, -(-int(gigabytes * 1e9) // nbytes)))]
@@ -128,6 +130,8 @@ def forms(n: int, m: int, gigabytes: float) -> dict[str, Form]:
         size = n * m * dtype.itemsize
         made[label] = Form(size, pool(lambda dtype=dtype: torch.randn(n, m).to(dtype), size), lambda x, w: F.linear(x.to(w.dtype), w))
     for grid in GRIDS:
+        if not wanted(name(grid)):
+            continue
         size = sum(t.numel() * t.element_size() for t in codes(n, m, grid) if t is not None)
         matrices = pool(lambda grid=grid: codes(n, m, grid), size)
         for number, (inputs, (product, _)) in enumerate(PRODUCTS.items()):
@@ -136,10 +140,14 @@ def forms(n: int, m: int, gigabytes: float) -> dict[str, Form]:
             turned = matrices[start:] + matrices[:start]
             made[name(grid) + inputs] = Form(size, turned, lambda x, w, grid=grid, product=product: product(x, *w, grid))
     for label, how in SPARSE.items():
+        if not wanted(label):
+            continue
         first = scattered(n, m, *how)
         copies = pool(lambda first=first: tuple(_copy(part) for part in first), held(*first[:2]))
         made[label] = Form(held(*first[:2]), copies, lambda x, w: sparse_linear(x, *w))
     for label, levels in LEVELS.items():
+        if not wanted(label):
+            continue
         size = sum(t.numel() * t.element_size() for t in leveled(n, m, levels) if t is not None)
         matrices = pool(lambda levels=levels: leveled(n, m, levels), size)
         made[label] = Form(size, matrices, lambda x, w, levels=levels: lookup_linear(x, *w, levels))
@@ -213,6 +221,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pool", type=float, default=1.0, help="gigabytes of each form (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--forms", default="", help="a regular expression that the names of forms begin with (all; their pools need memory)"
+    )
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
@@ -224,7 +235,8 @@ def main() -> None:
     }  # fmt: skip
     wrong = sorted({label for rows in (1, 5, 300) for label in equal(m, rows)})
     with torch.inference_mode():
-        made = {label: form for label, form in forms(n, m, a.pool).items() if label not in wrong}
+        found = forms(n, m, a.pool, lambda label: re.match(a.forms, label) is not None)
+        made = {label: form for label, form in found.items() if label not in wrong}
         for rows in (int(r) for r in a.rows.split(",")):
             # fewer turns where a product takes long
             x = torch.randn(rows, m).to(torch.bfloat16 if a.inputs == "bf16" else torch.float32)
