@@ -23,7 +23,7 @@ from laconic.core.transform import Transform
 from laconic.data import open_data
 from laconic.job import compress
 from laconic.models import open_model
-from laconic.recipe import Choice, Recipe, build, check, level_of, level_words, load_recipe, method_class, named
+from laconic.recipe import PROBE, Choice, Recipe, build, check, level_of, level_words, load_recipe, method_class, named
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "laws"))
 import found
@@ -108,6 +108,10 @@ class Exchange(ast.NodeTransformer):
         # what stays of a row has no statistics of its columns: this place takes quantizers that want none
         if node.arg == "hold" and getattr(build(written(self.new)), "wants", ()):
             return node
+        # a method inside another is given levels by that one: this place takes methods that know them
+        levels = [getattr(build(written(name)), "level", None) for name in (self.old, self.new)]
+        if node.arg in ("hold", "first") and levels[0] is not levels[1]:
+            return node
         return self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
@@ -119,6 +123,14 @@ class Exchange(ast.NodeTransformer):
         return written(self.new) if plain else ast.unparse(found)
 
 
+def taken(transform: Transform, levels: Any) -> bool:
+    """Whether a method takes levels of its type, or says in a sentence that they are another's (as of codebooks and formats)."""
+    try:
+        return all(transform.stored(PROBE, level_of(transform, level)) > 0 for level in levels)
+    except ValueError:
+        return False
+
+
 def exchanged(recipe: Recipe, old: str, new: str) -> Recipe:
     """The recipe with one method in the other's place, at the levels that it has where the types differ."""
     exchange = Exchange(old, new)
@@ -127,7 +139,7 @@ def exchanged(recipe: Recipe, old: str, new: str) -> Recipe:
         method = exchange(choice.method)
         levels: Any = choice.levels
         transform = build(method)
-        if build(choice.method).level is not transform.level:
+        if build(choice.method).level is not transform.level or not taken(transform, levels):
             levels = tuple(level_words(level) for level in found.levels(method.split("(")[0], transform)[:LEVELS])
         for level in levels:
             level_of(transform, level)
@@ -159,12 +171,23 @@ def test_exchanged_methods_give_lawful_output(small: tuple[Path, Path], tmp_path
     split = open_data(str(small[1]), source, seed=0, length=32, limits=(8, 4, 4))
     # what leaves the table as it is cannot go as far, and the table is large here; nor can stacks of matrices so small
     bits = 16 if recipe.nest else 15 if recipe.cut or recipe.order or recipe.search == "prune.schedule.finercut" else 8.5
+    # where 8 bits are the least that is offered, scales and norms come on top
+    bits = 9 if all(level.get("bits") == 8 for choice in recipe.choices for level in choice.levels) and bits == 8.5 else bits
     certificate = compress(source, split, budget=[f"bits={bits}"], recipe=recipe, out=tmp_path / "out", log=lambda _: None)
     assert certificate["bytes"] == artifact.bytes_of(tmp_path / "out") <= bits * source.parameters / 8
     assert certificate["reload"]["difference"] <= 1e-4
     artifact.verify_hashes(tmp_path / "out")
     logits = laconic.load(tmp_path / "out")(torch.arange(12)[None]).logits
     assert bool(torch.isfinite(logits).all())
+
+
+def test_a_method_inside_another_that_does_not_know_its_levels_is_refused_in_a_sentence() -> None:
+    for outer, knobs in (("quantize.residual.lorc", "first"), ("prune.cut.drop", "score=prune.score.wanda, hold")):
+        recipe = load_recipe("auto")
+        chosen = next(choice for choice in recipe.choices if choice.method.startswith(outer))
+        other = chosen.model_copy(update={"method": f"{outer}({knobs}=quantize.round.floats)"})
+        with pytest.raises(UserError, match=r"has levels of its own.*such as quantize\.round\.rtn"):
+            check(recipe.model_copy(update={"choices": (other,)}))
 
 
 def test_every_group_is_exchanged() -> None:

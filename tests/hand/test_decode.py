@@ -100,7 +100,8 @@ class Chain(Stack):
     def rise(self, tokens: Tensor, last: int) -> Tensor:
         return nn.functional.one_hot(tokens, 3).float()
 
-    def answer(self, tokens: Tensor, hidden: Tensor | None = None, first: int = 0) -> Answer:
+    def answer(self, tokens: Tensor, hidden: Tensor | None = None, first: int = 0, keep: int | None = None) -> Answer:
+        tokens = tokens[:, -(keep or 0) :]
         return Answer(TRUTH[tokens].log(), TRUTH[tokens])
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -145,6 +145,16 @@ class Transform(ABC):
         """Bytes that the Change at this level will hold for the site, known without doing the work; a law compares it with the Change."""
 
 
+def at_level(inner: Transform, level: Level) -> Level:
+    """The level of a method inside another one; ValueError where it is not of a kind that the inner one knows."""
+    if not isinstance(level, inner.level):
+        raise ValueError(
+            f"the method inside has levels of its own ({inner.level.__name__}), here is a {type(level).__name__}; name one for these, "
+            "such as quantize.round.rtn"
+        )
+    return level
+
+
 class Cut(ABC):
     """One way to remove coupled slices: what each is worth, and what becomes of the matrices that read them once some are gone. How many
     go, and out of which group, is not for it to say. Weights are (n, m[, *kernel]) by the site's name, fp32, and are not written to."""

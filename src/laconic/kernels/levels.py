@@ -250,7 +250,7 @@ def lloyd(mass: Tensor, moment: Tensor, count: int, limit: float) -> Tensor:
 def encode(weight: Tensor, scale: Tensor, levels: Levels, table: Tensor | None) -> Tensor:
     """Codes of the nearest values, (n, m) uint8; what is beyond the table's ends goes there."""
     codes, _, bounds = ranked(levels, table)
-    return ungrouped(codes[torch.bucketize(ratios(weight, scale, levels), bounds)], weight.shape[1])
+    return ungrouped(codes[torch.bucketize(ratios(weight, scale, levels).contiguous(), bounds)], weight.shape[1])
 
 
 def decode(codes: Tensor, scale: Tensor, levels: Levels, table: Tensor | None) -> Tensor:

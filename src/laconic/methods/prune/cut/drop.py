@@ -16,7 +16,7 @@ from laconic.core.claim import Card, Paper
 from laconic.core.packed import Dense, Packed
 from laconic.core.score import NofM, PerRow, Score, Unit, keep_top
 from laconic.core.site import Conv, Linear, Site
-from laconic.core.transform import Change, Stats, Transform
+from laconic.core.transform import Change, Stats, Transform, at_level
 from laconic.kernels.bits import packed_width
 from laconic.kernels.grids import Grid
 from laconic.methods.prune.cut.sparse import Sparse
@@ -62,6 +62,7 @@ def _quantizer(level: Sparsity, hold: Transform | None) -> Transform | None:
         return None
     if hold is None or hold.wants:
         raise ValueError("a level with a grid needs `hold`, a quantizer that wants no statistics, such as quantize.round.rtn")
+    at_level(hold, level.grid)
     return hold
 
 

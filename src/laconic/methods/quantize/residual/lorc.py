@@ -15,7 +15,7 @@ from torch import Tensor
 from laconic.core.claim import Card, Paper
 from laconic.core.packed import Packed, Product, Sum
 from laconic.core.site import Conv, Linear, Site
-from laconic.core.transform import Change, Stats, Transform
+from laconic.core.transform import Change, Stats, Transform, at_level
 from laconic.kernels.grids import Grid
 from laconic.kernels.lowrank import low_rank
 from laconic.methods.quantize.grid.grouped import Grouped
@@ -71,7 +71,7 @@ class LoRC(Transform):
         n, m = site.matrix
         rank = min(level.rank, n, m)
         return (
-            self.first.stored(site, level.first)
+            self.first.stored(site, at_level(self.first, level.first))
             + Grouped.bytes_of(rank, n, self._factor_grid())
             + Grouped.bytes_of(rank, m, self._factor_grid())
         )

@@ -18,7 +18,7 @@ from typing_extensions import Self
 from laconic.core.claim import Card, Paper
 from laconic.core.packed import Packed, Soft, Way, below, restore
 from laconic.core.site import Embedding, Linear, Site
-from laconic.core.transform import Change, Stats, Transform
+from laconic.core.transform import Change, Stats, Transform, at_level
 from laconic.kernels.grids import Grid
 from laconic.kernels.inputs import rounded
 
@@ -118,4 +118,4 @@ class Inputs(Transform):
             yield Change(hold={tensor: Fed(form, level.inputs) for tensor, form in change.hold.items()}, notes=change.notes)
 
     def stored(self, site: Site, level: WeightAndInputs) -> int:
-        return self.hold.stored(site, level.weight)
+        return self.hold.stored(site, at_level(self.hold, level.weight))
