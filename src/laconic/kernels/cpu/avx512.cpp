@@ -56,14 +56,12 @@ inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, c
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) total[n][i] = _mm512_setzero_ps();
-    // the same place of the next rows, or further where rows are short
-    const size_t ahead = std::max(2 * N * w.stride, AHEAD);
     __m512i plane[P];
     for (; at + BYTES <= end; at += BYTES, x += ROWS * TERMS * P * 32, of += ROWS) {
         scale.next(of_row);
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
-            _mm_prefetch(reinterpret_cast<const char*>(at + n * w.stride + ahead), _MM_HINT_T0);
+            ask(at + n * w.stride);
             codes.load(at + n * w.stride, low_bits(BYTES), plane);
             step<P, ROWS, TERMS>(plane, of_row[n], x, of, total[n]);
         }

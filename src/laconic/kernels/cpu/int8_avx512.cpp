@@ -120,13 +120,12 @@ inline void some(const Product& p, const Along& q, const Octets<BITS>& octets, c
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) total[n][i] = _mm512_setzero_ps();
-    const size_t ahead = std::max(2 * N * w.stride, AHEAD);
     for (; at < end; at += BYTES, x += ROWS * P * 64, of += ROWS * 16) {
         scale.next(of_row);
         const __mmask64 there = first(std::min<int64_t>(BYTES, end - at));
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
-            _mm_prefetch(reinterpret_cast<const char*>(at + n * w.stride + ahead), _MM_HINT_T0);
+            ask(at + n * w.stride);
             __m512i plane[P];
             octets.apart(octets.raw(at + n * w.stride, there), plane);
 #pragma GCC unroll 8

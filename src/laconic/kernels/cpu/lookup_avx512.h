@@ -144,8 +144,6 @@ inline void some(const Looked& p, const Block<BITS, KIND>& block, const Scales& 
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) total[n][i] = _mm512_setzero_ps();
-    // the same place of the next rows, or further where rows are short
-    const size_t ahead = std::max(2 * N * w.stride, AHEAD);
     // blocks that share their scales, as far as x of them is near
     int64_t left = 0, count;
     for (; at < end; at += count * BYTES, x += count * ROWS * P * Way::BYTES, left -= count) {
@@ -159,7 +157,7 @@ inline void some(const Looked& p, const Block<BITS, KIND>& block, const Scales& 
             const uint8_t *from = at + n * w.stride, *last = end + n * w.stride, *given = x;
             for (int64_t b = 0; b < count; b++, from += BYTES, given += ROWS * P * Way::BYTES) {
                 __m512i plane[P];
-                _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T0);
+                ask(from);
                 block.load(from, last - from >= BYTES ? low_bits(BYTES) : first(last - from), plane);
 #pragma GCC unroll 8
                 for (int k = 0; k < P; k++) Way::template add<ROWS>(sum, plane[k], given + k * Way::BYTES, P * Way::BYTES);
