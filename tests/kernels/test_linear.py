@@ -97,6 +97,20 @@ def test_equal_for_many_rows_and_outputs(level: str, bits: int) -> None:
         assert wrong(x, grouped_linear(x, *stored, grid), stored, grid) < NEAR, (n, rows)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_many_rows_in_16_bits_are_what_torch_makes_of_the_matrix(level: str, bits: int) -> None:
+    grid = Grid(bits, 64, True)
+    stored, x = held(700, 256, grid), torch.randn(130, 256, generator=torch.Generator().manual_seed(bits)).bfloat16()
+    found, reference = grouped_linear(x, *stored, grid), reference_linear(x, *stored, grid)
+    assert found.dtype == torch.bfloat16
+    exact = grouped_linear(x.float(), *stored, grid)
+    # as near to the product of unrounded weights as the reference is, whose weights and results have 8 bits
+    assert float((found.float() - exact).norm() / exact.norm()) <= max(
+        2.0**-8, 1.05 * float((reference.float() - exact).norm() / exact.norm())
+    )
+    assert float((found.float() - reference.float()).norm() / exact.norm()) < 2.0**-8
+
+
 def test_shapes_strides_and_dtypes(level: str) -> None:
     grid = Grid(4, 32)
     stored, x = held(6, 96, grid), torch.randn(3, 5, 2, 96, generator=torch.Generator().manual_seed(0))

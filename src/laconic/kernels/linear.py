@@ -3,10 +3,11 @@ as they come; `grouped_dense`: the matrix itself. All in torch.ops.laconic.
 
 The native kernels multiply codes with integers: an entry of x in fp32 becomes two of 16 bits, in steps of the greatest of its run of 16
 to 256 columns, and loses nothing that a sum in fp32 would keep; one in bf16 becomes one, wrong by at most 2^-16 of the greatest. Runs are
-added in fp32."""
+added in fp32. Many rows of bf16 are multiplied by torch, as the reference does it, with the matrix rounded to bf16."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -21,6 +22,8 @@ from laconic.kernels.native import native
 # way; rows of fp32 are more work
 ROWS: dict[str, dict[int, int]] = {"plain": {}, "avx2": {}, "avx512": {2: 256, 4: 192}}
 OTHER = {"plain": 4, "avx2": 16, "avx512": 96}
+# of bf16 where the processor multiplies pairs of them: over dense rows rounded to bf16, which torch has quicker products for
+PAIRS, OTHER_PAIRS = {2: 80, 4: 80}, 40
 FP32 = 4
 PANEL = 1 << 20
 # columns of x that share a scale where x has 8 bits: a group, or so many of one that is longer
@@ -108,6 +111,8 @@ def reference_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tenso
 def rows_for(level: str, bits: int, dtype: torch.dtype) -> int:
     """Rows of x up to which a product is quicker with codes as they are stored than over dense rows."""
     most = ROWS[level].get(bits, OTHER[level])
+    if dtype == torch.bfloat16 and pairs(level):
+        return min(most, PAIRS.get(bits, OTHER_PAIRS))
     return most if dtype == torch.bfloat16 else most // FP32
 
 
@@ -150,7 +155,12 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits
     if there is None or not rows or not n:
         return reference_linear(x, codes, scales, zeros, grid)
     if rows > rows_for(there.level, bits, x.dtype):
-        return _by_panels(x, codes, scales, zeros, grid)
+
+        def some(rows: slice, room: Tensor) -> Tensor:
+            kept = codes[rows], scales[rows], None if zeros is None else zeros[rows]
+            return _dense(*kept, bits, group, m, half, room)
+
+        return by_panels(x, n, some, there.level)
     given = (x if x.dtype != torch.float16 else x.float()).contiguous()
     out = torch.empty(*x.shape[:-1], n, dtype=torch.float32)
     kept = [t.contiguous() for t in (codes, scales, zeros) if t is not None]
@@ -202,26 +212,44 @@ def _linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None,
     return out.to(x.dtype)
 
 
-def _by_panels(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
-    """Dense rows of the matrix, some at a time, times all of x."""
-    (n, m), flat = (codes.shape[0], x.shape[-1]), x.reshape(-1, x.shape[-1]).float().T
-    out = torch.empty(n, flat.shape[1])
-    step = max(1, PANEL // m)
+def by_panels(x: Tensor, n: int, some: Callable[[slice, Tensor], Tensor], level: str) -> Tensor:
+    """x (..., m) times the transpose of a matrix of n rows, of which `some` makes a slice dense, in the room (rows, m) fp32 that it gets:
+    some at a time, in bf16 where x is and the processor multiplies that."""
+    m = x.shape[-1]
+    flat = x.reshape(-1, m)
+    narrow = x.dtype == torch.bfloat16 and pairs(level)
+    flat, out = (flat, flat.new_empty(n, flat.shape[0])) if narrow else (flat.float(), torch.empty(n, flat.shape[0]))
+    step = min(n, max(1, PANEL // m))
+    room = torch.empty(step, m)
+    rounded = torch.empty(step, m, dtype=torch.bfloat16) if narrow else room
     for i in range(0, n, step):
-        rows = slice(i, i + step)
-        panel = _dense(
-            codes[rows], scales[rows], None if zeros is None else zeros[rows], grid.bits, grid.group or 0, m, grid.zeros == "half"
-        )
-        torch.mm(panel, flat, out=out[rows])
+        rows = slice(i, min(i + step, n))
+        panel = some(rows, room[: rows.stop - i])
+        torch.mm(rounded[: rows.stop - i].copy_(panel) if narrow else panel, flat.T, out=out[rows])
     return out.T.reshape(*x.shape[:-1], n).to(x.dtype)
 
 
-def _dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, m: int, half: bool = False) -> Tensor:
+@lru_cache(maxsize=8)
+def pairs(level: str) -> bool:
+    """Whether this processor multiplies pairs of bf16 (AVX-512 BF16, AMX), so that torch's products of them are the quicker ones."""
+    return level == "avx512" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _dense(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group: int,
+    m: int,
+    half: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
     grid = checked(codes, scales, zeros, bits, group, m, half)
     there, n = native(), codes.shape[0]
     if there is None or not n or not m:
         return reference_dense(codes, scales, zeros, grid, m)
-    out = torch.empty(n, m, dtype=torch.float32)
+    out = torch.empty(n, m, dtype=torch.float32) if out is None else out
     kept = [t.contiguous() for t in (codes, scales, zeros) if t is not None]
     there.module.dense(*_stored(kept), n, m, bits, group, half, out.data_ptr(), _threads(), there.level)
     return out

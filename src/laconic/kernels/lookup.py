@@ -16,12 +16,14 @@ from torch.nn import functional as F
 
 from laconic.kernels.bits import packed_width, unpack
 from laconic.kernels.levels import Levels, decode, scales_of, values
+from laconic.kernels.linear import by_panels, pairs
 from laconic.kernels.native import native
 
-# more rows of bf16 than this are quicker over dense rows, made PANEL weights at a time, by the kernel; rows of fp32 are more work
+# more rows of bf16 than this are quicker over dense rows, made some at a time, by the kernel; rows of fp32 are more work
 ROWS = {"plain": 4, "avx2": 4, "avx512": 256}
+# of bf16 where the processor multiplies pairs of them
+PAIRS = 80
 FP32 = 4
-PANEL = 1 << 20
 # what the kernels know scales and tables by
 SCALES = {"bf16": 0, "e8m0": 1, "e4m3": 2}
 TABLES = {"codebook": 0, "e2m1": 1, "e2m3": 1, "e3m2": 1, "e4m3": 2, "e5m2": 3}
@@ -102,9 +104,9 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, whole: Tensor | None, tabl
     rows = x.numel() // m if m else 0
     if there is None or not rows or not n:
         return reference_linear(x, codes, scales, whole, table, levels)
-    most = ROWS[there.level]
-    if rows > (most if x.dtype == torch.bfloat16 else most // FP32):
-        return _by_panels(x, codes, scales, whole, table, levels)
+    most = ROWS[there.level] if x.dtype == torch.bfloat16 else ROWS[there.level] // FP32
+    if rows > (min(most, PAIRS) if x.dtype == torch.bfloat16 and pairs(there.level) else most):
+        return by_panels(x, n, lambda part, room: _dense(codes[part], scales[part], whole, table, levels, m, room), there.level)
     given = (x if x.dtype != torch.float16 else x.float()).contiguous()
     out = torch.empty(*x.shape[:-1], n, dtype=given.dtype)
     kept = _kept(codes, scales, whole, table, levels)
@@ -120,23 +122,14 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, whole: Tensor | None, tabl
     return out.to(x.dtype)
 
 
-def _by_panels(x: Tensor, codes: Tensor, scales: Tensor, whole: Tensor | None, table: Tensor | None, levels: Levels) -> Tensor:
-    """Dense rows of the matrix, some at a time, times all of x."""
-    (n, m), flat = (codes.shape[0], x.shape[-1]), x.reshape(-1, x.shape[-1]).float().T
-    out = torch.empty(n, flat.shape[1])
-    step = max(1, PANEL // m)
-    for i in range(0, n, step):
-        rows = slice(i, i + step)
-        torch.mm(_dense(codes[rows], scales[rows], whole, table, levels, m), flat, out=out[rows])
-    return out.T.reshape(*x.shape[:-1], n).to(x.dtype)
-
-
-def _dense(codes: Tensor, scales: Tensor, whole: Tensor | None, table: Tensor | None, levels: Levels, m: int) -> Tensor:
+def _dense(
+    codes: Tensor, scales: Tensor, whole: Tensor | None, table: Tensor | None, levels: Levels, m: int, out: Tensor | None = None
+) -> Tensor:
     _checked(codes, scales, whole, table, levels, m)
     there, n = native(), codes.shape[0]
     if there is None or not n or not m:
         return reference_dense(codes, scales, whole, table, levels, m)
-    out = torch.empty(n, m, dtype=torch.float32)
+    out = torch.empty(n, m, dtype=torch.float32) if out is None else out
     kept = _kept(codes, scales, whole, table, levels)
     there.module.lookup_dense(*_stored(kept, levels, n, m), out.data_ptr(), torch.get_num_threads(), there.level)
     return out

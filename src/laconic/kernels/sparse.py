@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from laconic.kernels.bits import packed_width, unpack
 from laconic.kernels.grids import Grid
-from laconic.kernels.linear import PANEL, checked, reference_dense
+from laconic.kernels.linear import by_panels, checked, reference_dense
 from laconic.kernels.native import native
 
-# more rows of x than this are quicker by torch over dense rows, made PANEL weights at a time; with AVX-512 none are
+# more rows of x than this are quicker by torch over dense rows, made some at a time; with AVX-512 none are
 ROWS = {"plain": 8, "avx2": 8}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -182,7 +182,11 @@ def _linear(x: Tensor, mask: Tensor, starts: Tensor, *words: Any) -> Tensor:
     if there is None or not rows or not n:
         return _any_linear(x, mask, starts, *words)
     if rows > ROWS.get(there.level, rows):
-        return _by_panels(x, mask, kept, starts)
+
+        def some(part: slice, room: Tensor) -> Tensor:
+            return _native_rows(None, part.start, part.stop - part.start, m, mask, kept, starts)
+
+        return by_panels(x, n, some, there.level)
     given = (x if x.dtype != torch.float16 else x.float()).contiguous()
     out = torch.empty(*x.shape[:-1], n, dtype=given.dtype)
     (told, held), whole, places = _told(kept), mask.contiguous(), starts.contiguous()
@@ -205,17 +209,6 @@ def _linear(x: Tensor, mask: Tensor, starts: Tensor, *words: Any) -> Tensor:
         raise _unlike(starts, kept)
     del held
     return out.to(x.dtype)
-
-
-def _by_panels(x: Tensor, mask: Tensor, kept: Kept, starts: Tensor) -> Tensor:
-    """Dense rows of the matrix, some at a time, times all of x."""
-    (n, m), flat = (mask.shape[0], x.shape[-1]), x.reshape(-1, x.shape[-1]).float().T
-    out = torch.empty(n, flat.shape[1])
-    step = max(1, PANEL // m)
-    for i in range(0, n, step):
-        panel = _native_rows(None, i, min(step, n - i), m, mask, kept, starts)
-        torch.mm(panel, flat, out=out[i : i + step])
-    return out.T.reshape(*x.shape[:-1], n).to(x.dtype)
 
 
 def _rows(index: Tensor, m: int, mask: Tensor, starts: Tensor, *words: Any) -> Tensor:
