@@ -1,5 +1,6 @@
 // The walk over a cache's parts, the same for every processor, and operations for any.
 #include "attention.h"
+#include "dot.h"
 
 #include <algorithm>
 #include <cmath>
@@ -69,17 +70,6 @@ void decode(const Part& part, const Stretch& s, int64_t from, int64_t to, float*
             out[(t - from) * part.d + c] = stepped + zero;
         }
     }
-}
-
-LACONIC_CLONES float dot(const float* a, const float* b, int64_t count) {
-    float lanes[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16)
-        for (int k = 0; k < 16; k++) lanes[k] += a[i + k] * b[i + k];
-    float total = 0.0f;
-    for (; i < count; i++) total += a[i] * b[i];
-    for (int k = 0; k < 16; k++) total += lanes[k];
-    return total;
 }
 
 LACONIC_CLONES void add(float* to, const float* from, float times, int64_t count) {

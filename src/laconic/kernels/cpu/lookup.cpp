@@ -1,5 +1,6 @@
 // What every processor can: a row of codes becomes numbers in a small buffer, then a product.
 #include "lookup.h"
+#include "dot.h"
 
 #include <algorithm>
 #include <vector>
@@ -22,17 +23,6 @@ LACONIC_CLONES void numbers(const uint8_t* codes, int64_t m, int bits, const flo
 
 LACONIC_CLONES void times(float* out, int64_t count, float scale) {
     for (int64_t j = 0; j < count; j++) out[j] *= scale;
-}
-
-LACONIC_CLONES float dot(const float* a, const float* b, int64_t count) {
-    float lanes[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16)
-        for (int k = 0; k < 16; k++) lanes[k] += a[i + k] * b[i + k];
-    float total = 0.0f;
-    for (; i < count; i++) total += a[i] * b[i];
-    for (int k = 0; k < 16; k++) total += lanes[k];
-    return total;
 }
 
 struct Table {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "linear.h"
+#include "dot.h"
 
 namespace laconic {
 
@@ -23,17 +24,6 @@ LACONIC_CLONES void numbers(const uint8_t* codes, int64_t m, int bits, float* ou
 
 LACONIC_CLONES void place(float* out, int64_t count, float zero, float scale) {
     for (int64_t j = 0; j < count; j++) out[j] = (out[j] - zero) * scale;
-}
-
-LACONIC_CLONES float dot(const float* a, const float* b, int64_t count) {
-    float lanes[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16)
-        for (int k = 0; k < 16; k++) lanes[k] += a[i + k] * b[i + k];
-    float total = 0.0f;
-    for (; i < count; i++) total += a[i] * b[i];
-    for (int k = 0; k < 16; k++) total += lanes[k];
-    return total;
 }
 
 // one run of x -> its scale and the sum of its whole numbers; a scale of NaN where x is not finite

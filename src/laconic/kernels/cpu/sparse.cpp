@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "sparse.h"
+#include "dot.h"
 
 namespace laconic {
 
@@ -37,17 +38,6 @@ void place(const Sparse& w, int64_t row, float* room, float* out) {
         for (uint32_t bits = left < 32 ? last_bits(mask, block, left) : bits_at(mask, block); bits && at < end; bits &= bits - 1)
             out[block * 32 + __builtin_ctz(bits)] = *at++;
     }
-}
-
-LACONIC_CLONES float dot(const float* a, const float* b, int64_t count) {
-    float lanes[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16)
-        for (int k = 0; k < 16; k++) lanes[k] += a[i + k] * b[i + k];
-    float total = 0.0f;
-    for (; i < count; i++) total += a[i] * b[i];
-    for (int k = 0; k < 16; k++) total += lanes[k];
-    return total;
 }
 
 // room for a row's weights, which may begin up to 7 behind where they are decoded
