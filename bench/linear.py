@@ -221,9 +221,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pool", type=float, default=1.0, help="gigabytes of each form (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument(
-        "--forms", default="", help="how names of forms begin, a regular expression (all, which takes memory)"
-    )
+    parser.add_argument("--forms", default="", help="how names of forms begin, a regular expression (all, which takes memory)")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)

@@ -47,7 +47,7 @@ from laconic.models import Source, stored_paths
 from laconic.narrow import narrowed
 from laconic.recipe import Recipe, build, level_of, level_words
 from laconic.reconstruction import Reconstruction
-from laconic.routing import begin, foreseen, install, parts_of
+from laconic.routing import begin, foreseen, install, look, parts_of
 from laconic.trials import AS_IS, Recorded, Trials, form_key
 from laconic.tuning import Targets, tune
 
@@ -1094,8 +1094,17 @@ def learn_routed(
     source: Any, opened: Any, inputs: Tensor, router: Router, *, seed: int, folder: Path, progress: Progress = quiet
 ) -> tuple[nn.Module, dict[str, Routed], str]:
     """The opened model in memory with routed parts that have learned, and a sentence on it. The whole learns together, against the
-    predictions of the source."""
+    predictions of the source; where nothing is learned by steps, parts look at the inputs."""
     lesson = router.lesson
+    if lesson is None:
+        model = opened.skeleton()
+        opened.fill(model, "", torch.float32)
+        parts, notes = parts_of(source, router, model, inputs[:2])
+        install(model, parts)
+        begin(parts, seed)
+        model.eval().requires_grad_(False)
+        look(model, parts, inputs.split(batch_of(source)), lambda done, total: progress("tuning", done, total, "the calibration data"))
+        return model, parts, "; ".join([f"routed by what {len(inputs)} calibration rows show", *notes])
     batches = inputs.split(lesson.batch)
     # a batch of one row says nothing of a norm's statistics
     batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) < lesson.batch else batches

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from laconic.artifact import put
 from laconic.core.errors import UserError
-from laconic.core.router import Routed, Router
+from laconic.core.router import Routed, Router, asking
 from laconic.core.site import Conv, Site, Sublayer
 from laconic.measurement import load_of, outputs, said
 
@@ -66,19 +65,6 @@ def install(model: nn.Module, parts: Mapping[str, Routed]) -> None:
         put(model, path, part)
 
 
-@contextlib.contextmanager
-def asking(parts: Iterable[Routed], run: Any, asks: Any) -> Iterator[None]:
-    """Inside, parts run so and are told so."""
-    before = [(part, part.run, part.asks) for part in parts]
-    for part, _, _ in before:
-        part.run, part.asks = run, asks
-    try:
-        yield
-    finally:
-        for part, was, asked in before:
-            part.run, part.asks = was, asked
-
-
 def foreseen(source: Any, inputs: Tensor, router: Router, batch: int) -> dict[str, Any]:
     """What the routed model will take, counted before anything has learned: the original runs with labels in place of routers' words."""
     model = source.load(torch.float32)
@@ -86,9 +72,25 @@ def foreseen(source: Any, inputs: Tensor, router: Router, batch: int) -> dict[st
     install(model, parts)
     begin(parts, 0)
     rows = inputs[: FORESEEN[source.task]]
+    look(model, parts, rows.split(batch))
     with asking(parts.values(), "masked", "labels"):
         load, seen = load_of(model, rows.split(batch), source.task)
     return {**said(load, seen, source.task), "notes": notes}
+
+
+def look(
+    model: nn.Module, parts: Mapping[str, Routed], batches: Sequence[Tensor], progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Parts see the data as often as they want, the model running as it was."""
+    run, looks = outputs(model), max(part.looks for part in parts.values())
+    with asking(parts.values(), "looking", "all"), torch.inference_mode():
+        for turn in range(looks):
+            for i, batch in enumerate(batches):
+                run(batch)
+                if progress is not None:
+                    progress(turn * len(batches) + i + 1, looks * len(batches))
+            for part in parts.values():
+                part.looked()
 
 
 def begin(parts: Mapping[str, Routed], seed: int) -> None:

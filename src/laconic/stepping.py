@@ -19,6 +19,7 @@ from laconic.architectures import DECODERS, GATED, SPLIT
 from laconic.core.decoder import Answer, Stack
 from laconic.core.errors import UserError
 from laconic.core.packed import Dense, Held
+from laconic.core.router import Routed, Skips, asking
 from laconic.core.state import State
 from laconic.decoding import Pending
 from laconic.kernels.attention import MOST
@@ -81,12 +82,19 @@ def _layers(model: Any) -> list[Layer]:
         heads = {f"{name}_norm": row.norms[name] for name in ("q", "k") if name in row.norms}
         named = {**parts, **heads, "before": row.norms["attention"], "between": row.norms["mlp"], "mlp": "mlp"}
         one = Layer(**{name: layer.get_submodule(path) for name, path in named.items()})
-        if not all(isinstance(getattr(one, name), (nn.Linear, Held)) for name in parts):
+        if not all(isinstance(getattr(one, name), (nn.Linear, Held, Routed)) for name in parts):
             raise ValueError("some of its matrices are held in other modules")
         if not all(hasattr(norm, "variance_epsilon") for norm in (one.before, one.between)):
             raise ValueError("its norms are not root mean squares")
         found.append(one)
     return found
+
+
+def _middle(layer: Layer) -> int:
+    """Neurons that its buffers hold."""
+    if isinstance(layer.mlp, Routed):
+        return 0 if (found := layer.mlp.skips()) is None else found.down.shape[1]
+    return 0 if layer.up is None else _width(layer.up)[0]
 
 
 def _width(module: nn.Module) -> tuple[int, int]:
@@ -128,7 +136,9 @@ class Spent(NamedTuple):
 
 
 def _matrix(module: Any) -> Tensor | None:
-    """The weight of a linear layer (n, m) where it is held as it is."""
+    """The weight of a linear layer (n, m) where it is held, and multiplied with, as it is."""
+    if isinstance(module, Routed):
+        return None
     if not isinstance(module, Held):
         return cast(Tensor, module.weight.detach())
     if module._copy is not None:
@@ -213,7 +223,10 @@ class Steps(Stack):
         hidden = self._hidden
         self._told[self._tape.add(OUT, STREAM, hidden)] = Told("sum")
         self._norm(layer.between, STREAM, NORMED, 1)
-        if layer.gate is None or layer.up is None:
+        if isinstance(layer.mlp, Routed) and (found := layer.mlp.skips()) is not None and found.gate is not None:
+            self._product(found.gate, NORMED, GATE)
+            self._skip(layer.mlp, found, GATE, OUT, hidden)
+        elif layer.gate is None or layer.up is None:
             step = self._tape.outside()
             self._done[step] = self._outside(layer.mlp, NORMED, OUT, hidden, hidden)
             self._told[step] = Told(type(layer.mlp).__name__, sum(t.numel() * t.element_size() for t in layer.mlp.state_dict().values()))
@@ -238,9 +251,26 @@ class Steps(Stack):
         self._told[step] = Told("norm")
         return step
 
+    def _skip(self, module: nn.Module, found: Skips, source: int, to: int, m: int) -> int:
+        """What a Routed part of inputs (b, t, m) leaves out where a token comes alone; -> its step."""
+        n, h = found.down.shape
+        stored = [one for one in (found.down, found.up) if one is not None]
+        if all(one.dtype == stored[0].dtype in (torch.float32, torch.bfloat16) for one in stored):
+            places = [self._address(one) for one in (found.least.detach().float(), found.down.detach(), found.up)]
+            gates, narrow = found.up is not None, stored[0].dtype == torch.bfloat16
+            gated = [NORMED, m, places[2]] if gates else [-1, 0, 0]
+            step = self._tape.skip(source, to, h, places[0], found.least.numel(), places[1], narrow, n, *gated, 1)
+        else:
+            step = self._tape.outside()
+        self._told[int(step)] = Told(f"{type(module).__name__} {n} x {h}", sum(one.numel() * one.element_size() for one in stored))
+        self._done[int(step)] = self._outside(module, NORMED if found.up is not None else source, to, n, m)
+        return int(step)
+
     def _product(self, module: Any, source: int, to: int) -> int:
         """A product by its native kernel where there is one; -> its step."""
         n, m = _width(module)
+        if isinstance(module, Routed) and (found := module.skips()) is not None:
+            return self._skip(module, found, source, to, m)
         whole, codes = _matrix(module), module.weight.read() if isinstance(module, Held) else None
         bias = None if module.bias is None else module.bias.detach().float().contiguous()
         if whole is not None and whole.dtype in (torch.float32, torch.bfloat16) and whole.is_contiguous():
@@ -258,7 +288,8 @@ class Steps(Stack):
                 n, m, codes.bits, codes.group, codes.half, self._address(bias), codes.int8, most,
             )  # fmt: skip
         else:
-            form, nbytes, step = type(module.weight).__name__, module.weight.nbytes if isinstance(module, Held) else 0, self._tape.outside()
+            form = type(module if isinstance(module, Routed) else module.weight).__name__
+            nbytes, step = module.weight.nbytes, self._tape.outside()
         self._told[int(step)] = Told(f"product {n} x {m}, {form}", nbytes)
         self._done[int(step)] = self._outside(module, source, to, n, m)
         return int(step)
@@ -281,7 +312,7 @@ class Steps(Stack):
         if rows > self._rows:
             self._rows = rows
             hidden = self._hidden
-            middle = max((_width(layer.up)[0] for layer in self.layers if layer.up is not None), default=0)
+            middle = max((_middle(layer) for layer in self.layers), default=0)
             h, k = (max(counts) * self._d for counts in zip(*self._heads, strict=True))
             wide = [hidden, hidden, h, k, k, h, middle, middle, hidden]
             self._buffers = [*(torch.zeros(rows * width) for width in wide), torch.zeros(0)]
@@ -438,12 +469,13 @@ class Steps(Stack):
 
 def steps_of(model: nn.Module) -> Steps | str:
     """The model as Steps, where these give its own logits over a few tokens, read together and one after them; else why not."""
-    try:
-        steps = Steps(model)
-    except (UserError, ValueError) as error:
-        return str(error)
     whole = cast(Any, model)
-    with torch.inference_mode():
+    # with nothing left out: a threshold is a step, and a sum in another order may fall on the other side of it
+    with torch.inference_mode(), asking([part for part in model.modules() if isinstance(part, Routed)], "gathered", "all"):
+        try:
+            steps = Steps(model)
+        except (UserError, ValueError) as error:
+            return str(error)
         tokens = torch.arange(1, TRIAL + 1)[None] * 7 % whole.config.vocab_size
         wanted = whole(input_ids=tokens, use_cache=False).logits.float()
         found = []

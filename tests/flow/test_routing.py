@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 import laconic
 from laconic import api, artifact
 from laconic.core.errors import UserError
-from laconic.core.router import Routed
+from laconic.core.router import Routed, asking
 from laconic.data import open_data
 from laconic.job import compress
 from laconic.measurement import routed
 from laconic.models import open_model
 from laconic.recipe import Choice, Recipe, build, check, load_recipe
-from laconic.routing import asking, begin, install, parts_of
+from laconic.routing import begin, install, parts_of
 
 EXPERTS = "route.gate.factorllm(steps=6, batch=2)"
 FILTERS = "route.gate.ftwt(steps=6, batch=8, mass=0.8)"

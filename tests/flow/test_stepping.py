@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,10 @@ from laconic.methods.cache.store.full import Full
 from laconic.methods.cache.store.kivi import Kivi
 from laconic.methods.decode.draft.kangaroo import Kangaroo
 from laconic.methods.decode.sample.ancestral import Ancestral
+from laconic.methods.prune.activation.chess import CHESS
 from laconic.methods.quantize.grid.grouped import Grouped
+from laconic.models import open_model
+from laconic.routing import begin, install, look, parts_of
 from laconic.runtime import StateCache
 from laconic.stepping import Steps, steps_of
 
@@ -152,6 +156,33 @@ def test_however_matrices_are_held(level: str) -> None:
     tokens = ids(30)
     for model in held_every_way(torch.float32):
         assert apart(model, read(made(model), tokens, [9, 1, 1, 19]), tokens) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Mixtral"])
+def test_what_is_left_out_for_a_token(kind: str, dtype: torch.dtype, level: str, tmp_path: Path) -> None:
+    """Neurons and inputs below their thresholds: steps of the tape where a token comes alone, the model's own modules else."""
+    model, tokens = tiny(kind, dtype), ids(24)
+    model.save_pretrained(tmp_path)
+    parts, _ = parts_of(open_model(tmp_path), CHESS(), model)
+    install(model, parts)
+    begin(parts, 0)
+    look(model, parts, [ids(40, 3)])
+    model.requires_grad_(False)
+    steps = made(model)
+    if kind in ("Llama", "Qwen3"):
+        assert sum("Neurons" in told.what for told in steps._told.values()) == 3
+        # every step of a token that comes alone is native
+        steps._make_room(1, 1, 0)
+        assert steps._tape.run(0, steps._ends, 1, 1, 0, 1) == steps._ends
+    found = read(steps, tokens, [1] * 12 + [9, 1, 1, 1])
+    if dtype == torch.float32:
+        assert apart(model, found, tokens) < 2e-5
+        return
+    # thresholds are steps, so rounding may fall on the other side of one: of both, the tape is no further from the truth
+    with torch.inference_mode():
+        own = model(input_ids=tokens).logits
+    assert apart(model.float(), found, tokens) < 1.1 * apart(model, own, tokens)
 
 
 def test_in_16_bits_nearer_to_the_truth_than_the_model_itself(level: str) -> None:

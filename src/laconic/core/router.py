@@ -4,7 +4,9 @@ what it stands around, input by input, and counts it."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +29,32 @@ class Load(NamedTuple):
         return Load(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+class Skips(NamedTuple):
+    """What a Routed part does to one token, as a kernel takes it: entries of a = x, or of a = silu(gate x), that are below their threshold
+    count as none, and out is the sum over the others of a_j down[:, j], or of a_j (up_j x) down[:, j].
+
+    least (1,) or (h,); down (n, h) and up (h, m), matrices as they are held; gate: the module of that name."""
+
+    least: Tensor
+    down: Tensor
+    up: Tensor | None = None
+    gate: nn.Module | None = None
+
+
 class Routed(Part):
     """Stands where a module was, which it takes in by `around`: that one's tensors keep their names, and the part's own lie below the same
     path, so all are stored, read and filled as those of any module.
 
     run: `gathered`, what is not asked for is not computed; `masked`, all is computed and what is not asked for dropped, the same to
     rounding; `learning`, masked, and the router's error against its labels is kept for `penalty`. asks: who says what runs, the `router`,
-    its `labels` (what it learns to say, made from what all of it computes), or nobody (`all`: the module as it was)."""
+    its `labels` (what it learns to say, made from what all of it computes), or nobody (`all`: the module as it was).
 
-    run: Literal["gathered", "masked", "learning"] = "gathered"
+    looks: how often a part that learns nothing by steps wants to see the calibration data, all of it running (`looking`). alone: things are
+    left out only for tokens that come one at a time, as in generation, which is what is counted; more are computed whole and masked."""
+
+    looks: ClassVar[int] = 0
+    alone: ClassVar[bool] = False
+    run: Literal["gathered", "masked", "learning", "looking"] = "gathered"
     asks: Literal["router", "labels", "all"] = "router"
 
     def __init__(self) -> None:
@@ -58,6 +77,13 @@ class Routed(Part):
     def remember(self) -> None:
         """What learning needs of the module as it is now."""
 
+    def looked(self) -> None:
+        """Called after each look."""
+
+    def skips(self) -> Skips | None:
+        """What it does to one token, where that is no more than to leave out what is small."""
+        return None
+
     def penalty(self, done: float) -> Tensor | None:
         """What the last pass adds to the objective once the share `done` of the steps is behind it; None where the router stays."""
         return None
@@ -77,6 +103,19 @@ class Routed(Part):
         return Load(*(value / max(self.seen, 1) for value in self.spent))
 
 
+@contextmanager
+def asking(parts: Iterable[Routed], run: Any, asks: Any) -> Iterator[None]:
+    """Inside, parts run so and are told so."""
+    before = [(part, part.run, part.asks) for part in parts]
+    for part, _, _ in before:
+        part.run, part.asks = run, asks
+    try:
+        yield
+    finally:
+        for part, was, asked in before:
+            part.run, part.asks = was, asked
+
+
 class Router(ABC):
     """Where a model is routed, and how that is learned. acts_on: the kinds of its sites; learns: the parts with what they stand around, or
     the whole model, norms' statistics included."""
@@ -86,8 +125,8 @@ class Router(ABC):
 
     @property
     @abstractmethod
-    def lesson(self) -> Lesson:
-        """How; the objective is against the original's predictions."""
+    def lesson(self) -> Lesson | None:
+        """How; the objective is against the original's predictions. None: parts only look at calibration data."""
 
     @abstractmethod
     def place(self, site: Site, anatomy: Anatomy) -> Change:

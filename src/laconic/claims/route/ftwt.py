@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from laconic.claims.lab import ONE, SEEDS, Bench, Found, judged, measured, multiplications, narrowed, on, spread, swapped
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
-from laconic.core.router import Load, Router
+from laconic.core.router import Load, Router, asking
 from laconic.measurement import load_of, outputs, routed
 from laconic.methods.prune.cut.spa import Spa
 from laconic.methods.prune.score.magnitude import Magnitude
 from laconic.methods.route.gate.ftwt import FTWT, Gated
 from laconic.pipeline import learn_routed
-from laconic.routing import asking, foreseen
+from laconic.routing import foreseen
 from laconic.tuning import tune
 
 OURS = FTWT(mass=0.85)

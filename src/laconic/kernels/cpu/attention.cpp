@@ -72,10 +72,6 @@ void decode(const Part& part, const Stretch& s, int64_t from, int64_t to, float*
     }
 }
 
-LACONIC_CLONES void add(float* to, const float* from, float times, int64_t count) {
-    for (int64_t i = 0; i < count; i++) to[i] += from[i] * times;
-}
-
 LACONIC_CLONES void widen_bf16(const uint16_t* from, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i++) out[i] = from_bf16(from[i]);
 }

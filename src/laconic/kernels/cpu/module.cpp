@@ -5,6 +5,7 @@
 #include <string>
 
 #include "linear.h"
+#include "skip.h"
 
 namespace nb = nanobind;
 
@@ -53,6 +54,14 @@ void dense_of(uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros,
     dense(weight_of({codes, stride, scales, zeros, zero_stride, n, m, bits, group, half}), reinterpret_cast<float*>(out), threads, level_of(with));
 }
 
+// numbers with the rows of a matrix whose factor is not zero; up and bias are 0 where there are none
+void skip_of(uintptr_t a, uintptr_t x, uintptr_t up, uintptr_t bias, uintptr_t down, bool narrow, int64_t rows, int64_t m, int64_t h, int64_t n,
+             uintptr_t out, int threads) {
+    nb::gil_scoped_release free;
+    skip({reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(x), reinterpret_cast<const void*>(up), reinterpret_cast<const float*>(bias),
+          reinterpret_cast<const void*>(down), narrow, rows, m, h, n, reinterpret_cast<float*>(out), threads});
+}
+
 } // namespace
 
 NB_MODULE(_native, module) {
@@ -60,6 +69,7 @@ NB_MODULE(_native, module) {
     module.def("linear", &linear);
     module.def("linear_int8", &linear_int8);
     module.def("dense", &dense_of);
+    module.def("skip", &skip_of);
     bind_attention(module);
     bind_lookup(module);
     bind_sparse(module);

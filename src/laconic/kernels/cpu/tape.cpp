@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dot.h"
+#include "skip.h"
+
 namespace laconic {
 
 namespace {
@@ -44,6 +47,14 @@ LACONIC_CLONES void gate(const float* x, const float* y, float* out, int64_t wid
     for (int64_t i = 0; i < width; i++) out[i] = x[i] / (1.0f + exp_of(-x[i])) * y[i];
 }
 
+// what is not below its threshold: of x, or of x * sigmoid(x)
+LACONIC_CLONES void loud(const float* x, const float* least, bool each, bool silu, float* out, int64_t width) {
+    for (int64_t i = 0; i < width; i++) {
+        const float value = silu ? x[i] / (1.0f + exp_of(-x[i])) : x[i];
+        out[i] = std::fabs(value) < least[each ? i : 0] ? 0.0f : value;
+    }
+}
+
 LACONIC_CLONES void sum(const float* x, float* out, int64_t width) {
     for (int64_t i = 0; i < width; i++) out[i] += x[i];
 }
@@ -52,23 +63,9 @@ LACONIC_CLONES void rounded(const float* x, uint16_t* out, int64_t count) {
     for (int64_t i = 0; i < count; i++) out[i] = to_bf16(x[i]);
 }
 
-LACONIC_CLONES float dot(const float* x, const float* w, int64_t count) {
-    float found = 0.0f;
-#pragma omp simd reduction(+ : found)
-    for (int64_t i = 0; i < count; i++) found += x[i] * w[i];
-    return found;
-}
-
-LACONIC_CLONES float dot(const float* x, const uint16_t* w, int64_t count) {
-    float found = 0.0f;
-#pragma omp simd reduction(+ : found)
-    for (int64_t i = 0; i < count; i++) {
-        const uint32_t wide = uint32_t(w[i]) << 16;
-        float value;
-        std::memcpy(&value, &wide, 4);
-        found += x[i] * value;
-    }
-    return found;
+// as numbers of 16 bits hold it
+LACONIC_CLONES void coarsened(const float* x, float* out, int64_t count) {
+    for (int64_t i = 0; i < count; i++) out[i] = from_bf16(to_bf16(x[i]));
 }
 
 // halves of a head turned against each other
@@ -130,7 +127,7 @@ void Tape::dense(const Step& s, int64_t rows, int threads) {
     float* out = buffers[size_t(s.to)];
     if (bf16) {
         coarse.resize(size_t(rows * m));
-        for (int64_t i = 0; i < rows * m; i++) coarse[size_t(i)] = from_bf16(to_bf16(x[i]));
+        coarsened(x, coarse.data(), rows * m);
         x = coarse.data();
     }
     const int many = n * m * rows < SMALL ? 1 : threads;
@@ -141,6 +138,20 @@ void Tape::dense(const Step& s, int64_t rows, int threads) {
                                          : dot(x + r * m, static_cast<const float*>(s.matrix) + i * m, m);
             out[r * n + i] = found + (s.values ? s.values[i] : 0.0f);
         }
+}
+
+void Tape::skip(const Step& s, int64_t rows, int threads) {
+    const bool gates = s.by >= 0;
+    found.resize(size_t(rows * s.width));
+    for (int64_t r = 0; r < rows; r++) loud(buffers[size_t(s.from)] + r * s.width, s.values, s.groups > 1, gates, found.data() + r * s.width, s.width);
+    if (bf16) coarsened(found.data(), found.data(), rows * s.width);
+    const float* x = gates ? buffers[size_t(s.by)] : nullptr;
+    if (gates && bf16) {
+        coarse.resize(size_t(rows * s.inner));
+        coarsened(x, coarse.data(), rows * s.inner);
+        x = coarse.data();
+    }
+    laconic::skip({found.data(), x, s.second, nullptr, s.matrix, s.narrow, rows, s.inner, s.width, s.heads, buffers[size_t(s.to)], threads});
 }
 
 void Tape::append(const Step& s, int64_t b, int64_t t, int64_t past) {
@@ -230,6 +241,10 @@ int64_t Tape::run(int64_t first, int64_t last, int64_t b, int64_t t, int64_t pas
         case Step::Kind::dense:
             if (rows > s.most) return i;
             dense(s, rows, threads);
+            break;
+        case Step::Kind::skip:
+            if (rows > s.most) return i;
+            skip(s, rows, threads);
             break;
         case Step::Kind::outside: return i;
         }

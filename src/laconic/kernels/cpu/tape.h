@@ -8,8 +8,8 @@
 namespace laconic {
 
 struct Step {
-    // outside: whoever runs the tape does this one
-    enum class Kind { norm, linear, dense, rope, append, attend, gate, add, outside };
+    // skip: what is below its threshold counts as zero, and what would be multiplied with it is not read; outside: whoever runs the tape does this one
+    enum class Kind { norm, linear, dense, rope, append, attend, gate, skip, add, outside };
     Kind kind;
     int64_t from = 0, to = 0;            // buffers
     int64_t width = 0, heads = 1;        // numbers of a head, or of a row; heads of a row
@@ -20,6 +20,8 @@ struct Step {
     bool int8 = false;
     const void* matrix = nullptr;        // a matrix as it is, (heads, width) here, of 16 bits where `narrow`
     bool narrow = false;
+    int64_t by = -1, inner = 0;          // of a skip that gates: the buffer of its other input, and how wide that is
+    const void* second = nullptr;        // what that input is multiplied with, (width, inner), as wide as `matrix`
     int64_t most = 0;                    // rows that this product, or new tokens that this attention, is quickest for
 };
 
@@ -38,6 +40,7 @@ class Tape {
 
     bool linear(const Step& s, int64_t rows, int threads);
     void dense(const Step& s, int64_t rows, int threads);
+    void skip(const Step& s, int64_t rows, int threads);
     void append(const Step& s, int64_t b, int64_t t, int64_t past);
     void attend(const Step& s, int64_t b, int64_t t, int64_t past, int threads);
 

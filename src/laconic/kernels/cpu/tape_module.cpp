@@ -51,6 +51,14 @@ void bind_tape(nb::module_& module) {
                  return tape.add(s);
              })
         .def("gate", [](Tape& tape, int64_t from, int64_t to, int64_t width) { return tape.add({Kind::gate, from, to, width}); })
+        .def("skip",
+             [](Tape& tape, int64_t from, int64_t to, int64_t width, uintptr_t least, int64_t many, uintptr_t matrix, bool narrow, int64_t n, int64_t by,
+                int64_t inner, uintptr_t second, int64_t most) {
+                 Step s{Kind::skip, from, to, width, n};
+                 s.groups = many, s.values = floats(least), s.matrix = reinterpret_cast<const void*>(matrix), s.narrow = narrow;
+                 s.by = by, s.inner = inner, s.second = reinterpret_cast<const void*>(second), s.most = most;
+                 return tape.add(s);
+             })
         .def("add", [](Tape& tape, int64_t from, int64_t to, int64_t width) { return tape.add({Kind::add, from, to, width}); })
         .def("outside", [](Tape& tape) { return tape.add({Kind::outside}); })
         .def("hold", &Tape::hold)

@@ -1,0 +1,1 @@
+"""Leaving out what is small for a token, token by token."""
