@@ -9,11 +9,25 @@ from typing import TYPE_CHECKING, Any
 from laconic import plugin
 
 if TYPE_CHECKING:
-    from laconic.api import Budget, bench, cache, compress, generate, load, measure, plan, report, select, verify
+    from laconic.api import Budget, attend, bench, cache, compress, generate, load, measure, plan, report, select, verify
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "__version__", "bench", "cache", "compress", "generate", "load", "measure", "plan", "report", "select", "verify"]
+__all__ = [
+    "Budget",
+    "__version__",
+    "attend",
+    "bench",
+    "cache",
+    "compress",
+    "generate",
+    "load",
+    "measure",
+    "plan",
+    "report",
+    "select",
+    "verify",
+]
 
 # lets transformers read laconic's folders from now on
 plugin.on_import()

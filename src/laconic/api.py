@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from laconic.core.errors import BrokenPromise, UserError, nearest
 from laconic.core.menu import Search
 from laconic.core.packed import below
 from laconic.core.score import Score
-from laconic.core.state import State
+from laconic.core.state import Pattern, State
 from laconic.data import Split, Texts, open_data
 from laconic.decoding import Layers, body_of
 from laconic.models import Source, is_artifact, open_model
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from laconic.runtime import StateCache
 
 Model = str | Path | nn.Module | None
+N = TypeVar("N")
 
 # a certificate counts as reproduced where every quality figure is as near as this, relatively: other processors sum in another order
 SAME = 1e-3
@@ -618,11 +619,12 @@ def open_talk(
     decoder: str | None = None,
     cache: str | None = None,
     inputs: int | None = None,
+    attention: str | None = None,
     log: Log = say,
 ) -> Talk:
     """Loads a result (an elastic one cut to a budget) or an original with its tokenizer. decoder: in written form; None: the result's own,
-    where it has one. inputs: as `load`. UserError for a model that writes no text, and for a decoder whose parts the model does not
-    have."""
+    where it has one. inputs: as `load`; attention: as `attend`. UserError for a model that writes no text, and for a decoder whose parts
+    the model does not have."""
     if cache is not None:
         _state(cache)
     chosen = None if decoder is None else _decoder(decoder)
@@ -637,6 +639,8 @@ def open_talk(
     if small:
         # what has no product of its own would be made dense for every token
         artifact.thawed(loaded, dtype, lambda layer: layer.weight.read() is None)
+    if attention is not None:
+        attend(loaded, attention)
     stepped = isinstance(steps_of(loaded), Steps)
     if small and not stepped:
         artifact.thawed(loaded, dtype)
@@ -775,16 +779,18 @@ def generate(
     cache: str | None = None,
     decoder: str | None = None,
     inputs: int | None = None,
+    attention: str | None = None,
     log: Log = say,
 ) -> Iterator[str]:
     """Pieces of text, token by token, of a result (an elastic one cut to a budget) or an original; join them for the whole. cache: how the
     past is held, `kivi:2` or `cache.store.kivi(bits=2)`. decoder: how tokens are drawn, `decode.sample.ancestral` one by one; None: as the
-    result was made for. inputs: 8 rounds inputs of a result's products to 8 bits."""
+    result was made for. inputs: 8 rounds inputs of a result's products to 8 bits. attention: the blocks that a prompt attends to,
+    `xattention(tau=0.9)`."""
     if max_tokens < 1:
         raise UserError(f"--max-tokens {max_tokens} writes nothing; ask for at least 1")
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature {temperature:g} is not usable; give 0 (always the likeliest token) or more")
-    talk = open_talk(model, budget=budget, decoder=decoder, cache=cache, inputs=inputs, log=log)
+    talk = open_talk(model, budget=budget, decoder=decoder, cache=cache, inputs=inputs, attention=attention, log=log)
     ids = prompt_ids(talk, prompt, raw=raw)
     generator = torch.Generator().manual_seed(seed)
     return pieces(talk, ids, tokens(talk, ids, limit=max_tokens, temperature=temperature, generator=generator))
@@ -811,18 +817,43 @@ def cache(model: nn.Module, method: str = "cache.store.kivi") -> StateCache:
 
 def _state(text: str) -> State:
     """A State from its written form: a path with knobs in brackets, or in short its last word, with bits behind a colon."""
-    names = {entry.name.rpartition(".")[2]: entry.name for entry in catalogue.select(role="state")}
     word, colon, bits = text.partition(":")
+    if word.isidentifier() and colon:
+        if not bits.isdigit():
+            raise UserError(f"cache {text!r} is not understood; behind the colon stand bits, such as {word}:2")
+        text = f"{word}(bits={bits})"
+    return _named(text, State, "state", "cache")
+
+
+def _named(text: str, kind: type[N], role: str, what: str) -> N:
+    """A method of a role from its written form; its last word is enough of its path."""
+    names = {entry.name.rpartition(".")[2]: entry.name for entry in catalogue.select(role=role)}
+    word, bracket, knobs = text.partition("(")
     if word.isidentifier():
         if word not in names:
-            raise UserError(f"unknown cache {word!r}{nearest(word, names)}")
-        if colon and not bits.isdigit():
-            raise UserError(f"cache {text!r} is not understood; behind the colon stand bits, such as {word}:2")
-        text = f"{names[word]}(bits={bits})" if colon else names[word]
+            raise UserError(f"unknown {what} {word!r}{nearest(word, names)}")
+        text = names[word] + bracket + knobs
     found = build(catalogue.ALIASES.get(text, text))
-    if not isinstance(found, State):
-        raise UserError(f"unknown cache {text!r}{nearest(text, names.values())}")
+    if not isinstance(found, kind):
+        raise UserError(f"unknown {what} {text!r}{nearest(text, names.values())}")
     return found
+
+
+# ---- attention
+
+
+def attend(model: nn.Module, method: str | None = "attention.sparse.xattention") -> nn.Module:
+    """The model, whose prompts attend from now on by a method of the family `attention`, to the blocks that it keeps; None: to all of them.
+
+        model = laconic.attend(laconic.load("out"), "xattention(tau=0.9)")
+        model.generate(**tokenizer(long_text, return_tensors="pt"), max_new_tokens=64)
+
+    Acts where a layer attends to all past tokens by torch's `sdpa`, in passes of at least two blocks of tokens without padding; whatever
+    else is asked is computed as before. Raises UserError for an unknown method or knob, and for a model that is no such decoder."""
+    from laconic.runtime import attend_by
+
+    attend_by(model, None if method is None else _named(method, Pattern, "pattern", "attention"))
+    return model
 
 
 # ---- report

@@ -616,6 +616,10 @@ def generate(
     cache: Annotated[
         str | None, typer.Option("--cache", help="How the past is held: kivi:2 or cache.store.kivi(bits=2).", show_default=False)
     ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option("--attention", help="Which blocks of a long prompt are attended to: xattention(tau=0.9).", show_default=False),
+    ] = None,
     decoder: Annotated[
         str | None,
         typer.Option("--decoder", help="How tokens are drawn; decode.sample.ancestral: one by one.", show_default=False),
@@ -629,7 +633,7 @@ def generate(
 
     stream = api.generate(
         model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, raw=raw, budget=budget, cache=cache, decoder=decoder,
-        inputs=inputs, log=Voice().log,
+        inputs=inputs, attention=attention, log=Voice().log,
     )  # fmt: skip
     if as_json:
         _print_json({"prompt": prompt, "text": "".join(stream)})

@@ -26,14 +26,14 @@ from laconic.core.menu import Order, Search
 from laconic.core.router import Router
 from laconic.core.score import Score
 from laconic.core.site import Conv, Embedding, Linear, Site, Sublayer, TensorId
-from laconic.core.state import Schedule, State
+from laconic.core.state import Pattern, Schedule, State
 from laconic.core.transform import Align, Cut, Layer, Lesson, Model, Scope, Transform, Window
 
 HOME = Path(__file__).parent
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding, "sublayer": Sublayer}
 # a matrix that any method can be asked about before a model is opened
 PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
-ROLES = (Transform, Score, Search, Lesson, Cut, Align, Order, State, Schedule, Decoder, Router)
+ROLES = (Transform, Score, Search, Lesson, Cut, Align, Order, State, Pattern, Schedule, Decoder, Router)
 # what a lesson's scope may be called
 SCOPES: dict[str, type[Scope]] = {"layer": Layer, "block": Window, "window": Window, "model": Model}
 

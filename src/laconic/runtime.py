@@ -23,8 +23,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from laconic.core.errors import UserError
-from laconic.core.state import Ragged, State
+from laconic.core.state import Pattern, Ragged, State
 from laconic.kernels.attention import MOST
+from laconic.kernels.blocks import block_attention
 from laconic.kernels.native import native
 
 OURS, THEIRS = "laconic", "sdpa"
@@ -136,10 +137,7 @@ class StateCache(Cache):
         self.judged: tuple[Tensor, bool] | None = None
         # whether the forward pass under way attends by `attend`
         self.ours = False
-        decoder = model.get_decoder()  # type: ignore[operator]
-        if show not in decoder._forward_pre_hooks.values():
-            decoder.register_forward_pre_hook(show, with_kwargs=True)
-            decoder.register_forward_hook(hide, with_kwargs=True, always_call=True)
+        hook(model.get_decoder())  # type: ignore[operator]
 
     @property
     def nbytes(self) -> int:
@@ -252,22 +250,65 @@ def _cache(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def show(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """The hook before a decoder's forward pass: its padding mask, for a StateCache, and attention over what that holds."""
+    config: Any = module.config
     cache, mask = _cache(module, args, kwargs)
+    ours = config._attn_implementation == THEIRS and not torch.compiler.is_compiling()
     if cache is not None:
         # masks of other shapes say more than which tokens are padding, and are left to the model
         padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
         cache.shown = mask.bool() if isinstance(mask, Tensor) and padded else None
-        config: Any = module.config
-        if config._attn_implementation == THEIRS and native() is not None and not torch.compiler.is_compiling():
-            config._attn_implementation, cache.ours = OURS, True
+        cache.ours = ours and native() is not None
+    if ours and ((cache is not None and cache.ours) or pattern_of(module) is not None):
+        config._attn_implementation = OURS
 
 
 def hide(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
     """The hook after it: all as it was."""
+    config: Any = module.config
     cache, _ = _cache(module, args, kwargs)
-    if cache is not None and cache.ours:
-        config: Any = module.config
-        config._attn_implementation, cache.ours, cache.judged = THEIRS, False, None
+    if config._attn_implementation == OURS:
+        config._attn_implementation = THEIRS
+    if cache is not None:
+        cache.ours, cache.judged = False, None
+
+
+def hook(decoder: nn.Module) -> None:
+    """Puts both in their places, once."""
+    if show not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(show, with_kwargs=True)
+        decoder.register_forward_hook(hide, with_kwargs=True, always_call=True)
+
+
+def pattern_of(module: nn.Module) -> Pattern | None:
+    """What a decoder, or one of its layers of attention, was told of prompts."""
+    found: Pattern | None = getattr(module, "pattern", None)
+    return found
+
+
+def attend_by(model: nn.Module, pattern: Pattern | None) -> None:
+    """From now on prompts of a decoder attend by a pattern, or as before; UserError for a model without full attention over its past."""
+    if not any(type(layer) is DynamicLayer for layer in own_layers(model)):
+        raise UserError("no layer of this model attends to all past tokens; there is no prompt to attend to by blocks")
+    decoder = model.get_decoder()  # type: ignore[operator]
+    hook(decoder)
+    for module in (decoder, *(module for module in decoder.modules() if hasattr(module, "layer_idx"))):
+        module.pattern = pattern
+
+
+def _by_blocks(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked: set[str], scale: float | None
+) -> Tensor | None:
+    """Attention of a prompt (b, h, t, d) by its layer's pattern; None where there is none, or the mask says more than causality."""
+    pattern = pattern_of(module)
+    t, s = query.shape[2], key.shape[2]
+    if pattern is None or asked or t < 2 * pattern.block or getattr(module, "sliding_window", None):
+        return None
+    if mask is None:
+        causal = getattr(module, "is_causal", True) and t == s
+    else:
+        wanted = torch.ones(t, s, dtype=torch.bool, device=mask.device).tril(s - t)
+        causal = mask.dtype == torch.bool and mask.shape[-2:] == (t, s) and torch.equal(mask, wanted.expand(mask.shape))
+    return block_attention(query, key, value, pattern(query, key, scale), pattern.block, scale) if causal else None
 
 
 def attend(
@@ -281,11 +322,12 @@ def attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, but for new tokens of a layer that is held elsewhere: attention over what its State holds."""
+    """transformers' `sdpa`, but for new tokens of a layer that is held elsewhere: attention over what its State holds; and for prompts of a
+    model that attends by a Pattern."""
     reading: Reading | None = getattr(key, "reading", None)
+    asked = {name for name, told in kwargs.items() if told is not None and told is not False} - HARMLESS
     if reading is not None:
         layer, cache = reading.layer, reading.layer.cache
-        asked = {name for name, told in kwargs.items() if told is not None and told is not False} - HARMLESS
         plain = value is reading.values and not dropout and not asked and is_causal is not False
         layer.direct = plain and key.device.type == "cpu"
         if reading.held:
@@ -295,6 +337,12 @@ def attend(
                 return out.transpose(1, 2).contiguous(), None
             key, value = layer.dense()
             layer.settle()
+    if (
+        not dropout
+        and is_causal is not False
+        and (done := _by_blocks(module, query, key, value, attention_mask, asked, scaling)) is not None
+    ):
+        return done.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
 
 

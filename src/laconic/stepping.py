@@ -23,9 +23,10 @@ from laconic.core.router import Routed, Skips, asking
 from laconic.core.state import State
 from laconic.decoding import Pending
 from laconic.kernels.attention import MOST
+from laconic.kernels.blocks import block_attention
 from laconic.kernels.linear import rows_for
 from laconic.kernels.native import native
-from laconic.runtime import own_layers
+from laconic.runtime import own_layers, pattern_of
 
 # the architectures whose layers are what a tape can hold: norm, attention, norm, feed-forward
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
@@ -340,6 +341,10 @@ class Steps(Stack):
         h, k = self._heads[index]
         query = self._copied(QUERY, h, b, t)
         keys, values = (torch.cat(half, 2)[:, :, : past + t] for half in self._pages[index])
+        pattern = pattern_of(self.model.get_decoder())
+        if pattern is not None and t >= 2 * pattern.block:
+            self._put(block_attention(query, keys, values, pattern(query, keys, scale), pattern.block, scale))
+            return
         mask = None if not past else torch.ones(t, past + t, dtype=torch.bool).tril(past)
         out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=h != k)
         self._put(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import laconic
-from laconic import runtime
+from laconic import runtime, stepping
 from laconic.core.errors import UserError
 from laconic.kernels.attention import MOST
 from laconic.kernels.native import native
@@ -319,3 +320,77 @@ def test_a_cache_is_differentiable_where_queries_are(monkeypatch: pytest.MonkeyP
         dense_way(monkeypatch)
     assert grads[0].any()
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+
+
+class Seen:
+    """Counts attention by blocks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, self.shares = 0, []
+        real = runtime.block_attention
+
+        def counted(*args: object, **more: object) -> Tensor:
+            self.calls += 1
+            self.shares.append(float(args[3].float().mean()))
+            return real(*args, **more)
+
+        for module in (runtime, stepping):
+            monkeypatch.setattr(module, "block_attention", counted)
+
+
+WHOLE, SOME = "xattention(tau=1.0, block=16, stride=4)", "attention.sparse.xattention(tau=0.3, block=16, stride=4)"
+
+
+def test_prompts_attend_by_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, prompt, seen = tiny(), ids(2, 100), Seen(monkeypatch)
+    with torch.inference_mode():
+        before, own = model(prompt).logits, model.generate(prompt, **STEPS)
+        assert laconic.attend(model, WHOLE) is model
+        torch.testing.assert_close(model(prompt).logits, before)
+        assert seen.calls == 2
+        # tokens one by one attend to all that is there
+        assert torch.equal(model.generate(prompt, **STEPS), own) and seen.calls == 4
+        for cache in ("cache.store.full", KIVI):
+            model.generate(prompt, past_key_values=laconic.cache(model, cache), **STEPS)
+        assert seen.calls == 8
+        laconic.attend(model, SOME)
+        part = model(prompt).logits
+        # the first two blocks see all that they may
+        torch.testing.assert_close(part[:, :32], before[:, :32])
+        assert not torch.allclose(part, before, rtol=1e-2) and max(seen.shares[-2:]) < min(seen.shares[:2])
+        # padding, short prompts and other implementations are computed as before
+        calls = seen.calls
+        mask = torch.ones_like(prompt)
+        mask[0, :5] = 0
+        model(prompt, attention_mask=mask)
+        model(prompt[:, :31])
+        assert seen.calls == calls
+        model.save_pretrained(tmp_path)
+        assert "pattern" not in (tmp_path / "config.json").read_text()
+        laconic.attend(model, None)
+        torch.testing.assert_close(model(prompt).logits, before)
+        assert seen.calls == calls and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.skipif(native() is None, reason="the native kernels were not built here")
+def test_a_tape_reads_prompts_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt, seen = tiny().float(), ids(1, 100), Seen(monkeypatch)
+    laconic.attend(model, SOME)
+    steps = stepping.steps_of(model)
+    assert isinstance(steps, stepping.Steps)
+    with torch.inference_mode():
+        wanted = model(prompt).logits
+        found = steps.answer(prompt).logits
+    assert seen.calls == 4
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_that_is_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(UserError, match="unknown attention 'xatention'.*xattention"):
+        laconic.attend(llama, "xatention")
+    with pytest.raises(UserError, match=r"cache\.store\.full"):
+        laconic.attend(llama, "cache.store.full")
+    with pytest.raises(UserError, match="tau"):
+        laconic.attend(llama, "xattention(tau=2.0)")
+    with pytest.raises(UserError, match="no model of transformers"):
+        laconic.attend(torch.nn.Linear(2, 2))

@@ -1,5 +1,6 @@
 """What is carried between tokens, and how tokens mix and are routed. State has its bookkeeping here, so that a method says only how
-committed tokens are kept; Schedule shares the work of attending over them out; the others are roles only: the families bring the first."""
+committed tokens are kept; Schedule shares the work of attending over them out; Pattern says what a prompt attends to; the others are roles
+only: the families bring the first."""
 
 from __future__ import annotations
 
@@ -243,6 +244,18 @@ class Schedule(ABC):
     @abstractmethod
     def __call__(self, tiles: Sequence[int], workers: int) -> list[Run]:
         """tiles: how many each pair of a row and a head has. What a worker has of a pair is one run; runs of a pair follow one another."""
+
+
+class Pattern(ABC):
+    """Which blocks of keys a block of queries attends to in a prompt; `block` tokens make one. Laws: it keeps the blocks that the queries
+    lie in and none that come later; what it keeps for a head does not depend on other heads and rows; attention over all is dense."""
+
+    block: int
+
+    @abstractmethod
+    def __call__(self, query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+        """query (b, h, t, d) of the last t of s tokens, key (b, k, s, d) -> (b, h, ceil(t / block), ceil(s / block)) bool. scale: of
+        scores, 1 / sqrt(d) unless told."""
 
 
 class Mixer(ABC):

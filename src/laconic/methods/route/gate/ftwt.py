@@ -24,6 +24,7 @@ from laconic.core.claim import Card, Paper
 from laconic.core.router import Routed, Router
 from laconic.core.site import Anatomy, Conv, Site
 from laconic.core.transform import Change, Lesson
+from laconic.kernels.blocks import reaching
 from laconic.kernels.losses import Divergence
 
 CARD = Card(Paper("Elkerdawy et al.", 2022, "arXiv:2110.08232", "section 3"), catalogue="ftwt", sibling="route.gate.factorllm")
@@ -32,13 +33,7 @@ CARD = Card(Paper("Elkerdawy et al.", 2022, "arXiv:2110.08232", "section 3"), ca
 def fired(response: Tensor, mass: float) -> Tensor:
     """response (b, n) >= 0 -> (b, n) of 0 and 1: the fewest filters whose share of the row's sum reaches `mass`; at least one, all of them
     at most those that respond."""
-    share = response / response.sum(1, keepdim=True).clamp(min=torch.finfo(response.dtype).tiny)
-    ranked, order = share.sort(dim=1, descending=True, stable=True)
-    # what came before it has not reached the mass yet
-    before = ranked.cumsum(1) - ranked
-    needed = (before < mass - 1e-6) & (ranked > 0)
-    needed[:, 0] = True
-    return torch.zeros_like(share).scatter_(1, order, needed.to(share.dtype))
+    return reaching(response, mass).to(response.dtype)
 
 
 def pooled(x: Tensor) -> Tensor:
