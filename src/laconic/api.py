@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from laconic.runtime import StateCache
 
 Model = str | Path | nn.Module | None
-N = TypeVar("N")
 
 # a certificate counts as reproduced where every quality figure is as near as this, relatively: other processors sum in another order
 SAME = 1e-3
@@ -822,10 +821,11 @@ def _state(text: str) -> State:
         if not bits.isdigit():
             raise UserError(f"cache {text!r} is not understood; behind the colon stand bits, such as {word}:2")
         text = f"{word}(bits={bits})"
-    return _named(text, State, "state", "cache")
+    found: State = _named(text, State, "state", "cache")
+    return found
 
 
-def _named(text: str, kind: type[N], role: str, what: str) -> N:
+def _named(text: str, kind: type[Any], role: str, what: str) -> Any:
     """A method of a role from its written form; its last word is enough of its path."""
     names = {entry.name.rpartition(".")[2]: entry.name for entry in catalogue.select(role=role)}
     word, bracket, knobs = text.partition("(")

@@ -196,6 +196,15 @@ def test_every_group_is_exchanged() -> None:
     assert {role for role, _ in alike()} - set(IN_RECIPES) <= {"State", "Router"}
 
 
+@pytest.mark.parametrize("name", ["route.gate.factorllm(steps=2, batch=2)", "prune.activation.chess"])
+def test_exchanged_routers_run(small: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    source = open_model(small[0])
+    split = open_data(str(small[1]), source, seed=0, length=32, limits=(8, 4, 4))
+    recipe = load_recipe("factorllm").model_copy(update={"route": name})
+    found = compress(source, split, budget=[], recipe=recipe, out=tmp_path / "out", log=lambda _: None)
+    assert found["reload"]["ok"] and found["multiplications"]["expected"] < found["multiplications"]["dense"]
+
+
 def test_a_router_for_other_layers_is_refused_before_work(small: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = exchanged(load_recipe("factorllm"), "route.gate.factorllm", "route.gate.ftwt")
     check(recipe)

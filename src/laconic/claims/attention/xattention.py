@@ -53,7 +53,8 @@ def of_nano(bench: Any, row: int, layers: Sequence[int]) -> list[Head]:
             model(ids, past_key_values=cache)
         found = []
         for layer in layers:
-            keys, values = cache.layers[layer].keys[0], cache.layers[layer].values[0]
+            held: Any = cache.layers[layer]
+            keys, values = held.keys[0], held.values[0]
             for head, query in enumerate(seen.queries[layer][0]):
                 served = head // (len(seen.queries[layer][0]) // len(keys))
                 found.append((query, keys[served], values[served]))
@@ -173,9 +174,9 @@ def _whole(tau: float, lab: Lab) -> Verdict:
     worst = 0.0
     for seed in SEEDS:
         for query, key, value in planted(seed, t=700):
-            one = [x[None, None] for x in (query, key, value)]
-            found = block_attention(*one, XAttention(tau, STRIDE, BLOCK)(one[0], one[1]), BLOCK)
-            right = F.scaled_dot_product_attention(*one, is_causal=True)
+            q, k, v = (x[None, None] for x in (query, key, value))
+            found = block_attention(q, k, v, XAttention(tau, STRIDE, BLOCK)(q, k), BLOCK)
+            right = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             worst = max(worst, float((found - right).norm() / right.norm()))
     numbers = {"greatest difference, as a share of the norm": Measurement(worst, "", 2 * len(SEEDS))}
     return judged([] if worst < 1e-5 else [f"results differ by {worst:.2g}"], numbers)
