@@ -386,7 +386,7 @@ def test_a_tape_reads_prompts_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_attention_that_is_refused(llama: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match="unknown attention 'xatention'.*xattention"):
+    with pytest.raises(UserError, match=r"unknown attention 'xatention'.*xattention"):
         laconic.attend(llama, "xatention")
     with pytest.raises(UserError, match=r"cache\.store\.full"):
         laconic.attend(llama, "cache.store.full")

@@ -8,12 +8,21 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from laconic.core.packed import Dense, Packed, Sum, restore
+from laconic.core.packed import Dense, Held, Packed, Sum, restore
 from laconic.kernels import sparse
 from laconic.kernels.bits import pack, packed_width
 from laconic.kernels.grids import Grid
 from laconic.kernels.native import LEVELS, Native, native
-from laconic.kernels.sparse import Codes, Kept, reference_sparse_linear, reference_sparse_rows, row_starts, sparse_linear, sparse_rows
+from laconic.kernels.sparse import (
+    Codes,
+    Kept,
+    reference_sparse_linear,
+    reference_sparse_rows,
+    row_starts,
+    sparse_linear,
+    sparse_pixels,
+    sparse_rows,
+)
 from laconic.methods.prune.cut.sparse import Sparse
 from laconic.methods.quantize.grid.grouped import Grouped
 
@@ -339,3 +348,57 @@ for turn in range(int(sys.argv[3])):
 @pytest.mark.long
 def test_fuzz_with_sanitizers(sanitized: Callable[[str, str, int], None]) -> None:
     sanitized(FUZZ, "0", 300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("b", "n", "m", "sides"), [(1, 1, 1, (1, 1)), (2, 33, 40, (5, 13)), (3, 7, 65, (64,)), (1, 130, 31, (9, 9)), (2, 5, 64, (1, 1))]
+)
+def test_pixels(dtype: torch.dtype, b: int, n: int, m: int, sides: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(n + m)
+    x = torch.randn(b, m, *sides, generator=draw).to(dtype)
+    for keep in KEEPS:
+        mask, count = masked(n, m, keep, draw)
+        for kept in (torch.randn(count, generator=draw), torch.randn(count, generator=draw).bfloat16()):
+            weight = reference_sparse_rows(mask, kept, m)
+            right = torch.einsum("nm,bm...->bn...", weight.double(), x.double())
+            found = sparse_pixels(x, mask, kept)
+            assert found.dtype == dtype and found.shape == (b, n, *sides)
+            near = NEAR if dtype == torch.float32 else 2.0**-7
+            assert float((found.double() - right).norm()) <= near * float(right.norm() + 1e-30)
+    grid = Grid(4, 16)
+    mask = pack(torch.ones(n, m, dtype=torch.uint8), 1)
+    codes = coded(n, m, grid, draw)
+    right = torch.einsum("nm,bm...->bn...", reference_sparse_rows(mask, codes, m).double(), x.double())
+    near = NEAR if dtype == torch.float32 else 2.0**-6
+    assert float((sparse_pixels(x, mask, codes).double() - right).norm()) <= near * float(right.norm() + 1e-30)
+
+
+def test_pixels_that_do_not_fit() -> None:
+    mask, count = masked(4, 8, 0.5, torch.Generator().manual_seed(0))
+    x = torch.randn(1, 8, 3, 3)
+    with pytest.raises(ValueError, match="mask"):
+        sparse_pixels(x[:, :5], mask[:, :0], torch.ones(count))
+    with pytest.raises(ValueError, match="weights are held"):
+        sparse_pixels(x, mask, torch.ones(count + 1))
+    with pytest.raises(TypeError, match="float64"):
+        sparse_pixels(x.double(), mask, torch.ones(count))
+    wrong = row_starts(mask, 8).clone()
+    wrong[1:-1] = wrong[-1]
+    if not torch.equal(wrong, row_starts(mask, 8)):
+        with pytest.raises(ValueError, match="other rows"):
+            sparse_pixels(x, mask, torch.ones(count), wrong)
+
+
+def test_a_convolution_of_one_pixel_is_held_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 32, 1, 1, generator=draw) * (torch.rand(24, 32, 1, 1, generator=draw) < 0.2)
+    conv = torch.nn.Conv2d(32, 24, 1, stride=2).requires_grad_(False)
+    conv.weight.data = weight
+    there = weight.reshape(24, 32) != 0
+    form = Sparse.of((24, 32, 1, 1), there, Dense(Sparse.gather(weight.reshape(24, 32), there)))
+    calls = []
+    monkeypatch.setattr(Sparse, "dense", lambda self: calls.append(1))
+    x = torch.randn(2, 32, 9, 9, generator=draw)
+    torch.testing.assert_close(Held(form, conv, conv.bias)(x), conv(x))
+    assert not calls

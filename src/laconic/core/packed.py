@@ -85,6 +85,11 @@ class Packed(nn.Module, ABC):
             out[..., i : i + step] = F.linear(x, self.rows(slice(i, min(i + step, n))).to(x.dtype))
         return out
 
+    def pixels(self, x: Tensor) -> Tensor | None:
+        """x (b, m, ...) times the matrix view at every place -> (b, n, ...): a convolution of 1 x 1; None where the form has no product of
+        its own for it."""
+        return None
+
     def line(self) -> Any:
         """The numbers of the matrix view, row after row, as a kernel takes them: a tensor of any shape and dtype, or what a form holds in
         its place (`kernels.sparse.Codes`)."""
@@ -584,6 +589,8 @@ class Held(nn.Module):
             y = x @ self._copy if self._copy is not None else self.weight.inner.matmul(x)
             return y if bias is None else y + bias
         if self.kind.startswith("Conv"):
+            if (found := self._pointwise(x)) is not None:
+                return found if bias is None else found + bias.reshape(-1, *[1] * (x.dim() - 2))
             dense = self._copy if self._copy is not None else self.weight.dense().to(x.dtype)
             conv: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[dense.dim()]
             out: Tensor = conv(x, dense, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -592,6 +599,14 @@ class Held(nn.Module):
             return F.linear(x, self._copy, bias)
         y = self.weight.matmul(x)
         return y if bias is None else y + bias
+
+    def _pointwise(self, x: Tensor) -> Tensor | None:
+        """The product of a convolution of 1 x 1 by the form's own kernel, where it has one."""
+        conv: Any = self
+        plain = set(self.weight.shape[2:]) == {1} and conv.groups == 1 and not any(conv.padding) and x.dim() == len(self.weight.shape)
+        if self._copy is not None or not plain:
+            return None
+        return self.weight.pixels(x[(..., *(slice(None, None, step) for step in conv.stride))])
 
     def _scaled(self, rows: Tensor) -> Tensor:
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)

@@ -83,6 +83,34 @@ def sparse_rows(mask: Tensor, kept: Kept, m: int, index: Tensor | slice = slice(
     return found.reshape(*chosen.shape, m)
 
 
+def sparse_pixels(x: Tensor, mask: Tensor, kept: Kept, starts: Tensor | None = None) -> Tensor:
+    """A convolution of 1 x 1: x (b, m, ...) in channels, fp32, bf16 or fp16 -> (b, n, ...) in x's dtype, added in fp32.
+
+    Elsen et al. 2020, arXiv:1911.09723, section 3.1: a strip of pixels of all channels stays in the nearest cache, the sums of an output's
+    strip in registers, while its weights go by. ValueError and TypeError as `sparse_linear`."""
+    _checked_x(x)
+    (n, m), there = (mask.shape[0], x.shape[1]), native()
+    starts = row_starts(mask, m) if starts is None else starts
+    _checked_kept(mask, starts, kept, m)
+    asks = x.requires_grad and torch.is_grad_enabled()
+    if there is None or x.device.type != "cpu" or asks or torch.compiler.is_compiling() or not x.numel() or not n:
+        return reference_sparse_pixels(x, mask, kept)
+    given, out = x.float().contiguous(), torch.empty(x.shape[0], n, *x.shape[2:])
+    (told, held), whole, places = _told(_kept(*_words(kept))), mask.contiguous(), starts.contiguous()
+    if not there.module.sparse_pixels(
+        given.data_ptr(), x.shape[0], given.numel() // (x.shape[0] * m), whole.data_ptr(), whole.shape[1], places.data_ptr(), n, m, told,
+        out.data_ptr(), torch.get_num_threads(), there.level,
+    ):  # fmt: skip
+        raise _unlike(starts, kept)
+    del held
+    return out.to(x.dtype)
+
+
+def reference_sparse_pixels(x: Tensor, mask: Tensor, kept: Kept) -> Tensor:
+    """sparse_pixels by torch's own operations."""
+    return reference_sparse_linear(x.movedim(1, -1), mask, kept).movedim(-1, 1)
+
+
 def reference_sparse_linear(x: Tensor, mask: Tensor, kept: Kept, starts: Tensor | None = None) -> Tensor:
     """sparse_linear by torch's own operations, in fp32, of weights in bf16 where x is."""
     dense = reference_sparse_rows(mask, kept, x.shape[-1])

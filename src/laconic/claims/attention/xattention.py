@@ -65,8 +65,8 @@ def of_nano(bench: Any, row: int, layers: Sequence[int]) -> list[Head]:
 
 
 def planted(seed: int, d: int = 64, t: int = TOKENS) -> list[Head]:
-    """Two heads of noise (scores of deviation 1/4), one with vertical lines (tokens that all look at), one with slash lines (all look as far
-    back), whose scores are 10."""
+    """Two heads of noise (scores of deviation 1/4), one with vertical lines (tokens that all look at), one with slash lines (all look as
+    far back), whose scores are 10."""
     draw = torch.Generator().manual_seed(seed)
     made = []
     for slash in (False, True):

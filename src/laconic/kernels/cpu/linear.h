@@ -12,8 +12,12 @@
 #define LACONIC_X86
 #endif
 #if defined(LACONIC_X86) && !defined(__clang__) && defined(__gnu_linux__)
-// compiled for several processors, chosen when the library is loaded
-#define LACONIC_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+// compiled for several processors, chosen by what they can when the library is loaded (a processor's name, as in arch=haswell, is none of another maker)
+#if __GNUC__ >= 12
+#define LACONIC_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define LACONIC_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define LACONIC_CLONES
 #endif

@@ -23,7 +23,10 @@ void kept(const Sparse& w, int64_t row, float* out) {
         std::copy_n(static_cast<const float*>(w.values) + from, count, out);
     } else {
         const uint16_t* values = static_cast<const uint16_t*>(w.values) + from;
-        for (int64_t i = 0; i < count; i++) out[i] = from_16(values[i], w.type);
+        if (w.type == Type::bf16)
+            for (int64_t i = 0; i < count; i++) out[i] = from_bf16(values[i]);
+        else
+            for (int64_t i = 0; i < count; i++) out[i] = from_fp16(values[i]);
     }
 }
 
@@ -82,6 +85,52 @@ void sparse_rows_plain(const SparseRows& p) {
         std::vector<float> room(room_of(p.w));
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < p.count; i++) place(p.w, p.row(i), room.data(), p.out + i * p.w.m);
+    }
+}
+
+LACONIC_CLONES void summed_plain(const float* values, const int32_t* channels, int64_t count, const float* strips, float* out) {
+    std::fill(out, out + STRIP, 0.0f);
+    for (int64_t i = 0; i < count; i++) {
+        const float value = values[i], *at = strips + channels[i] * STRIP;
+#pragma omp simd
+        for (int64_t k = 0; k < STRIP; k++) out[k] += value * at[k];
+    }
+}
+
+void sparse_pixels(const SparsePixels& p, Summed summed) {
+    const Sparse& w = p.w;
+    // the channel of each weight, and the weights as numbers: little beside so many pixels
+    std::vector<float> values(size_t(w.total()) + 16);
+    std::vector<int32_t> channels(size_t(w.total()) + 1);
+    for (int64_t i = 0; i < w.n; i++) {
+        // a few numbers behind them may be written to, which the next row's take the place of
+        kept(w, i, values.data() + w.starts[i]);
+        int32_t* at = channels.data() + w.starts[i];
+        const uint8_t* mask = w.mask + i * int64_t(w.stride);
+        for (int64_t block = 0; block * 32 < w.m; block++) {
+            const int64_t left = w.m - block * 32;
+            for (uint32_t bits = left < 32 ? last_bits(mask, block, left) : bits_at(mask, block); bits; bits &= bits - 1)
+                *at++ = int32_t(block * 32 + __builtin_ctz(bits));
+        }
+    }
+    const int64_t strips = (p.pixels + STRIP - 1) / STRIP;
+#pragma omp parallel num_threads(p.threads)
+    {
+        Room own;
+        float* x = reinterpret_cast<float*>(own.of(size_t(w.m * STRIP + STRIP) * 4));
+        float* sums = x + w.m * STRIP;
+#pragma omp for schedule(static)
+        for (int64_t job = 0; job < p.images * strips; job++) {
+            const int64_t image = job / strips, first = job % strips * STRIP, wide = std::min(STRIP, p.pixels - first);
+            for (int64_t c = 0; c < w.m; c++) {
+                const float* from = p.x + (image * w.m + c) * p.pixels + first;
+                std::fill(std::copy(from, from + wide, x + c * STRIP), x + (c + 1) * STRIP, 0.0f);
+            }
+            for (int64_t i = 0; i < w.n; i++) {
+                summed(values.data() + w.starts[i], channels.data() + w.starts[i], w.count(i), x, sums);
+                std::copy(sums, sums + wide, p.out + (image * w.n + i) * p.pixels + first);
+            }
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -54,6 +55,13 @@ bool sound(const Sparse& w, const std::vector<int64_t>& told) {
     return good;
 }
 
+// whether starts are those of the mask
+bool counted(const Sparse& w) {
+    std::vector<int64_t> right(size_t(w.n) + 1);
+    starts_plain(w.mask, w.stride, w.n, w.m, right.data());
+    return std::equal(right.begin(), right.end(), w.starts);
+}
+
 // false: starts are not those of the values, and nothing was computed
 bool product(uintptr_t x, bool bf16, int64_t rows, uintptr_t mask, size_t stride, uintptr_t starts, int64_t n, int64_t m,
              const std::vector<int64_t>& told, uintptr_t out, bool narrow, int threads, const std::string& with) {
@@ -90,6 +98,21 @@ bool rows_of(uintptr_t mask, size_t stride, uintptr_t starts, int64_t n, int64_t
     return true;
 }
 
+// of every pixel
+bool pixels_of(uintptr_t x, int64_t images, int64_t pixels, uintptr_t mask, size_t stride, uintptr_t starts, int64_t n, int64_t m,
+               const std::vector<int64_t>& told, uintptr_t out, int threads, const std::string& with) {
+    nb::gil_scoped_release free;
+    const Sparse w = sparse(mask, stride, starts, n, m, told);
+    if (!sound(w, told) || !counted(w)) return false;
+    Summed summed = summed_plain;
+#if defined(LACONIC_X86)
+    if (with == "avx512" && spreads()) summed = summed_avx512;
+#endif
+    (void)with;
+    sparse_pixels({w, reinterpret_cast<const float*>(x), images, pixels, reinterpret_cast<float*>(out), threads}, summed);
+    return true;
+}
+
 void starts(uintptr_t mask, size_t stride, int64_t n, int64_t m, uintptr_t out) {
     nb::gil_scoped_release free;
     starts_plain(reinterpret_cast<const uint8_t*>(mask), stride, n, m, reinterpret_cast<int64_t*>(out));
@@ -100,5 +123,6 @@ void starts(uintptr_t mask, size_t stride, int64_t n, int64_t m, uintptr_t out) 
 void bind_sparse(nb::module_& module) {
     module.def("sparse_linear", &product);
     module.def("sparse_rows", &rows_of);
+    module.def("sparse_pixels", &pixels_of);
     module.def("sparse_starts", &starts);
 }
