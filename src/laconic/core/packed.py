@@ -606,7 +606,8 @@ class Held(nn.Module):
         plain = set(self.weight.shape[2:]) == {1} and conv.groups == 1 and not any(conv.padding) and x.dim() == len(self.weight.shape)
         if self._copy is not None or not plain:
             return None
-        return self.weight.pixels(x[(..., *(slice(None, None, step) for step in conv.stride))])
+        steps: Any = (..., *(slice(None, None, step) for step in conv.stride))
+        return self.weight.pixels(x[steps])
 
     def _scaled(self, rows: Tensor) -> Tensor:
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
