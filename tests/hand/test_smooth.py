@@ -98,7 +98,9 @@ def test_smoothquant_by_hand():
     assert migrated(inputs, weights, 0.0).tolist() == [1.0, 0.25, 1.0, 1.0]
     # after it, inputs and weights are as large: 16 / 4 = 1 * 4, 1 / 0.5 = 4 * 0.5
     read = {"q": torch.tensor([[1.0, -2.0]]), "k": torch.tensor([[0.5, 4.0]])}
-    ((_, move),) = SmoothQuant()(edge(linear(1, 2, "q"), linear(1, 2, "k")), lambda site: read[site.name], {"q": {Peaks(): inputs[:2]}}).move
+    ((_, move),) = SmoothQuant()(
+        edge(linear(1, 2, "q"), linear(1, 2, "k")), lambda site: read[site.name], {"q": {Peaks(): inputs[:2]}}
+    ).move
     assert move.factors.tolist() == [0.25, 2.0]
     with pytest.raises(ValueError, match=r"alpha=1\.5"):
         SmoothQuant(alpha=1.5)
@@ -157,7 +159,9 @@ def test_learned_clipping_by_hand():
     assert soft.c.grad.item() == pytest.approx((2 / 3 + 1 / (3 * step)) * (1 - half), rel=1e-4)
     assert soft.harden().dense().tolist() == soft.dense().tolist()
     # ranges that were cut begin where they are: 1.5 of 2 is sigmoid(ln 3)
-    (cut,) = Clipped(least=0.75, steps=1)(linear(1, 4), {"weight": weight}, {Gram(): torch.diag(torch.tensor([0.0, 1, 1, 0]))}, TWO).hold.values()
+    (cut,) = Clipped(least=0.75, steps=1)(
+        linear(1, 4), {"weight": weight}, {Gram(): torch.diag(torch.tensor([0.0, 1, 1, 0]))}, TWO
+    ).hold.values()
     begun = LWC().soften(cut, weight)
     assert begun.dense().tolist() == cut.dense().tolist()
     # a symmetric grid has one strength for both ends

@@ -1,7 +1,7 @@
 """Claims of AWQ: a scale goes into what is there already, so all of these have the same grid and the same bytes.
 
-Small models have no loud channels, so some are made loud: of each norm before attention and feed-forward four entries, drawn by the seed (all
-matrices behind it take the inverse, and the function stays)."""
+Small models have no loud channels, so some are made loud: four entries of each norm before attention and feed-forward, drawn by the seed
+(all matrices behind it take the inverse, and the function stays)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from laconic.aligning import Aligned, align
+from laconic.aligning import align
 from laconic.claims.lab import (
     ONE,
     SEEDS,
     Bench,
-    Desk,
     Duel,
     Found,
+    Remembering,
     bench_of,
     change,
     duel,
@@ -112,10 +112,7 @@ def rewritten(bench: Bench, how: Align | None, seed: int) -> Bench:
         if how is None:
             return bench
         named = Aligning(method="quantize.smooth.awq")
-        with tempfile.TemporaryDirectory() as folder:
-            aligned: Aligned = align(
-                bench.source, bench.drawn(seed), named, how, batch=bench.batch, work=Desk(Path(folder)), progress=quiet
-            )
+        aligned = align(bench.source, bench.drawn(seed), named, how, batch=bench.batch, work=Remembering(), progress=quiet)
         return replace(bench, source=aligned, kept={})
 
     made: Bench = bench.once(("rewritten", how, seed), make)
@@ -179,10 +176,12 @@ CLAIMS: tuple[Claim, ...] = (
         broken=partial(against, "stories260k", loud, (ASTRAY, Clipped()), (None, Clipped()), ("AWQ", "ranges alone"), ONE),
     ),
     Claim(
-        says="On the model as it was trained, AWQ's KL and perplexity are below those of rounding to nearest with the same search for ranges.",
+        says="On the model as trained, AWQ's KL and perplexity are below those of rounding to nearest with the same search for ranges.",
         where=PAPER,
         scale=SCALE,
-        check=partial(against, "stories260k", trained, (OURS, Clipped()), (None, Clipped()), ("AWQ", "ranges cut by the output alone"), SEEDS),
+        check=partial(
+            against, "stories260k", trained, (OURS, Clipped()), (None, Clipped()), ("AWQ", "ranges cut by the output alone"), SEEDS
+        ),
         broken=partial(against, "stories260k", trained, (ASTRAY, Clipped()), (None, Clipped()), ("AWQ", "ranges alone"), ONE),
     ),
     Claim(

@@ -1,9 +1,9 @@
 """Round to nearest on ranges that are cut where this lowers the error of what a group gives, searched over a grid of shares.
 
-Lin et al. 2023 (AWQ), arXiv:2306.00978, section 3.2 ("we further search for the clipping"), in the form of the authors' code: the weights of
-each group of a row are cut at c max |w|, c = argmin over [0.5, 1] of the mean of (Q(w) x_g - w x_g)^2 over tokens, x_g the inputs of the
-group's own columns.  weight (n, m), gram (m, m) = mean of x xT, whose blocks on the diagonal say that error -> codes (n, m), scale and zero
-(n, g). The authors leave q and k as they are, whose errors meet in a product; a recipe says so by `where`.
+Lin et al. 2023 (AWQ), arXiv:2306.00978, section 3.2, in the form of the authors' code: the weights of each group of a row are cut at
+c max |w|, c = argmin over [0.5, 1] of the mean of (Q(w) x_g - w x_g)^2 over tokens, x_g the inputs of the group's own columns.  weight
+(n, m), gram (m, m) = mean of x xT, whose blocks on the diagonal say that error -> codes (n, m), scale and zero (n, g).  The authors leave
+q and k as they are, whose errors meet in a product; a recipe says so by `where`.
 Sibling: quantize.round.rtn (clip=True: by the squared error of the weights, without data)."""
 
 from __future__ import annotations

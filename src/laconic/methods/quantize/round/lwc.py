@@ -4,8 +4,8 @@ Shao et al. 2023 (OmniQuant), arXiv:2308.13137, section 3.2, eq. 2:  W_q = clamp
 h = (sigmoid(c) max(W) - sigmoid(d) min(W)) / (2^N - 1),  z = -round(sigmoid(d) min(W) / h).  weight (n, m); max, min, h, z and the learned
 c and d (n, g), one for each group.  Round passes gradients as they are, of z too, so that a weight beyond the range says where its end
 should be.  The objective is the squared error of a block's output to the original's, on inputs that the compressed model before it gives.
-It begins on the ranges that are held: where these are whole at c = d = 4, as in the authors' code (so a range may also grow by 1.8 %), where
-they are cut at the c that cuts them so.  Symmetric grids have h = 2 sigmoid(c) max |W| / (2^N - 1) and no d.  Afterwards codes, h and z
+It begins on the ranges that are held: at c = d = 4 where these are whole, as in the authors' code (so a range may also grow by 1.8 %), at
+the c that cuts them so where they are cut.  Symmetric grids have h = 2 sigmoid(c) max |W| / (2^N - 1) and no d.  Afterwards codes, h and z
 are stored, in the bytes of rounding to nearest. The paper's other half, learned scales of channels (LET), is not here.
 Sibling: quantize.round.flexround (weights move too); quantize.round.clipped searches ranges where this learns them."""
 
@@ -24,7 +24,14 @@ from laconic.kernels.grids import Grid, as_stored, grouped, parted, through, ung
 from laconic.kernels.losses import SquaredError
 from laconic.methods.quantize.grid.grouped import Grouped
 
-CARD = Card(Paper("Shao et al.", 2023, "arXiv:2308.13137", "section 3.2, eq. 2"), catalogue="", sibling="quantize.round.flexround")
+CARD = Card(
+    Paper("Shao et al.", 2023, "arXiv:2308.13137", "section 3.2, eq. 2"),
+    catalogue="",
+    sibling="quantize.round.flexround",
+    exceptions={
+        "weights of one sign teach every parameter": "a range ends at zero on the side where its group has no weight, and a share of zero is zero",
+    },
+)
 
 # c and d of a whole range
 WHOLE = 4.0

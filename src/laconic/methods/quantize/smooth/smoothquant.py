@@ -1,9 +1,9 @@
 """SmoothQuant: what makes inputs hard to round, a few loud channels, is moved into the weights by a scale that leaves the product as it is.
 
-Xiao et al. 2022, arXiv:2211.10438, section 4, eq. 3 and 4:  Y = (X diag(s)^-1) (diag(s) W),  s_j = max |X_j|^a / max |W_j|^(1 - a),  a = 0.5
-for most models, 0.75 to 0.9 for those with louder channels.  max |X_j| (m,) over calibration tokens, max |W_j| (m,) over all matrices that
-share the input; s is 1 where either is dead.  1 / s goes into the norm before attention and feed-forward, or with `inner` also into v and
-up.  What is left is rounded by quantize.round.inputs (W8A8), which a recipe's choices name.
+Xiao et al. 2022, arXiv:2211.10438, section 4, eq. 3 and 4:  Y = (X diag(s)^-1) (diag(s) W),  s_j = max |X_j|^a / max |W_j|^(1 - a),
+a = 0.5 for most models, 0.75 to 0.9 for those with louder channels.  max |X_j| (m,) over calibration tokens, max |W_j| (m,) over all
+matrices that share the input; s is 1 where either is dead.  1 / s goes into the norm before attention and feed-forward, or with `inner`
+also into v and up.  What is left is rounded by quantize.round.inputs (W8A8), which a recipe's choices name.
 Sibling: quantize.smooth.awq (for weights alone: searched, by mean sizes)."""
 
 from __future__ import annotations
