@@ -268,7 +268,8 @@ def _settled(
     changes: dict[str, Change] = {}
     passed: set[str] = set()
     # after the last layer nothing more comes: what lies outside of the layers was not seen
-    for here in itertools.chain(_seen(source, inputs, wanted, batch, progress), ({name: {} for name in wanted},)):
+    unseen: dict[str, dict[Statistic, Tensor]] = {name: {} for name in wanted}
+    for here in itertools.chain(_seen(source, inputs, wanted, batch, progress), (unseen,)):
         stats.update((name, found) for name, found in here.items() if name not in passed)
         passed.update(here)
         due = [edge for edge in edges if edge.name not in changes and all(site.name in passed for site, _ in looks[edge.name])]

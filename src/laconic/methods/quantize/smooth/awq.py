@@ -40,7 +40,8 @@ def loss(weights: Sequence[Tensor], gram: Tensor, s: Tensor, grid: Grid) -> floa
     total = 0.0
     for weight in weights:
         scaled = weight * s
-        rounded = decode(encode(scaled, *(fit := fit_range(scaled, grid)), grid), *fit, grid)
+        scale, zero = fit_range(scaled, grid)
+        rounded = decode(encode(scaled, scale, zero, grid), scale, zero, grid)
         total += float(output_error(rounded / s - weight, gram).sum(dtype=torch.float64))
     return total
 
