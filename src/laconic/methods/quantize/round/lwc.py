@@ -29,7 +29,7 @@ CARD = Card(
     catalogue="",
     sibling="quantize.round.flexround",
     exceptions={
-        "weights of one sign teach every parameter": "a range ends at zero on the side where there is no weight, and no share of that is learned",
+        "weights of one sign teach every parameter": "a range that ends at zero has no share of it to learn",
     },
 )
 
