@@ -6,7 +6,9 @@ it is read, so that nothing is stored twice and no more than one segment is in m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,9 +20,9 @@ from laconic.artifact import stand
 from laconic.calibration import Observer, Walk, release
 from laconic.core.errors import BrokenPromise, UserError
 from laconic.core.part import Part
-from laconic.core.site import Anatomy, Edge, Gated, Site, Stage
+from laconic.core.site import Anatomy, Edge, Gated, Norm, Site, Stage
 from laconic.core.statistic import Statistic
-from laconic.core.transform import Align, Move, Stretched, Turned
+from laconic.core.transform import Align, Change, Move, Stretched, Turned
 from laconic.models import Derived, Source, TensorInfo
 from laconic.pipeline import finished_logits
 from laconic.recipe import Aligning
@@ -32,12 +34,14 @@ EXACT = 1e-4
 
 
 class Edit(NamedTuple):
-    """What a move does to one stored tensor: along `axis`, at (width, copies) of its indices."""
+    """What a move does to one stored tensor: along `axis`, at (width, copies) of its indices; `plus` is what a norm adds to what it
+    stores."""
 
     axis: int
     at: Tensor
     move: Move
     reads: bool
+    plus: float = 0.0
 
 
 def edited(value: Tensor, edit: Edit) -> Tensor:
@@ -51,7 +55,7 @@ def edited(value: Tensor, edit: Edit) -> Tensor:
         else:
             assert isinstance(edit.move, Stretched)
             factors = edit.move.factors.to(value).reshape(-1, *[1] * (rows.dim() - 1))
-            value[at] = rows / factors if edit.reads else rows * factors
+            value[at] = rows / factors if edit.reads else (rows + edit.plus) * factors - edit.plus
     return value.movedim(0, edit.axis)
 
 
@@ -67,8 +71,26 @@ def edits_of(edge: Edge, move: Move) -> dict[str, list[Edit]]:
                 if role == "weight" or (not reads and member.axis == 0):
                     at = torch.tensor([list(member.index(i)) for i in range(edge.width)])
                     axis = member.stored_axis if role == "weight" else 0
-                    found.setdefault(tensor.name, []).append(Edit(axis, at, move, reads))
+                    plus = _plus(member.site) if role == "weight" else 0.0
+                    found.setdefault(tensor.name, []).append(Edit(axis, at, move, reads, plus))
     return found
+
+
+def _plus(site: Site) -> float:
+    """What a norm adds to what it stores; nothing at other sites."""
+    return float(site.context.get("plus", 0.0))
+
+
+def kept_as_it_is(edge: Edge, move: Move, read: Callable[[Site], Tensor]) -> Move:
+    """A scale of what a norm gives, each factor moved to the next with which the norm's scale is a bf16 number, since that is how norms are
+    stored: the readers' columns then take in what is really there."""
+    for norm in (member.site for member in edge.writers if isinstance(member.site.kind, Norm)):
+        if isinstance(move, Stretched):
+            scale = read(norm).double() + _plus(norm)
+            stored = (scale * move.factors - _plus(norm)).to(torch.bfloat16).double() + _plus(norm)
+            factors = stored / scale
+            move = Stretched(torch.where(torch.isfinite(factors) & (factors > 0), factors, move.factors.double()))
+    return move
 
 
 class Folded(NamedTuple):
@@ -146,14 +168,16 @@ class Aligned(Derived):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         if name in self.extra:
             return self.extra[name][start:stop].clone()
-        if name in self.ones:
-            return torch.full(self.original.infos[name].shape, self.ones[name])[start:stop]
         edits, folds = self.edits.get(name, []), self.folds.get(name, [])
-        if not edits and not folds:
+        if not edits and not folds and name not in self.ones:
             return self.original.read_rows(name, start, stop)
         # rows are mixed with rows that were not asked for
         whole = any(edit.axis == 0 for edit in edits) or any(fold.axis == 0 for fold in folds)
-        value = (self.original.read(name) if whole else self.original.read_rows(name, start, stop)).double()
+        if name in self.ones:
+            value = torch.full(self.original.infos[name].shape, self.ones[name], dtype=torch.float64)
+            value = value if whole else value[start:stop]
+        else:
+            value = (self.original.read(name) if whole else self.original.read_rows(name, start, stop)).double()
         for fold in folds:
             scale = self.original.read(fold.norm).double() + fold.plus
             value = value * (scale if fold.axis else scale[:, None])
@@ -183,14 +207,15 @@ def align(source: Source, inputs: Tensor, aligning: Aligning, method: Align, *, 
     edges = [edge for edge in opened.anatomy.edges() if aligning.covers(edge.name)]
     value = work.done("align")
     if value is None:
-        stats = _seen(opened.exact(), inputs, method, edges, batch, progress)
+        read = functools.partial(_weight, source)
+        changes = _settled(opened.exact(), inputs, method, edges, read, batch, progress)
         tensors: dict[str, Tensor] = {}
         kinds: dict[str, str] = {}
         notes: list[str] = []
-        for edge in edges:
-            change = method(edge, lambda site: _weight(source, site), stats)
+        for change in (changes[edge.name] for edge in edges):
             notes += change.notes
-            for at, move in change.move:
+            for at, found in change.move:
+                move = kept_as_it_is(at, found, read)
                 kinds[at.name] = type(move).__name__
                 tensors[at.name] = move.matrix if isinstance(move, Turned) else move.factors  # type: ignore[attr-defined]
         value = {"moves": kinds, "notes": notes}
@@ -224,23 +249,50 @@ def _weight(source: Source, site: Site) -> Tensor:
     return value.T if site.transposed else value
 
 
-def _seen(
-    source: Aligned, inputs: Tensor, method: Align, edges: list[Edge], batch: int, progress: Progress
-) -> dict[str, dict[Statistic, Tensor]]:
-    """What the method wants to see, from one walk; each site is seen once however many edges ask for it."""
+def _settled(
+    source: Aligned,
+    inputs: Tensor,
+    method: Align,
+    edges: Sequence[Edge],
+    read: Callable[[Site], Tensor],
+    batch: int,
+    progress: Progress,
+) -> dict[str, Change]:
+    """What the method does at each edge. An edge is settled as soon as the walk has passed all that it wants to see there, so that
+    statistics of a few layers are in memory at a time."""
+    looks = {edge.name: method.looks(edge) for edge in edges}
     wanted: dict[str, dict[Statistic, Site]] = {}
-    for edge in edges:
-        for site, statistic in method.looks(edge):
-            wanted.setdefault(site.name, {})[statistic] = site
+    for site, statistic in itertools.chain(*looks.values()):
+        wanted.setdefault(site.name, {})[statistic] = site
+    stats: dict[str, dict[Statistic, Tensor]] = {}
+    changes: dict[str, Change] = {}
+    passed: set[str] = set()
+    # after the last layer nothing more comes: what lies outside of the layers was not seen
+    unseen: dict[str, dict[Statistic, Tensor]] = {name: {} for name in wanted}
+    for here in itertools.chain(_seen(source, inputs, wanted, batch, progress), (unseen,)):
+        stats.update((name, found) for name, found in here.items() if name not in passed)
+        passed.update(here)
+        due = [edge for edge in edges if edge.name not in changes and all(site.name in passed for site, _ in looks[edge.name])]
+        for edge in due:
+            changes[edge.name] = method(edge, read, {site.name: stats[site.name] for site, _ in looks[edge.name]})
+        later = {site.name for name, some in looks.items() if name not in changes for site, _ in some}
+        stats = {name: found for name, found in stats.items() if name in later}
+    return changes
+
+
+def _seen(
+    source: Aligned, inputs: Tensor, wanted: Mapping[str, Mapping[Statistic, Site]], batch: int, progress: Progress
+) -> Iterator[dict[str, dict[Statistic, Tensor]]]:
+    """What is wanted of each layer's sites, layer by layer, from one walk; each site is seen once however many edges ask for it."""
     if not wanted:
-        return {}
+        return
     walk = Walk(source, inputs, batch=batch)
     walk.begin()
-    stats: dict[str, dict[Statistic, Tensor]] = {}
     for number, segment in enumerate(walk.layers):
         progress("aligning", number, len(walk.layers), segment.name)
         module = walk.take(segment)
         here = {name: asked for name, asked in wanted.items() if name.startswith(f"{segment.name}.")}
+        stats: dict[str, dict[Statistic, Tensor]] = {name: {} for name in here}
         observers, hooks = [], []
         for statistic in dict.fromkeys(kind for asked in here.values() for kind in asked):
             sites = [asked[statistic] for asked in here.values() if statistic in asked]
@@ -251,6 +303,6 @@ def _seen(
             hook.remove()
         for observer, sites in observers:
             for site in sites:
-                stats.setdefault(site.name, {}).update(observer.finish(site))
+                stats[site.name].update(observer.finish(site))
         release(module)
-    return stats
+        yield stats

@@ -310,7 +310,7 @@ class DecoderAnatomy(Anatomy):
     def edges(self) -> Iterator[Edge]:
         """The residual stream; in each layer up -> down and v -> o. `width` of the last is v's: an entry of v feeds the same entry of each
         query head that its head serves. Of a scan: the ranks that steps are made from, B against C, the gate against what reads behind it,
-        the norm behind the gate."""
+        the norm behind the gate. Then, from each norm to all that reads it, what it gives: no one else hears of a scale there."""
         members = self._stream
         writers = tuple(m for m in members if m.site.roles["stream"] in ("writes", "both"))
         readers = tuple(m for m in members if m.site.roles["stream"] in ("reads", "both"))
@@ -335,6 +335,9 @@ class DecoderAnatomy(Anatomy):
                     yield self._value(segment.name, site)
                 if site.roles["part"] == "scan_out":
                     yield from self._scan_edges(segment.name, site)
+        for fold in folds:
+            if fold.readers:
+                yield Edge(fold.norm.name, width, width, (Member(fold.norm, 0, IndexMap(width)),), fold.readers, allows=(Scale(),))
 
     def _value(self, prefix: str, o: Site) -> Edge:
         ports = self._attention(o.context["layer"])

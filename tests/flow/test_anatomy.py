@@ -440,7 +440,10 @@ def test_decoder_streams(tmp_path: Path) -> None:
     assert anatomy.coupled(embed, 0).width == 96
     stream, *others = anatomy.edges()
     assert [edge.name for edge in others][:2] == ["model.layers.0.value", "model.layers.0.gate"]
-    assert len(others) == 4
+    # then what each norm gives; a tied head reads the last one and writes the stream
+    assert [edge.name.rpartition(".")[2] for edge in others][4:] == ["input_layernorm", "post_attention_layernorm"] * 2
+    assert [len(edge.readers) for edge in others][4:] == [3, 2, 3, 2]
+    assert all(edge.allows == (Scale(),) and edge.block == edge.width == 64 for edge in others[4:])
     assert len(stream.writers) == 1 + 2 * 2
     assert len(stream.readers) == 2 * 5 + 1
     assert len(stream.folds) == 5

@@ -16,12 +16,12 @@ from laconic.core.packed import Packed
 from laconic.core.score import Score
 from laconic.core.site import Conv, Linear, Site, TensorId
 from laconic.core.state import State
-from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookups, Norms, Peaks, Seen, Total
+from laconic.core.statistic import CrossGram, Fisher, Gram, LookupFisher, Lookups, Norms, Peaks, Seen, Sizes, Total
 from laconic.core.transform import Lesson, Transform
 from laconic.recipe import ROLES, build, level_of, load_recipe, named, paths
 
 PLAINEST = {Transform: "quantize.round.rtn", Score: "prune.score.magnitude", Search: "search.allocate.uniform"}
-STATISTICS = (Gram(), Fisher(), CrossGram(), Lookups(), LookupFisher(), Norms(), Peaks(), Total("all"))
+STATISTICS = (Gram(), Fisher(), CrossGram(), Lookups(), LookupFisher(), Norms(), Peaks(), Sizes(), Total("all"))
 
 
 def classes(role: type) -> list[tuple[str, type]]:

@@ -13,7 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from laconic.aligning import EXACT, Aligned, align
-from laconic.core.transform import Align, Stretched, Turned
+from laconic.core.site import Norm, Rotate
+from laconic.core.transform import Align, Change, Stretched, Turned
+from laconic.kernels.hadamard import hadamard
 from laconic.models import open_model
 from laconic.pipeline import finished_logits
 from laconic.recipe import Aligning
@@ -42,7 +44,20 @@ MODELS = {
     "mamba": {"hidden_size": 24, "state_size": 5, "time_step_rank": 3, "tie_word_embeddings": False},
     "mamba-tied": {"hidden_size": 24, "state_size": 8, "time_step_rank": 4, "tie_word_embeddings": True, "use_bias": True},
     "llama": {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False},
-}
+    # norms that add one to what they store
+    "gemma": {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    # norms with shifts; a rectifier between up and down
+    "opt": {"hidden_size": 32, "ffn_dim": 40, "num_attention_heads": 4, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    # matrices stored the other way round, q, k and v in one
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_positions": 64},
+    # a norm that attention and feed-forward share
+    "phi": {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "tie_word_embeddings": False},
+    # experts and a router behind one norm
+    "mixtral": {
+        "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_local_experts": 3, "num_experts_per_tok": 1, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 
 
 class Desk:
@@ -70,7 +85,7 @@ def opened(tmp_path_factory):
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1 and "A_log" not in name:
                     parameter.normal_(0, 0.2)
-                elif "norm" in name:
+                elif "norm" in name or "ln_" in name:
                     parameter.copy_(0.5 + torch.rand(parameter.shape))
                     if spoil == "dead norms":
                         parameter[::3] = 0.0
@@ -121,6 +136,29 @@ def test_what_it_was_shown_may_be_poor(opened, path, method, spoil):
     for case in ("mamba", "llama"):
         aligned = rewritten(opened(case, spoil), method, ids()[:1, :1] if spoil == "one token" else ids())
         assert aligned.record["difference"] <= EXACT
+
+
+@dataclasses.dataclass(frozen=True)
+class Both(Align):
+    """A stream that is turned and norms that are stretched: what a norm gives is stretched in the basis that it was turned to."""
+
+    def looks(self, edge):
+        return ()
+
+    def __call__(self, edge, read, stats):
+        if edge.may(Rotate) is not None and edge.block == edge.width:
+            return Change(move=((edge, Turned(hadamard(torch.eye(edge.width, dtype=torch.float64)))),))
+        if any(isinstance(member.site.kind, Norm) for member in edge.writers):
+            return Change(move=((edge, Stretched(0.5 + torch.rand(edge.width, generator=torch.Generator().manual_seed(0)))),))
+        return Change()
+
+
+def test_a_turned_stream_and_stretched_norms_go_together(opened):
+    source = opened("llama")
+    aligned = rewritten(source, Both(), ids())
+    assert {type(move) for move in aligned.moves.values()} == {Turned, Stretched} and len(aligned.moves) == 6
+    norm = "model.layers.0.input_layernorm"
+    torch.testing.assert_close(aligned.read(f"{norm}.weight"), aligned.moves[norm].factors.float())
 
 
 @pytest.mark.parametrize(("path", "method"), METHODS[:1], ids=[p for p, _ in METHODS[:1]])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.calibration import Walk, observed, release
+from laconic.calibration import Walk, fed, observed, release
 from laconic.core.claim import Lab, Measurement, Verdict
 from laconic.core.menu import Damage, Judge, Plan
 from laconic.core.packed import Packed
@@ -263,11 +263,12 @@ def change(bench: Bench, choose: Choose, seed: int = 0) -> dict[str, Packed]:
 
 
 def put(bench: Bench, model: nn.Module, forms: Mapping[str, Packed]) -> None:
-    """Puts what forms hold in the place of a model's weights."""
+    """Puts what forms hold in the place of a model's weights; inputs are taken as the forms take them."""
     for name, parameter in model.named_parameters():
         stored = bench.source.tied.get(name, name)
         if stored in forms:
             parameter.data.copy_(forms[stored].dense().reshape(parameter.shape))
+            fed(model.get_submodule(name.rpartition(".")[0]), forms[stored])
 
 
 def measure(bench: Bench, forms: Mapping[str, Packed]) -> Found:

@@ -143,6 +143,29 @@ class Peaks(Statistic):
 
 
 @dataclass(frozen=True)
+class Sizes(Statistic):
+    """Mean size of each input channel over tokens, (m,)."""
+
+    needs = frozenset({"x"})
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        return {"sum": torch.zeros(site.matrix[1], dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
+        assert seen.x is not None
+        rows = _rows(seen.x, seen.mask).float()
+        state["sum"] += rows.abs().sum(0)
+        state["count"] += rows.shape[0]
+        return state
+
+    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _add(a, b)
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        return (state["sum"] / state["count"].clamp(min=1)).float()
+
+
+@dataclass(frozen=True)
 class CrossGram(Statistic):
     """Mean of x_ref xT over tokens, (m, m): the inputs of the original model against those of the compressed prefix."""
 

@@ -177,6 +177,33 @@ def fit_clipped(
     return scale, zero
 
 
+def fit_by_output(weight: Tensor, grid: Grid, gram: Tensor, *, least: float = 0.5, steps: int = 10) -> tuple[Tensor, Tensor]:
+    """Scale and zero with the ends of each group cut to the share of its largest size, one of 1 down to `least` in so many steps, by which
+    the group's part of the output errs least: d G d^T, d its weights' errors, gram (m, m) the mean of x xT. Shapes as fit_range."""
+    low, high = _ends(weight, grid)
+    largest = torch.maximum(-low, high)
+    runs, width = grouped(weight, grid), grid.width(weight.shape[1])
+    blocks = torch.stack([F.pad(block, (0, width - len(block)) * 2) for block in _blocks(gram, width)])
+    best = torch.full(low.shape, torch.inf)
+    scale, zero = _scale_zero(low, high, grid)
+    for i in range(steps + 1):
+        share = 1.0 - (1.0 - least) * i / max(steps, 1)
+        s, z = _scale_zero(torch.maximum(low, -share * largest), torch.minimum(high, share * largest), grid)
+        whole, over = parted(z)
+        codes = (runs / s[..., None]).add_(over[..., None]).round_().add_(whole[..., None]).clamp_(0, 2**grid.bits - 1)
+        error = (codes.sub_(z[..., None]).mul_(s[..., None]) - runs).transpose(0, 1)
+        loss = (error @ blocks).mul_(error).sum(-1).T
+        better = loss < best
+        best = torch.where(better, loss, best)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero
+
+
+def _blocks(gram: Tensor, width: int) -> list[Tensor]:
+    """The square blocks of so many columns on the diagonal of a matrix, the last as wide as it comes."""
+    return [gram[i : i + width, i : i + width] for i in range(0, gram.shape[0], width)]
+
+
 def through(x: Tensor, rounded: Tensor) -> Tensor:
     """rounded, with the gradient of x. Bengio et al. 2013, arXiv:1308.3432, the straight-through estimator."""
     return x + (rounded - x).detach()

@@ -26,7 +26,7 @@ from laconic.claims.lab import (
 )
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.packed import Packed
-from laconic.core.transform import Lesson, Objective
+from laconic.core.transform import Lesson, Objective, Transform
 from laconic.kernels.grids import Grid, grouped
 from laconic.kernels.losses import SquaredError
 from laconic.methods.quantize.grid.grouped import Grouped
@@ -75,11 +75,11 @@ def sized(bench: Bench, lesson: Lesson, quick: bool) -> Lesson:
     return replace(lesson, steps=(100 if bench.name == "stories260k" else 50) if quick else 400, batch=4 if text else 32)
 
 
-def learned(bench: Bench, lesson: Lesson, level: Grid, seed: int, quick: bool) -> dict[str, Packed]:
-    """The forms after a lesson, made once."""
+def learned(bench: Bench, lesson: Lesson, level: Grid, seed: int, quick: bool, begin: Transform = NEAREST) -> dict[str, Packed]:
+    """The forms after a lesson that goes on from what `begin` made, made once."""
     own, lesson = small(bench, quick), sized(bench, lesson, quick)
     forms: dict[str, Packed] = bench.once(
-        ("rounded", lesson, level, seed, own.rows), lambda: tuned(own, held(bench, NEAREST, level), lesson, seed)
+        ("rounded", lesson, level, seed, own.rows, begin), lambda: tuned(own, held(bench, begin, level), lesson, seed)
     )
     return forms
 
@@ -90,14 +90,14 @@ def error(bench: Bench, forms: dict[str, Packed]) -> float:
     return block_error(bench, forms) if blocks else site_error(bench, forms)
 
 
-def after(bench: Bench, lesson: Lesson, level: Grid, seed: int, quick: bool) -> After:
+def after(bench: Bench, lesson: Lesson, level: Grid, seed: int, quick: bool, begin: Transform = NEAREST) -> After:
     """A lesson's result, measured once."""
 
     def make() -> After:
-        forms = learned(bench, lesson, level, seed, quick)
+        forms = learned(bench, lesson, level, seed, quick, begin)
         return After(measure(bench, forms), error(bench, forms))
 
-    found: After = bench.once(("after", sized(bench, lesson, quick), level, seed, quick), make)
+    found: After = bench.once(("after", sized(bench, lesson, quick), level, seed, quick, begin), make)
     return found
 
 
@@ -121,10 +121,11 @@ def beaten(label: str, ours: Sequence[After], theirs: Sequence[After], names: tu
     return wrong
 
 
-def nearest(bench: Bench, level: Grid) -> After:
-    """Rounding to nearest on the same grid."""
-    forms = held(bench, NEAREST, level)
-    found: After = bench.once(("nearest", level), lambda: After(seen(bench, NEAREST, level), error(bench, forms)))
+def nearest(bench: Bench, level: Grid, method: Transform = NEAREST, seed: int = 0) -> After:
+    """What nothing was learned of: rounding to nearest on the same grid, or another method."""
+    forms = held(bench, method, level, seed)
+    key = ("nearest", level, method, seed if method.wants else 0)
+    found: After = bench.once(key, lambda: After(seen(bench, method, level, seed), error(bench, forms)))
     return found
 
 

@@ -3,7 +3,8 @@
 Frantar et al. 2023, arXiv:2210.17323, algorithm 1, eq. 2-3.  For column q with inverse-Hessian Cholesky factor U:
 e = (w_q - quant(w_q)) / U_qq;  w_j -= e U_qj for j > q.  H = 2 mean(x xT) + damping * mean(diag) I.
 weight (n, m), gram (m, m) -> codes (n, m), scale and zero (n, g).  Groups are fitted when the walk reaches them. A convolution with groups
-has a Gram of each, and rows are rounded by their own.
+has a Gram of each, and rows are rounded by their own.  order="activation" visits the loudest columns first, as the authors' code does
+with --act-order --static-groups (others: desc_act, actorder=weight): groups are fitted beforehand and stay in order as they are stored.
 Dead columns and singular Hessians are damped until they factor and named in the Change's notes; nothing becomes NaN.
 Sibling: quantize.round.rtn (no compensation)."""
 
