@@ -25,7 +25,7 @@ from laconic.core.packed import Packed
 from laconic.core.site import Conv, Embedding, Linear, Site
 from laconic.core.statistic import Gram, by_rows
 from laconic.core.transform import Change, Stats, Transform
-from laconic.kernels.obs import inverse_factor, remarks, round_vectors
+from laconic.kernels.obs import Factor, inverse_factor, remarks, round_vectors
 from laconic.kernels.vectors import Book, Codes, Vectors, cut, fit_tables, refit, weighing
 from laconic.methods.quantize.grid.apart import Apart, others
 from laconic.methods.quantize.grid.vectors import Vectored
@@ -86,24 +86,29 @@ class VPTQ(Transform):
         weight = weights["weight"].reshape(n, m).float()
         # a power of two, so that tables in its units lose nothing when they are stored
         unit = weight.square().mean().sqrt().clamp(min=2.0**-100).log2().round().exp2()
-        parts = by_rows(stats[Gram()], n)
-        heard = torch.stack([gram.diagonal() for _, gram in parts]).mean(0).clamp(min=0)
-        if any((rows.stop - rows.start) % level.width for rows, _ in parts for level in levels) and len(parts) > 1:
-            # vectors that lie across groups of a convolution see the mean of what these see
-            parts = [(slice(0, n), stats[Gram()].mean(0))]
-        orders = [gram.diagonal().argsort(descending=True, stable=True) for _, gram in parts]
-        factors = [inverse_factor(gram[order][:, order], self.damping) for (_, gram), order in zip(parts, orders, strict=True)]
-        notes = remarks(site.name, factors, self.damping, "were rounded to nearest")
+        weight = weight / unit
+        apart = by_rows(stats[Gram()], n)
+        heard = torch.stack([gram.diagonal() for _, gram in apart]).mean(0).clamp(min=0)
+        walks: dict[bool, tuple[list[tuple[slice, Tensor]], list[Tensor], list[Factor]]] = {}
         for level in levels:
-            scale = _scales(weight / unit) if level.scaled else None
-            books = self._books(weight / unit, parts, heard, scale, level)
+            # vectors that lie across groups of a convolution see the mean of what these see
+            across = len(apart) > 1 and n // len(apart) % level.width > 0
+            if across not in walks:
+                parts = [(slice(0, n), stats[Gram()].mean(0))] if across else apart
+                orders = [gram.diagonal().argsort(descending=True, stable=True) for _, gram in parts]
+                found = [inverse_factor(gram[order][:, order], self.damping) for (_, gram), order in zip(parts, orders, strict=True)]
+                walks[across] = parts, orders, found
+            parts, orders, factors = walks[across]
+            scale = _scales(weight) if level.scaled else None
+            books = self._books(weight, parts, heard, scale, level)
             swept = []
             for (rows, _), factor, order in zip(parts, factors, orders, strict=True):
                 own = None if scale is None else scale[rows]
-                swept.append(round_vectors(weight[rows] / unit, factor, books, order, scale=own, block=self.block))
+                swept.append(round_vectors(weight[rows], factor, books, order, scale=own, block=self.block))
             codes = [[torch.cat(found) for found in zip(*each, strict=True)] for each in zip(*swept, strict=True)]
             if self.refit:
-                books = refit(books, codes, weight / unit, parts, scale, self.damping)
+                books = refit(books, codes, weight, parts, scale, self.damping)
+            notes = remarks(site.name, factors, self.damping, "were rounded to nearest")
             yield Change(hold={site.tensors["weight"]: _held(site, level, books, codes, scale, unit)}, notes=notes)
 
     def _books(
