@@ -82,13 +82,14 @@ def revised(held: Packed, target: Tensor, share: float, trust: float) -> Soft | 
 @dataclass(frozen=True)
 class PV(Lesson):
     """share: of the groups of a matrix, how many a step looks at; trust: how far a step may move a matrix, as a share of its norm (the
-    paper's 0.01). Rates: nudge in sizes of the matrix, step in logarithms, table in sizes of its entries."""
+    paper's 0.01, where lessons have thousands of steps; short ones, and matrices so small that one code is more than that, want more).
+    Rates: nudge in sizes of the matrix, step in logarithms, table in sizes of its entries. A nudge must reach from one code to the next."""
 
     objective: Objective = KL
-    rates: tuple[tuple[str, float], ...] = (("nudge", 0.5), ("step", 3e-3), ("table", 3e-3))
+    rates: tuple[tuple[str, float], ...] = (("nudge", 1.0), ("step", 3e-3), ("table", 1e-2))
     steps: int = 96
     batch: int = 4
-    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    decay: Literal["constant", "linear", "cosine"] = "linear"
     share: float = 0.01
     trust: float = 0.01
 

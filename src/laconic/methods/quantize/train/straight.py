@@ -30,7 +30,7 @@ class Straight(Lesson):
     sequences can tell good from bad."""
 
     objective: Objective = KL
-    rates: tuple[tuple[str, float], ...] = (("position", 5e-3), ("step", 3e-3), ("table", 3e-3))
+    rates: tuple[tuple[str, float], ...] = (("position", 5e-3), ("step", 3e-3), ("table", 1e-2))
     steps: int = 96
     batch: int = 4
     decay: Literal["constant", "linear", "cosine"] = "cosine"
