@@ -57,11 +57,11 @@ def test_a_form_of_known_vectors():
 
 
 def test_small_matrices_have_small_tables():
-    # 64 * 64 / 4 vectors, an entry for 8 of them: 128
-    assert Vectors(4, 8).fitted(64, 64).index == 7 and Vectors(4, 8, 6).fitted(64, 64).residual == 6
+    # 64 * 64 / 4 vectors, an entry for 16 of them: 64
+    assert Vectors(4, 8).fitted(64, 64).index == 6 and Vectors(4, 8, 5).fitted(64, 64).residual == 5
     assert Vectors(4, 8).fitted(256, 256).index == 8 and Vectors(4, 8, 8).fitted(1, 3) == Vectors(4, 1, 1)
-    # 16 runs of 64 indices of 7 bits, 128 * 4 numbers of two bytes
-    assert Vectored.bytes_of(64, 64, Vectors(4, 8)) == 16 * 56 + 1024
+    # 16 runs of 64 indices of 6 bits, 64 * 4 numbers of two bytes
+    assert Vectored.bytes_of(64, 64, Vectors(4, 8)) == 16 * 48 + 512
 
 
 def test_vectors_stand_along_rows():
@@ -119,7 +119,7 @@ def test_tables_are_solved_for():
 def test_outliers_have_a_table_of_their_own():
     weight, gram = draw(32, 40), torch.eye(40)
     gram[7, 7] = 100.0
-    level = Codebooks(4, 4, outliers=0.02)
+    level = Codebooks(4, 1, outliers=0.02)
     (form,) = VPTQ()(site(32, 40), {"weight": weight}, {Gram(): gram}, level).hold.values()
     assert isinstance(form, Apart) and form.columns.tolist() == [7] and isinstance(form.few, Vectored)
     # 8 runs of 39 indices of 4 bits and 16 * 4 numbers; 16 runs of 1 bit and 2 * 2 numbers, since there are 16 vectors; the column's number
@@ -131,7 +131,7 @@ def test_vectors_across_groups_of_a_convolution():
     where = Site("a", Conv(), {"weight": TensorId("a.weight")}, (6, 2, 3, 3))
     gram = torch.eye(18).repeat(2, 1, 1)
     for width in (3, 4):
-        (form,) = VPTQ()(where, {"weight": draw(6, 18).reshape(6, 2, 3, 3)}, {Gram(): gram}, Codebooks(width, 3)).hold.values()
+        (form,) = VPTQ()(where, {"weight": draw(6, 18).reshape(6, 2, 3, 3)}, {Gram(): gram}, Codebooks(width, 1)).hold.values()
         assert form.shape == (6, 2, 3, 3) and form.dense().isfinite().all()
 
 
@@ -142,7 +142,7 @@ def test_a_position_begins_within_reach_of_its_entry():
 
 
 @pytest.mark.parametrize(
-    "level", [Codebooks(4, 5), Codebooks(2, 4, 3), Codebooks(2, 4, scaled=True), Codebooks(4, 5, 3, True, 0.1)], ids=str
+    "level", [Codebooks(4, 1), Codebooks(2, 3, 1), Codebooks(2, 2, scaled=True), Codebooks(4, 1.5, 0.5, True, 0.1)], ids=str
 )
 @pytest.mark.parametrize("lesson", [Straight(), PV()], ids=["straight", "pv"])
 def test_learned_vectors_begin_with_what_is_held(level, lesson):
@@ -229,7 +229,13 @@ def test_revised_codes_of_a_sum_are_those_of_its_base():
 
 
 def test_levels_and_lessons_say_what_is_wrong():
-    for wrong, said in (({"width": 0}, "at least one weight"), ({"index": 17}, "1 to 16 bits"), ({"outliers": 1.0}, "below 1")):
+    cases = (
+        ({"width": 0}, "at least one weight"),
+        ({"bits": 5}, "1 to 16 bits"),
+        ({"residual": 2}, "not all"),
+        ({"outliers": 1.0}, "below 1"),
+    )
+    for wrong, said in cases:
         with pytest.raises(ValueError, match=said):
             Codebooks(**wrong)
     with pytest.raises(ValueError, match="shares above 0"):

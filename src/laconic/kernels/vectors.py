@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # a table has at most one entry for so many vectors: with fewer it would hold the weights themselves
-FEWEST = 8
+FEWEST = 16
 # distances at once, so that they stay in a cache, and vectors that a centroid is fitted to at most
 PART, SAMPLE = 256 * 1024, 64
 # rounds of k-means at most, and steps of the solver for tables

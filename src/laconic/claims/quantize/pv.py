@@ -20,7 +20,7 @@ from laconic.methods.quantize.train.straight import Straight
 
 FIRST = VPTQ()
 # about 2 bits and 1 bit with tables that matrices of that size can pay for
-LEVELS = {"nano": (Codebooks(4, 8), Codebooks(8, 8)), "stories260k": (Codebooks(2, 4), Codebooks(4, 4))}
+LEVELS = {"nano": (Codebooks(4, 2), Codebooks(8, 1)), "stories260k": (Codebooks(2, 2), Codebooks(4, 1))}
 # so few steps must be longer than the paper's: trust, the nudge's rate and its decay are at the best of some twenty settings on calibration
 # rows of stories260k that no lesson saw; one vector of its smallest matrices is 0.016 of their norm
 OURS = PV(trust=0.03)
@@ -47,7 +47,7 @@ def _after(bench: Bench, level: Codebooks, lesson: Lesson, seed: int, quick: boo
 def _against(rival: Lesson, name: str, astray: bool, seeds: Sequence[int], quick: bool, bench: Bench) -> Iterator[Duel]:
     levels = LEVELS[bench.name]
     for level in levels[:1] if quick else levels:
-        label = f"vectors of {level.width}, {level.index} bits"
+        label = f"{level.bits:g} bits, vectors of {level.width}"
         draws = seeds if bench.name == "stories260k" or not quick else seeds[:1]
         ours = [_after(bench, level, OURS, seed, quick, astray) for seed in draws]
         theirs = [_after(bench, level, rival, seed, quick) for seed in draws]

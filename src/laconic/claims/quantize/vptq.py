@@ -23,11 +23,11 @@ from laconic.methods.quantize.round.vptq import VPTQ, Codebooks
 
 # about 2 and 3 bits with tables that matrices of that size can pay for
 LEVELS = {
-    "nano": {2: Codebooks(4, 8, scaled=True), 3: Codebooks(2, 6, scaled=True)},
-    "stories260k": {2: Codebooks(2, 4), 3: Codebooks(2, 6)},
+    "nano": {2: Codebooks(4, 2, scaled=True), 3: Codebooks(2, 3, scaled=True)},
+    "stories260k": {2: Codebooks(2, 2), 3: Codebooks(2, 3)},
 }
 # one more bit of index, and what options it is compared with
-LONGER = {"nano": Codebooks(4, 9, scaled=True), "stories260k": Codebooks(2, 5)}
+LONGER = {"nano": Codebooks(4, 2.25, scaled=True), "stories260k": Codebooks(2, 2.5)}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _scalar(transform: Transform, seeds: Sequence[int], quick: bool, bench: Benc
 @gathered
 def _pays(transform: Transform, seeds: Sequence[int], quick: bool, bench: Bench) -> Iterator[Duel]:
     level = LEVELS[bench.name][2]
-    options = {"residual": replace(level, residual=4 if bench.name == "nano" else 2), "outliers": replace(level, outliers=0.01)}
+    options = {"residual": replace(level, bits=level.bits + 1, residual=1), "outliers": replace(level, outliers=0.01)}
     rates: dict[str, list[float]] = {name: [] for name in ("one more bit of index", *options)}
     for seed in seeds if bench.name == "stories260k" or not quick else seeds[:1]:
         base = held(bench, VPTQ(), level, seed)

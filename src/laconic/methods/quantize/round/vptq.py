@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,28 +35,32 @@ CARD = Card(Paper("Liu et al.", 2024, "arXiv:2409.17066", "section 3, algorithm 
 
 @dataclass(frozen=True)
 class Codebooks:
-    """width, index, residual, scaled: as in Vectors; outliers: the share of columns with a table of their own, for vectors half as long."""
+    """bits: of indices, for each weight, so that an index has bits * width, rounded; residual: how many of these are into a second table;
+    width, scaled: as in Vectors; outliers: the share of columns with a table of their own, for vectors half as long."""
 
     width: int = 4
-    index: int = 8
-    residual: int = 0
+    bits: float = 2.0
+    residual: float = 0.0
     scaled: bool = False
     outliers: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.outliers < 1:
             raise ValueError(f"outliers={self.outliers}: a share of the columns, below 1")
-        assert self.vectors.width
+        if not 0 <= self.residual < self.bits:
+            raise ValueError(f"residual={self.residual}: some of the {self.bits} bits, not all")
+        # its bounds are checked there
+        _ = self.vectors
 
     @property
     def vectors(self) -> Vectors:
         """Of the columns that are no outliers."""
-        return Vectors(self.width, self.index, self.residual, self.scaled)
+        return Vectors(self.width, round((self.bits - self.residual) * self.width), round(self.residual * self.width), self.scaled)
 
     @property
     def finer(self) -> Vectors:
         """Of outliers."""
-        return Vectors(max(1, self.width // 2), self.index, self.residual, self.scaled)
+        return replace(self.vectors, width=max(1, self.width // 2))
 
     def apart(self, m: int) -> int:
         """How many of m columns are outliers: all but one at most."""
