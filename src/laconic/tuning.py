@@ -98,6 +98,8 @@ def tune(
                 grads = [leaves[name].grad for name in asked]
                 torch.autograd.backward([weights[name] for name in asked] + penalties, [*grads, *(None for _ in penalties)])
         optimiser.step()
+        for form in learned:
+            form.settle()
         found.append(sum(losses) / len(losses))
         progress(step + 1, lesson.steps)
     return found

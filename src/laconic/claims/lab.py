@@ -34,7 +34,7 @@ from laconic.kernels.attention import attention
 from laconic.kernels.obs import output_error
 from laconic.measurement import compare, load_of, outputs
 from laconic.models import Source, open_model
-from laconic.pipeline import Parts, learn, quiet
+from laconic.pipeline import Parts, Progress, learn, quiet
 from laconic.recipe import Cutting
 from laconic.reconstruction import Reconstruction
 from laconic.runtime import StateCache
@@ -100,6 +100,18 @@ class Bench:
         """The same for every matrix of the blocks (of a network without blocks: for every convolution and linear layer)."""
         layers = {site.name for segment in self.source.anatomy.segments() if segment.name for site in segment.sites}
         return lambda site: (transform, level) if isinstance(site.kind, Linear | Conv) and (not layers or site.name in layers) else None
+
+
+def filling(bench: Bench, method: Transform, level: Level, rival: Transform, levels: Callable[[int], Iterable[Level]]) -> Choose:
+    """The rival for every matrix of the blocks, at the first of its levels for that many columns that takes the method's bytes or more."""
+
+    def choose(site: Site) -> tuple[Transform, Level] | None:
+        if bench.linears(method, level)(site) is None:
+            return None
+        limit = method.stored(site, level)
+        return rival, next(one for one in levels(site.matrix[1]) if rival.stored(site, one) >= limit)
+
+    return choose
 
 
 def on(lab: Lab, name: str, check: Callable[[Bench], Verdict]) -> Verdict:
@@ -314,6 +326,13 @@ def tuned(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, 
         with tempfile.TemporaryDirectory() as folder:
             view, _ = parted(bench.source, forms, bench.drawn(seed), lesson, seed, Path(folder))
             return {name: form for name in forms if (form := view.packed(name)) is not None}
+    return taught(bench, forms, lesson, seed, astray=astray)[0]
+
+
+def taught(
+    bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, *, astray: bool = False, progress: Progress = quiet
+) -> tuple[dict[str, Packed], list[float]]:
+    """As `tuned`, of the whole model, and the objective of each step."""
     batches = bench.drawn(seed).split(lesson.batch)
     # the original's own weights give the targets; learning puts others in their place
     model = bench.source.load(torch.float32)
@@ -322,7 +341,7 @@ def tuned(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, 
         made = [run(batch).half() for batch in batches]
     # outside of inference mode, so that losses may be taken of them
     targets = [logits.clone() for logits in (made[1:] + made[:1] if astray else made)]
-    return learn(bench.source, model, forms, batches, targets, lesson, seed=seed)[0]
+    return learn(bench.source, model, forms, batches, targets, lesson, seed=seed, progress=progress)
 
 
 class Desk:

@@ -135,6 +135,10 @@ class Packed(nn.Module, ABC):
         nothing of a form can be learned."""
         return None
 
+    def coded(self) -> Coded | None:
+        """This form as codes that may be exchanged one by one, and numbers that learn; None where it has no codes of its own."""
+        return None
+
 
 class Soft(Packed):
     """A form that is being learned: parameters stand where a stored form has buffers, and `dense()` is differentiable in them. It is never
@@ -151,12 +155,32 @@ class Soft(Packed):
         """What the form adds to the objective once the share `done` of the steps is behind it: a scalar, None for nothing."""
         return None
 
+    def settle(self) -> None:
+        """Called after each step of the optimiser: what the form makes of what that proposed. By default that stands as it is."""
+        return
+
     def describe(self) -> dict[str, Any]:
         raise TypeError("a form that is being learned is not stored: harden it first")
 
     @classmethod
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         raise TypeError("a form that is being learned is not stored: harden it first")
+
+
+class Coded(Soft):
+    """A form whose codes stay while its numbers are learned, until they are exchanged. A code stands for a group of weights."""
+
+    @abstractmethod
+    def groups(self, matrix: Tensor) -> Tensor:
+        """(n, m) -> (groups, width): the weights that each code stands for, zeros where they lie beyond the matrix."""
+
+    @abstractmethod
+    def nearest(self, index: Tensor, wished: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes (..., s) with which groups `index` (s,) come nearest to wished (s, width), and the weights (s, width) of these."""
+
+    @abstractmethod
+    def exchange(self, index: Tensor, codes: Tensor) -> None:
+        """Groups `index` (s,) have these codes (..., s) from now on."""
 
 
 # makes a form at the bottom (codes on a grid) something to learn, given the tensor that it stands for

@@ -1,4 +1,4 @@
-"""Dense bit packing: codes of 1 to 8 bits in bytes, little-endian within a row, rows byte-aligned so that any row can be read alone."""
+"""Dense bit packing: codes of 1 to 16 bits in bytes, little-endian within a row, rows byte-aligned so that any row can be read alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ def packed_width(m: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """codes (n, m) uint8, each below 2^bits -> (n, ceil(m * bits / 8)) uint8. Code i of a row fills bits i*bits .. (i+1)*bits."""
+    """codes (n, m) whole numbers, each below 2^bits -> (n, ceil(m * bits / 8)) uint8. Code i of a row fills bits i*bits .. (i+1)*bits."""
     n, m = codes.shape
+    if bits > 8:
+        single = codes.to(torch.int32)[..., None].bitwise_right_shift(torch.arange(bits, dtype=torch.int32)).bitwise_and_(1)
+        return pack(single.to(torch.uint8).reshape(n, m * bits), 1)
     if bits == 8:
         return codes.to(torch.uint8).contiguous()
     padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -m % 8))
@@ -27,8 +30,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(stored: Tensor, bits: int, m: int) -> Tensor:
-    """The inverse of pack: (n, bytes) uint8 -> (n, m) uint8."""
+    """The inverse of pack: (n, bytes) uint8 -> (n, m) uint8, or int32 where codes have more than 8 bits."""
     n = stored.shape[0]
+    if bits > 8:
+        single = unpack(stored, 1, m * bits).reshape(n, m, bits).to(torch.int32)
+        return single.bitwise_left_shift(torch.arange(bits, dtype=torch.int32)).sum(2, dtype=torch.int32)
     if bits == 8:
         return stored[:, :m]
     if bits in (1, 2, 4):

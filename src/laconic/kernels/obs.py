@@ -12,6 +12,7 @@ from torch import Tensor
 from laconic.kernels import levels as tables
 from laconic.kernels.grids import Grid, fit_clipped, fit_range
 from laconic.kernels.levels import Levels
+from laconic.kernels.vectors import Book, Codes, cut, laid, looked_up, nearest_sums, weighing
 
 
 class Factor(NamedTuple):
@@ -208,6 +209,31 @@ def round_columns_to(
 
     sweep(weight.float().clone(), factor.upper, settle, block=block)
     return codes.T.contiguous(), scale.T.contiguous()
+
+
+def round_vectors(
+    weight: Tensor, factor: Factor, books: Sequence[Book], order: Tensor, *, scale: Tensor | None = None, block: int = 128
+) -> list[Codes]:
+    """Rounds weight (n, m) column by column with error compensation, in `order` (m,), each column to the entries of its book's tables that
+    are nearest to its vectors -> indices for each book. All numbers of a vector have the same inputs, so that nearest means least error.
+    scale (n,): a factor of each row beside the tables."""
+    n = weight.shape[0]
+    rows = torch.ones(n) if scale is None else scale.clamp(min=2.0**-126)
+    weighed = [weighing(n, book.width, scale) if scale is not None or n % book.width else None for book in books]
+    codes = [[torch.empty(-(-n // book.width), len(book.columns), dtype=torch.int64) for _ in book.tables] for book in books]
+    place = {int(column): (which, at) for which, book in enumerate(books) for at, column in enumerate(book.columns.tolist())}
+    columns = order.tolist()
+
+    def settle(window: Window, i: int) -> Tensor:
+        which, at = place[columns[window.start + i]]
+        book, w = books[which], window.inside[i]
+        found = nearest_sums(cut((w / rows)[:, None], book.width)[:, 0], book.tables, weighed[which])
+        for one, code in zip(codes[which], found, strict=True):
+            one[:, at] = code
+        return w - laid(looked_up(found, book.tables)[:, None], n)[:, 0] * rows
+
+    sweep(weight.float()[:, order], factor.upper, settle, block=block)
+    return codes
 
 
 def output_error(delta: Tensor, gram: Tensor) -> Tensor:

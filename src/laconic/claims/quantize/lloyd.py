@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Found, change, duel, held, judged, measure, on, seen, spread
+from laconic.claims.lab import ONE, SEEDS, Bench, Found, change, duel, filling, held, judged, measure, on, seen, spread
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.packed import Packed
 from laconic.core.site import Linear, Site
@@ -44,14 +44,10 @@ class Turned(Transform):
 def _even(bench: Bench, level: Levels) -> dict[str, Packed]:
     """Every matrix rounded to even steps around zero, in the largest groups that need as many bytes or more."""
 
-    def finer(site: Site) -> tuple[Transform, Grid] | None:
-        if bench.linears(RTN(), level)(site) is None:
-            return None
-        limit = Lloyd().stored(site, level)
-        grids = (Grid(level.bits, group, symmetric=True, zeros="half") for group in range(level.width(site.matrix[1]), 0, -1))
-        return RTN(), next(grid for grid in grids if RTN().stored(site, grid) >= limit)
+    def grids(m: int) -> Iterator[Grid]:
+        return (Grid(level.bits, group, symmetric=True, zeros="half") for group in range(level.width(m), 0, -1))
 
-    made: dict[str, Packed] = bench.once(("even", level), lambda: change(bench, finer))
+    made: dict[str, Packed] = bench.once(("even", level), lambda: change(bench, filling(bench, Lloyd(), level, RTN(), grids)))
     return made
 
 

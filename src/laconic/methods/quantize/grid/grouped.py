@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from laconic.core.packed import Packed, Read, Soft, Way
+from laconic.core.packed import Coded, Packed, Read, Soft, Way
 from laconic.kernels.bits import pack, packed_width, unpack
-from laconic.kernels.grids import SPAN, Grid, as_stored, encode, grouped, notched, notches, storable, through, ungrouped
+from laconic.kernels.grids import SPAN, Grid, as_stored, decode, encode, grouped, notched, notches, storable, through, ungrouped
 from laconic.kernels.linear import grouped_dense, grouped_linear, grouped_linear_int8, zeros_of
 from laconic.kernels.sparse import Codes
 
@@ -116,6 +116,9 @@ class Grouped(Packed):
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         return Stepped(self, target) if way is None else way(self, target)
 
+    def coded(self) -> Coded:
+        return Scales(self)
+
     def describe(self) -> dict[str, Any]:
         grid = self.grid
         found = {"form": self.form, "shape": list(self.shape), "bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric}
@@ -166,3 +169,42 @@ class Stepped(Soft):
         with torch.no_grad():
             codes = ungrouped(self._codes(), self.matrix[1]).to(torch.uint8)
             return Grouped.of(self.shape, self.grid, codes, self._scale(), self.zero)
+
+
+class Scales(Coded):
+    """Scales that learn while codes stay, until they are exchanged one weight at a time. step (n, g): logarithm of a factor of the scale.
+    Zeros stay."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, held: Grouped) -> None:
+        super().__init__()
+        self.shape, self.grid = held.shape, held.grid
+        for name, tensor in zip(("codes", "scale", "zero"), held.plain(), strict=True):
+            self.register_buffer(name, tensor.clone())
+        self.step = nn.Parameter(torch.zeros_like(self.scale))
+
+    def _scale(self) -> Tensor:
+        return as_stored(self.scale * self.step.exp(), self.grid)
+
+    def dense(self) -> Tensor:
+        runs = grouped(self.codes.float(), self.grid) - self.zero[..., None]
+        return ungrouped(runs * self._scale()[..., None], self.matrix[1]).reshape(self.shape)
+
+    def groups(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(-1, 1)
+
+    def nearest(self, index: Tensor, wished: Tensor) -> tuple[Tensor, Tensor]:
+        at = index // self.matrix[1], self.grid.index(self.matrix[1])[index % self.matrix[1]]
+        scale, zero = self._scale()[at][:, None], self.zero[at][:, None]
+        codes = encode(wished, scale, zero, self.grid.row)
+        return codes[:, 0], decode(codes, scale, zero, self.grid.row)
+
+    def exchange(self, index: Tensor, codes: Tensor) -> None:
+        self.codes.view(-1)[index] = codes
+
+    def harden(self) -> Grouped:
+        with torch.no_grad():
+            return Grouped.of(self.shape, self.grid, self.codes, self._scale(), self.zero)

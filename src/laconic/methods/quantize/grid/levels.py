@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from laconic.core.packed import Packed, Soft, Way
+from laconic.core.packed import Coded, Packed, Soft, Way
 from laconic.kernels.bits import pack, packed_width, unpack
 from laconic.kernels.grids import grouped, through, ungrouped
-from laconic.kernels.levels import Levels, ranked, ratios, rounded_scale, scales_of, stored_scales
+from laconic.kernels.levels import Levels, decode, encode, ranked, ratios, rounded_scale, scales_of, stored_scales
 from laconic.kernels.lookup import lookup_dense, lookup_linear
 
 
@@ -69,6 +69,9 @@ class Leveled(Packed):
 
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         return Ranked(self, target) if way is None else way(self, target)
+
+    def coded(self) -> Coded:
+        return Scaling(self)
 
     def describe(self) -> dict[str, Any]:
         levels = self.levels
@@ -143,3 +146,46 @@ class Ranked(Soft):
         with torch.no_grad():
             codes = self.order[ungrouped(self._ranks(), self.matrix[1]).long()]
             return Leveled.of(self.shape, self.levels, codes, self._scale(), self.whole, self.table)
+
+
+class Scaling(Coded):
+    """Scales that learn while codes stay, until they are exchanged one weight at a time. step (n, g): logarithm of a factor of the scale.
+    The table stays."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, held: Leveled) -> None:
+        super().__init__()
+        self.shape, self.levels = held.shape, held.levels
+        for name, tensor in zip(("codes", "scale"), held.plain(), strict=True):
+            self.register_buffer(name, tensor.clone())
+        self.register_buffer("whole", held.whole)
+        self.register_buffer("table", held.table)
+        self.step = nn.Parameter(torch.zeros_like(self.scale))
+
+    whole: Tensor | None
+    table: Tensor | None
+
+    def _scale(self) -> Tensor:
+        wished = self.scale * self.step.exp()
+        return through(wished, rounded_scale(wished.detach(), self.levels, self.whole))
+
+    def dense(self) -> Tensor:
+        return decode(self.codes, self._scale(), self.levels, self.table).reshape(self.shape)
+
+    def groups(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(-1, 1)
+
+    def nearest(self, index: Tensor, wished: Tensor) -> tuple[Tensor, Tensor]:
+        m = self.matrix[1]
+        scale = self._scale()[index // m, index % m // self.levels.width(m)][:, None]
+        codes = encode(wished, scale, self.levels.row, self.table)
+        return codes[:, 0], decode(codes, scale, self.levels.row, self.table)
+
+    def exchange(self, index: Tensor, codes: Tensor) -> None:
+        self.codes.view(-1)[index] = codes
+
+    def harden(self) -> Leveled:
+        with torch.no_grad():
+            return Leveled.of(self.shape, self.levels, self.codes, self._scale(), self.whole, self.table)

@@ -25,11 +25,12 @@ KL = Divergence()
 
 @dataclass(frozen=True)
 class Straight(Lesson):
-    """Defaults: 96 steps of 4 sequences by Adam, rates falling to zero along a cosine; position in grid steps, step in logarithms. Most of
-    the gain is that of the steps; positions of 0.01 and more move codes faster than so few sequences can tell good from bad."""
+    """Defaults: 96 steps of 4 sequences by Adam, rates falling to zero along a cosine; position in grid steps, step in logarithms, table
+    (of vectors) in sizes of its entries. Most of the gain is that of the steps; positions of 0.01 and more move codes faster than so few
+    sequences can tell good from bad."""
 
     objective: Objective = KL
-    rates: tuple[tuple[str, float], ...] = (("position", 5e-3), ("step", 3e-3))
+    rates: tuple[tuple[str, float], ...] = (("position", 5e-3), ("step", 3e-3), ("table", 1e-2))
     steps: int = 96
     batch: int = 4
     decay: Literal["constant", "linear", "cosine"] = "cosine"
