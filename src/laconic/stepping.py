@@ -24,7 +24,7 @@ from laconic.decoding import Pending
 from laconic.kernels.attention import MOST
 from laconic.kernels.linear import rows_for
 from laconic.kernels.native import native
-from laconic.runtime import own_layers
+from laconic.runtime import key_loudness, own_layers
 
 # the architectures whose layers are what a tape can hold: norm, attention, norm, feed-forward
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
@@ -157,7 +157,7 @@ class Steps(Stack):
         self._level = there.level
         self.layers = _layers(whole)
         self.parts = dict(parts or {})
-        self._past = None if state is None else Pending(len(self.layers), state)
+        self._past = None if state is None else Pending(len(self.layers), state.fitted(key_loudness(model)))
         if holds and state is None:
             raise ValueError("there is no State that could hold the past")
         self._holds = holds

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.calibration import Walk, observed, release
+from laconic.calibration import Walk, fed, observed, release
 from laconic.core.claim import Lab, Measurement, Verdict
 from laconic.core.menu import Damage, Judge, Plan
 from laconic.core.packed import Packed
@@ -330,9 +330,11 @@ def change(bench: Bench, choose: Choose, seed: int = 0) -> dict[str, Packed]:
             wants = tuple(dict.fromkeys(s for site in todo for s in chosen[site.name][0].wants))
             stats = walk.observe(module, segment, todo, wants) if wants else {}
             for site in todo:
-                weight: Tensor = walk.site_module(module, segment, site).weight.data  # type: ignore[assignment, union-attr]
+                layer = walk.site_module(module, segment, site)
+                weight: Tensor = layer.weight.data  # type: ignore[assignment]
                 form = one(site, weight, observed(stats, site, chosen[site.name][0].wants))
                 weight.copy_(form.dense().reshape(weight.shape))
+                fed(layer, form)
         if segment.name:
             walk.advance(module, segment)
             release(module)
@@ -340,11 +342,12 @@ def change(bench: Bench, choose: Choose, seed: int = 0) -> dict[str, Packed]:
 
 
 def put(bench: Bench, model: nn.Module, forms: Mapping[str, Packed]) -> None:
-    """Puts what forms hold in the place of a model's weights."""
+    """Puts what forms hold in the place of a model's weights, and has layers take their inputs as forms do."""
     for name, parameter in model.named_parameters():
         stored = bench.source.tied.get(name, name)
         if stored in forms:
             parameter.data.copy_(forms[stored].dense().reshape(parameter.shape))
+            fed(model.get_submodule(name.rpartition(".")[0]), forms[stored])
 
 
 def measure(bench: Bench, forms: Mapping[str, Packed]) -> Found:
@@ -661,10 +664,10 @@ def long_text() -> tuple[nn.Module, Tensor]:
     return source.load(torch.float32), rows[torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(0))]
 
 
-def continued(make: Callable[[], State], rows: Tensor, prompt: int, piece: int = 1) -> Continued:
+def continued(make: Callable[[], State], rows: Tensor, prompt: int, piece: int = 1, model: nn.Module | None = None) -> Continued:
     """A prefill of `prompt` tokens, then the rest of each row in pieces: token by token, as decoding reads its cache, or more at once,
-    which is faster, and the tokens of a piece read each other as they are."""
-    model, _ = long_text()
+    which is faster, and the tokens of a piece read each other as they are. model: nano unless told."""
+    model = long_text()[0] if model is None else model
     cache = StateCache(model, make())
     logits = []
     with torch.inference_mode():
