@@ -3,7 +3,7 @@ beforehand."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ def rounded(x: Tensor, bits: int, axes: int = 1) -> Tensor:
     return through(x, ((whole / scale).round() * scale).to(x.dtype))
 
 
-class Floats(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Floats:
     """Inputs x (..., m) go to the nearest number of a float format times scale 2^-shift of their channel, what is beyond to the greatest.
 
     levels: of the format; shifts (m,) int8; scale (1,) fp32. The gradient passes as if nothing was rounded."""
