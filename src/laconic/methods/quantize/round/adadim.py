@@ -4,7 +4,8 @@ Heo et al. 2023, arXiv:2309.15531, section 3: a loud input channel makes the wei
 channel ("per-OC") they share a scale with all others, in one within an input channel ("per-IC") with each other only; where an output
 channel is the sensitive one, it is the other way round. So each layer is rounded in both ways and keeps argmin ||W X - W_q X||^2, that is
 tr(dW G dW^T), of the layer itself ("layer itself" of the released code, which may also look at attention or MLP as a whole); inputs are
-those that the layers before it give once they are rounded.
+those that the layers before it give once they are rounded. What follows is not looked at: a quiet key that meets a loud query counts as
+little as it weighs.
 weight (n, m), gram (m, m) -> codes, scale and zero of (n, m), or of its transpose (m, n), held as Transposed.  GPTQ's walk over columns
 fits a column's groups when it reaches it. Where both ways take unlike bytes (a group that does not divide both sides), groups run along
 the inputs, which the Change's notes say.  Sibling: quantize.round.gptq (along the inputs everywhere)."""
