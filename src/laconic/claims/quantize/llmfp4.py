@@ -101,7 +101,7 @@ def _folds(bench: Bench, misplaced: bool) -> Verdict:
     for form in forms.values():
         assert isinstance(form, Floating)
         feed, folded = form.floats, _turned(form) if misplaced else form.folded()
-        loud = torch.ldexp(feed.scale * feed.levels.top, -feed.shifts.int())
+        loud = feed.scale * feed.levels.top * 2.0 ** -feed.shifts.float()
         x = torch.randn(64, form.matrix[1], generator=generator) * loud
         same.append(torch.equal(F.linear(feed.shifted(feed(x)), folded.dense()), F.linear(feed(x), form.dense())))
     numbers = {"matrices with the same bits": Measurement(sum(same) / len(same), "share", len(same))}
