@@ -317,10 +317,11 @@ def inside(source: Any, segment: Segment) -> list[Site]:
 
 
 def _with_gram(site: Site, found: Mapping[Statistic, Tensor], wants: Sequence[Statistic]) -> dict[Statistic, Tensor]:
-    """An untied table has one-hot inputs: their Gram is diagonal, so nothing is correlated and columns of its rows stand alone."""
-    if isinstance(site.kind, Embedding) and Gram() in wants and Gram() not in found:
-        return {**found, Gram(): torch.eye(site.matrix[1])}
-    return dict(found)
+    """An untied table has one-hot inputs: their Gram is diagonal, so nothing is correlated and columns of its rows stand alone. Of all
+    else that is wanted of a table's inputs, nothing was seen."""
+    if not isinstance(site.kind, Embedding):
+        return dict(found)
+    return {s: torch.eye(site.matrix[1]) if s == Gram() else s.finish(s.init(site)) for s in wants if s not in found} | dict(found)
 
 
 def _changes(

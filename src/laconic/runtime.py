@@ -11,7 +11,7 @@ gave as it was, with nothing besides a scale, is not handed dense tensors again;
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from laconic.architectures import DECODERS, Decoder
 from laconic.core.errors import UserError
+from laconic.core.packed import Packed
 from laconic.core.state import Pattern, Ragged, State
 from laconic.kernels.attention import MOST
 from laconic.kernels.blocks import block_attention
@@ -41,6 +43,42 @@ def own_layers(model: nn.Module) -> list[Any]:
     if config.is_encoder_decoder:
         raise UserError(f"{type(model).__name__} has an encoder and a decoder; caches of decoders only are supported")
     return DynamicCache(config=config.get_text_config(decoder=True)).layers
+
+
+def key_loudness(model: nn.Module) -> Iterator[Tensor | None]:
+    """Of each layer how large the entries of each channel of its keys are by the weights, (k, d): the norm of what makes a channel, times
+    the scale of a norm of keys; the two channels of a rotary pair, which positions mix, share the root of their mean square. None where
+    the architecture has no row of data, and for a layer without such a projection."""
+    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    row, there = DECODERS.get(config.model_type), dict(model.named_modules())
+    rope = getattr(config, "rope_parameters", None)
+    for layer in range(config.num_hidden_layers):
+        part = next((one for one in ("k", "qkv") if row is not None and one in row.parts), None)
+        weight: Any = None if row is None or part is None else getattr(there.get(f"{row.blocks}.{layer}.{row.parts[part]}"), "weight", None)
+        if row is None or part is None or not isinstance(weight, Packed | Tensor):
+            yield None
+            continue
+        dense = (weight.dense() if isinstance(weight, Packed) else weight.detach()).float()
+        loud = _keys_of(dense.norm(dim=0 if row.transposed else 1), part, row, config)
+        gain: Any = getattr(there.get(f"{row.blocks}.{layer}.{row.norms.get('k', '')}"), "weight", None) if "k" in row.norms else None
+        if gain is not None and gain.numel() == loud.shape[1]:
+            loud = loud / loud.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12) * (gain.detach().float() + row.plus).abs()
+        half = 0 if not rope else int(loud.shape[1] * float(rope.get("partial_rotary_factor") or 1.0)) // 2
+        pairs = loud[:, : 2 * half].unflatten(1, (2, half))
+        yield torch.cat([pairs.square().mean(1, keepdim=True).sqrt().expand_as(pairs).flatten(1), loud[:, 2 * half :]], 1)
+
+
+def _keys_of(found: Tensor, part: str, row: Decoder, config: Any) -> Tensor:
+    """Of a number for each output of the projection that makes keys, those of keys, head by head, (k, d)."""
+    d = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    heads = found.reshape(-1, d)
+    if part == "k":
+        return heads
+    if row.by_head:
+        return heads[1::3]
+    served = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    k = len(heads) // (served + 2)
+    return heads[served * k : (served + 1) * k]
 
 
 class Reading(NamedTuple):
@@ -130,7 +168,7 @@ class StateCache(Cache):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             raise UserError(f"no layer of this model attends to all past tokens (its caches are {kinds}); there is nothing to hold")
         Cache.__init__(self, layers=[self.mine.get(i, layer) for i, layer in enumerate(layers)])
-        self.state = state
+        self.state = state.fitted(key_loudness(model))
         self.real: Tensor | None = None
         self.shown: Tensor | None = None
         # the mask that was last compared, and whether it says only what the cache knows

@@ -314,6 +314,8 @@ def test_hashes_are_compared(tmp_path: Path) -> None:
 
 
 def test_inputs_are_rounded_where_a_form_has_such_a_product() -> None:
+    from transformers.pytorch_utils import Conv1D
+
     from laconic.core.packed import Scaled, Transposed
     from laconic.kernels.grids import Grid, encode, fit_range
     from laconic.kernels.linear import reference_linear_int8
@@ -332,7 +334,7 @@ def test_inputs_are_rounded_where_a_form_has_such_a_product() -> None:
         "grouped": Held(form(8, 32), layer, None),
         "sum": Held(Sum(form(8, 32), low), layer, None),
         "turned": Held(Rotated(form(8, 32)), layer, None),
-        "across": Held(Transposed(form(8, 32)), layer, None),
+        "across": Held(Transposed(form(8, 32)), Conv1D(8, 32), None),
         "table": Held(form(8, 32), nn.Embedding(8, 32), None),
         "plain": Held(Sum(Dense(torch.randn(8, 32))), layer, None),
         "scaled": Held(Scaled(form(8, 32), torch.ones(32)), layer, None),

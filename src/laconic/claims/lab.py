@@ -24,7 +24,7 @@ from laconic.core.claim import Lab, Measurement, Verdict
 from laconic.core.menu import Damage, Judge, Plan
 from laconic.core.packed import Packed
 from laconic.core.router import Routed, Router
-from laconic.core.site import Anatomy, Conv, Linear, Site
+from laconic.core.site import Anatomy, Conv, Linear, Member, Scale, Site
 from laconic.core.state import Ragged, State
 from laconic.core.statistic import Gram
 from laconic.core.transform import Change, Cut, Lesson, Level, Model, Transform
@@ -33,7 +33,7 @@ from laconic.data import Samples, Texts, open_data
 from laconic.kernels.attention import attention
 from laconic.kernels.obs import output_error
 from laconic.measurement import compare, load_of, outputs
-from laconic.models import Source, open_model
+from laconic.models import Derived, Source, open_model
 from laconic.pipeline import Parts, Progress, learn, quiet
 from laconic.recipe import Cutting
 from laconic.reconstruction import Reconstruction
@@ -237,6 +237,83 @@ class ResNet(nn.Module):
         return self.linear(F.avg_pool2d(x, x.shape[-1]).flatten(1))
 
 
+# ---- louder channels
+
+
+# stored tensor -> an axis and a factor for each of its indices
+Factors = dict[str, list[tuple[int, Tensor]]]
+
+
+class Rescaled(Derived):
+    """A model with factors along axes of some stored tensors."""
+
+    def __init__(self, original: Source, factors: Mapping[str, Sequence[tuple[int, Tensor]]]) -> None:
+        Derived.__init__(self, original)
+        self.infos, self.factors = original.infos, factors
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return self.original.anatomy
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in self.factors:
+            return self.original.read_rows(name, start, stop)
+        value = self.original.read(name)
+        for axis, by in self.factors[name]:
+            value = value * by.to(value.dtype).reshape([-1 if at == axis else 1 for at in range(value.dim())])
+        return value[start:stop].clone()
+
+    def skeleton(self) -> nn.Module:
+        return self.original.skeleton()
+
+
+def rescaled(bench: Bench, key: Any, factors: Callable[[Source], Factors]) -> Bench:
+    """The bench of a rescaled model, which is the original of what is measured on it; factors are powers of two whose effects cancel."""
+
+    def make() -> Bench:
+        return _bench(bench.name, Rescaled(bench.source, factors(bench.source)), bench.pool, bench.certify, bench.batch, bench.rows)
+
+    made: Bench = bench.once(("rescaled", key), make)
+    return made
+
+
+def loud_norms(source: Source, seed: int, *, factor: float, count: int) -> Factors:
+    """Of each norm that only matrices read, `count` channels louder, drawn by the seed, and what reads them quieter by as much."""
+    generator, found = torch.Generator().manual_seed(seed), Factors()
+    folds = [fold for edge in source.anatomy.edges() for fold in edge.folds if fold.readers]
+    for fold in folds:
+        by = _some(fold.norm.shape[0], generator, factor, count)
+        found.setdefault(fold.norm.tensors["weight"].name, []).append((0, by))
+        _spread(found, fold.readers, 1 / by)
+    return found
+
+
+def loud_rows(source: Source, seed: int, *, factor: float, count: int) -> Factors:
+    """Of each matrix behind which no more than a product with a gate lies, `count` outputs louder, and what reads them quieter."""
+    generator, found = torch.Generator().manual_seed(seed), Factors()
+    for edge in source.anatomy.edges():
+        if (act := edge.may(Scale)) is not None and not act.positive:
+            by = _some(edge.width, generator, factor, count)
+            _spread(found, edge.writers, by)
+            _spread(found, edge.readers, 1 / by)
+    return found
+
+
+def _some(width: int, generator: torch.Generator, factor: float, count: int) -> Tensor:
+    by = torch.ones(width)
+    by[torch.randperm(width, generator=generator)[:count]] = factor
+    return by
+
+
+def _spread(found: Factors, members: Sequence[Member], by: Tensor) -> None:
+    """Factors of an edge's channels at the indices of its members."""
+    for member in members:
+        along = torch.ones(member.site.shape[member.axis])
+        for i, one in enumerate(by.tolist()):
+            along[list(member.index(i))] = one
+        found.setdefault(member.site.tensors["weight"].name, []).append((member.stored_axis, along))
+
+
 # ---- change and measure
 
 
@@ -265,9 +342,11 @@ def change(bench: Bench, choose: Choose, seed: int = 0) -> dict[str, Packed]:
             wants = tuple(dict.fromkeys(s for site in todo for s in chosen[site.name][0].wants))
             stats = walk.observe(module, segment, todo, wants) if wants else {}
             for site in todo:
-                weight: Tensor = walk.site_module(module, segment, site).weight.data  # type: ignore[assignment, union-attr]
+                layer = walk.site_module(module, segment, site)
+                weight: Tensor = layer.weight.data  # type: ignore[assignment]
                 form = one(site, weight, observed(stats, site, chosen[site.name][0].wants))
                 weight.copy_(form.dense().reshape(weight.shape))
+                fed(layer, form)
         if segment.name:
             walk.advance(module, segment)
             release(module)
@@ -604,10 +683,10 @@ def long_text() -> tuple[nn.Module, Tensor]:
     return source.load(torch.float32), rows[torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(0))]
 
 
-def continued(make: Callable[[], State], rows: Tensor, prompt: int, piece: int = 1) -> Continued:
+def continued(make: Callable[[], State], rows: Tensor, prompt: int, piece: int = 1, model: nn.Module | None = None) -> Continued:
     """A prefill of `prompt` tokens, then the rest of each row in pieces: token by token, as decoding reads its cache, or more at once,
-    which is faster, and the tokens of a piece read each other as they are."""
-    model, _ = long_text()
+    which is faster, and the tokens of a piece read each other as they are. model: nano unless told."""
+    model = long_text()[0] if model is None else model
     cache = StateCache(model, make())
     logits = []
     with torch.inference_mode():

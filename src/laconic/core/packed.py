@@ -466,7 +466,7 @@ class SoftJoined(Soft):
 
 
 class Transposed(Packed):
-    """The transpose of a held matrix, for weights that a model stores as (m, n): `inner` is (n, m)."""
+    """The transpose of a held matrix, `inner`: for weights that a model stores as (m, n), and for forms whose groups run down a column."""
 
     form = "core.packed.Transposed"
 
@@ -482,8 +482,13 @@ class Transposed(Packed):
     def dense(self) -> Tensor:
         return self.inner.dense().reshape(self.inner.matrix).T.contiguous()
 
-    def round_inputs(self, bits: int) -> bool:
-        return self.inner.round_inputs(bits)
+    def matmul(self, x: Tensor) -> Tensor:
+        m, n = self.inner.matrix
+        step = max(1, CHUNK // max(n, 1))
+        out = x[..., :step] @ self.inner.rows(slice(0, step)).to(x.dtype)
+        for i in range(step, m, step):
+            out = out + x[..., i : i + step] @ self.inner.rows(slice(i, i + step)).to(x.dtype)
+        return out
 
     @property
     def parts(self) -> int:
@@ -554,7 +559,8 @@ class Held(nn.Module):
     """The one thin layer: a linear, convolution or embedding whose weight is a Packed. The product runs on the form, or on a dense copy
     once `thaw()` made one (for long measurements, where memory is not the point).
 
-    A linear whose weight is stored as (m, n) (transformers' Conv1D) is held as Transposed; a table may scale its rows (Gemma's)."""
+    A linear whose weight is stored as (m, n) (transformers' Conv1D) is held as Transposed, and multiplies with what that holds; a table
+    may scale its rows (Gemma's)."""
 
     def __init__(self, weight: Packed, like: nn.Module, bias: Tensor | None) -> None:
         super().__init__()
@@ -588,10 +594,15 @@ class Held(nn.Module):
 
     def round_inputs(self, bits: int) -> bool:
         """As its form's `round_inputs`; False where it has no product with inputs (tables, convolutions), or a dense copy."""
-        multiplies = isinstance(self.weight, Transposed) or not self.kind.startswith(("Embedding", "Conv"))
-        done = multiplies and self._copy is None and self.weight.round_inputs(bits)
+        turned = self._turned()
+        multiplies = turned is not None or not self.kind.startswith(("Embedding", "Conv"))
+        done = multiplies and self._copy is None and (turned or self.weight).round_inputs(bits)
         self.inputs = bits if done else None
         return done
+
+    def _turned(self) -> Packed | None:
+        """Of a layer that stores its weight as (m, n), the form of its (n, m)."""
+        return self.weight.inner if self.kind == "Conv1D" and isinstance(self.weight, Transposed) else None
 
     def extra_repr(self) -> str:
         return "" if self.inputs is None else f"inputs rounded to {self.inputs} bits"
@@ -609,8 +620,8 @@ class Held(nn.Module):
             return self._scaled(flat.reshape(*x.shape, -1).to(self.dtype))
         if self._copy is not None and not self.kind.startswith("Conv") and (feed := self.weight.feed) is not None:
             x = feed(x)
-        if isinstance(self.weight, Transposed):
-            y = x @ self._copy if self._copy is not None else self.weight.inner.matmul(x)
+        if (turned := self._turned()) is not None:
+            y = x @ self._copy if self._copy is not None else turned.matmul(x)
             return y if bias is None else y + bias
         if self.kind.startswith("Conv"):
             if (found := self._pointwise(x)) is not None:

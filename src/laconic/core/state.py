@@ -5,7 +5,7 @@ only: the families bring the first."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -49,6 +49,10 @@ class Ragged:
     def data(self) -> Tensor:
         """All of it in one tensor, a copy where there are several pages."""
         return self.pages[0] if len(self.pages) == 1 else torch.cat(self.pages, 2)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every page changed, entry by entry."""
+        return replace(self, pages=tuple(change(page) for page in self.pages))
 
     def _even(self) -> bool:
         return len(set(self.lengths)) <= 1
@@ -111,12 +115,19 @@ class Ragged:
 @dataclass(frozen=True)
 class Layer:
     """What a State has of one layer: `count` committed tokens of each row, held in `kept`; what is staged, keys and values or the inputs of
-    a scan; and how many numbers make a token."""
+    a scan; how many numbers make a token, and what they came in."""
 
     count: tuple[int, ...]
     kept: Mapping[str, Ragged] | None
     staged: tuple[Ragged, ...]
     width: int
+    dtype: torch.dtype
+
+
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """x (b, h, t, d) with its channels in another order, head by head: order (h, d), or (k, d) where heads in turn share k of them."""
+    wide = order.to(x.device).repeat_interleave(x.shape[1] // order.shape[0], 0)
+    return x.gather(-1, wide[None, :, None].expand(x.shape))
 
 
 @dataclass(eq=False)
@@ -137,13 +148,23 @@ class State(ABC):
 
     @abstractmethod
     def read(self, kept: Mapping[str, Ragged] | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
-        """What attention may read: each of `staged` after what is kept of the same."""
+        """What attention may read: each of `staged` after what is kept of the same; in any dtype that holds it."""
 
     @abstractmethod
     def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:
         """Attention over what is held, committed and staged: query (b, heads, t, d) of each row's last t tokens -> (b, heads, t, d of
         values). mask (b, t, longest row): true where a query may look besides being no earlier; None: wherever it is no earlier.
         scale: of scores, 1 / sqrt(d) unless told."""
+
+    def fitted(self, loudness: Iterator[Tensor | None]) -> Self:
+        """This state, empty, for one model. loudness: of each layer in turn how large the entries of each channel of its keys are by the
+        weights, (k, d), without regard to positions; None where that is not known. Most have no use for it and never ask."""
+        return self
+
+    def order(self, layer: int) -> Tensor | None:
+        """In which order the channels of a layer's keys are held, head by head, (k, d); None: as they come. What is read has them as they
+        came, and attention takes its queries in the order of the keys."""
+        return None
 
     def append(self, layer: int, new: tuple[Tensor, ...], positions: Tensor | None, mask: Tensor | None) -> tuple[Ragged, ...]:
         """Stage new tokens of one layer, and return what attention may read now."""
@@ -155,10 +176,12 @@ class State(ABC):
 
         new: tensors (b, h, t, d), keys and values for attention; positions (b, t) of the tokens in their rows, for methods that turn keys;
         mask (b, t): false for padding, which is not held."""
+        if (order := self.order(layer)) is not None:
+            new = (reordered(new[0], order), *new[1:])
         fresh = tuple(Ragged.of(one, mask) for one in new)
         had = self.layers.get(layer)
         if had is None:
-            had = Layer((0,) * new[0].shape[0], None, (), sum(one.shape[1] * one.shape[3] for one in new))
+            had = Layer((0,) * new[0].shape[0], None, (), sum(one.shape[1] * one.shape[3] for one in new), new[0].dtype)
         staged = tuple(old.join(one) for old, one in zip(had.staged, fresh, strict=True)) if had.staged else fresh
         self.layers[layer] = replace(had, staged=staged)
 
@@ -188,7 +211,11 @@ class State(ABC):
     def seen(self, layer: int) -> tuple[Ragged, ...]:
         """What attention may read of a layer, without anything new."""
         had = self.layers[layer]
-        return self.read(had.kept, had.staged)
+        found = tuple(one.each(lambda page: page.to(had.dtype)) for one in self.read(had.kept, had.staged))
+        if (order := self.order(layer)) is None:
+            return found
+        back = order.argsort(-1)
+        return (found[0].each(lambda page: reordered(page, back)), *found[1:])
 
     def fork(self, index: Tensor) -> Self:
         """An independent copy with rows picked by index; a row may be picked more than once."""

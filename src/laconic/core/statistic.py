@@ -166,6 +166,37 @@ class Sizes(Statistic):
 
 
 @dataclass(frozen=True)
+class Sample(Statistic):
+    """Some inputs as they were, (rows at most, m): those whose first numbers have the least hash, which is as good as by lot, so that it
+    does not matter in how many parts and in which order they came."""
+
+    rows: int = 256
+    needs = frozenset({"x"})
+
+    def init(self, site: Site) -> Tensor:
+        return torch.zeros(0, site.matrix[1])
+
+    def update(self, state: Tensor, seen: Seen) -> Tensor:
+        assert seen.x is not None
+        return self.merge(state, _rows(seen.x, seen.mask).float())
+
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
+        both = torch.cat([a, b])
+        return both[_hashed(both[:, :64]).argsort(stable=True)[: self.rows]]
+
+    def finish(self, state: Tensor) -> Tensor:
+        return state
+
+
+def _hashed(x: Tensor) -> Tensor:
+    """x (t, m) fp32 -> (t,) int64, from its bits; modulo a prime, so that no product leaves 63 bits."""
+    prime = 2**31 - 1
+    factors = torch.arange(1, x.shape[1] + 1, device=x.device) * 48271 % prime
+    bits = x.contiguous().view(torch.int32).long() % prime
+    return (bits * factors % prime).sum(1) % prime * 69621 % prime
+
+
+@dataclass(frozen=True)
 class CrossGram(Statistic):
     """Mean of x_ref xT over tokens, (m, m): the inputs of the original model against those of the compressed prefix."""
 

@@ -1,10 +1,15 @@
-"""Inputs of a product on an integer grid, one scale for each token, found as it comes."""
+"""Inputs of a product in few bits: on an integer grid of each token's own scale, found as it comes, or in floats of a scale that was found
+beforehand."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from laconic.kernels.grids import through
+from laconic.kernels.levels import Levels, ranked
 
 
 def rounded(x: Tensor, bits: int, axes: int = 1) -> Tensor:
@@ -15,3 +20,23 @@ def rounded(x: Tensor, bits: int, axes: int = 1) -> Tensor:
     scale = whole.abs().amax(tuple(range(-axes, 0)), keepdim=True) / top
     scale = scale.masked_fill(scale == 0, 1.0)
     return through(x, ((whole / scale).round() * scale).to(x.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Floats:
+    """Inputs x (..., m) go to the nearest number of a float format times scale 2^-shift of their channel, what is beyond to the greatest.
+
+    levels: of the format; shifts (m,) int8; scale (1,) fp32. The gradient passes as if nothing was rounded."""
+
+    levels: Levels
+    shifts: Tensor
+    scale: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        _, rising, bounds = ranked(self.levels, None)
+        near = rising.to(x.device)[torch.bucketize(self.shifted(x.detach().float()) / self.scale, bounds.to(x.device))] * self.scale
+        return through(x, torch.ldexp(near, -self.shifts.int()).to(x.dtype))
+
+    def shifted(self, x: Tensor) -> Tensor:
+        """x with every channel in units of its own exponent: exact."""
+        return torch.ldexp(x, self.shifts.int())

@@ -1,8 +1,9 @@
 """Codes of 1 to 8 bits that name values of a table, and one scale for each group of a row: w is about table[code] * scale.
 
 Tables of a float format hold its values in the order of its codes, the highest bit of a code being the sign: e2m1, e2m3, e3m2, e4m3 (the
-variant without infinities) and e5m2, as the OCP Microscaling Formats specification 1.0 (2023), section 5.3, has them. A codebook is a
-rising table of its own for each matrix: uneven steps, small where weights are dense.
+variant without infinities) and e5m2, as the OCP Microscaling Formats specification 1.0 (2023), section 5.3, has them; e1m2 and e3m0 are
+made alike: even steps, and powers of two alone. A codebook is a rising table of its own for each matrix: uneven steps, small where weights
+are dense.
 Scales: bf16; e8m0, powers of two of a byte (OCP, section 5.4); e4m3, floats of a byte times one fp32 number for the matrix (NVFP4).
 All values of tables are bf16's, so that a product of one with a bf16 number is exact in fp32."""
 
@@ -20,7 +21,15 @@ from torch import Tensor
 from laconic.kernels.grids import grouped, ungrouped
 
 # bits of the exponent and of the mantissa; codes at the end of the positive half that are no numbers
-FLOATS = {"e2m1": (2, 1, 0), "e2m3": (2, 3, 0), "e3m2": (3, 2, 0), "e4m3": (4, 3, 1), "e5m2": (5, 2, 4)}
+FLOATS = {
+    "e2m1": (2, 1, 0),
+    "e1m2": (1, 2, 0),
+    "e3m0": (3, 0, 0),
+    "e2m3": (2, 3, 0),
+    "e3m2": (3, 2, 0),
+    "e4m3": (4, 3, 1),
+    "e5m2": (5, 2, 4),
+}
 # greatest value of a scale in e4m3
 GREATEST = 448.0
 # bins in which the weights of a matrix are counted for a codebook, and how often its levels move at most
@@ -35,7 +44,7 @@ class Levels:
     scales: as they are stored."""
 
     bits: int
-    table: Literal["e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "codebook"] = "codebook"
+    table: Literal["e2m1", "e1m2", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2", "codebook"] = "codebook"
     group: int | None = 64
     scales: Literal["bf16", "e8m0", "e4m3"] = "bf16"
 

@@ -26,7 +26,7 @@ PAIRS = 80
 FP32 = 4
 # what the kernels know scales and tables by
 SCALES = {"bf16": 0, "e8m0": 1, "e4m3": 2}
-TABLES = {"codebook": 0, "e2m1": 1, "e2m3": 1, "e3m2": 1, "e4m3": 2, "e5m2": 3}
+TABLES = {"codebook": 0, "e2m1": 1, "e1m2": 1, "e3m0": 1, "e2m3": 1, "e3m2": 1, "e4m3": 2, "e5m2": 3}
 
 _OPS = torch.library.Library("laconic", "FRAGMENT")
 _WORDS = "Tensor codes, Tensor scales, Tensor? whole, Tensor? table, int bits, str name, int group, str kind"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from laconic.kernels import levels as tables
-from laconic.kernels.grids import Grid, fit_clipped, fit_range
+from laconic.kernels.grids import Grid, decode, encode, fit_clipped, fit_range
 from laconic.kernels.levels import Levels
 from laconic.kernels.vectors import Book, Codes, cut, laid, looked_up, nearest_sums, weighing
 
@@ -172,6 +172,25 @@ def round_columns(
     sweep(work, factor.upper, settle, block=block)
     split = [codes[:, level * n : (level + 1) * n].T.contiguous() for level in range(count)]
     return [Rounded(*found) for found in zip(split, scales, zeros, strict=True)]
+
+
+def round_within_columns(weight: Tensor, factor: Factor, grid: Grid, *, block: int = 128) -> Rounded:
+    """As `round_columns`, with groups that run down a column, along the outputs of one input channel: weight (n, m) -> codes (m, n) uint8,
+    scale and zero (m, g), of the transposed matrix. A column is fitted when the walk reaches it, from weights that carry the errors so
+    far."""
+    n, m = weight.shape
+    codes = torch.empty(m, n, dtype=torch.uint8)
+    scale, zero = torch.empty(m, grid.count(n)), torch.empty(m, grid.count(n))
+
+    def settle(window: Window, i: int) -> Tensor:
+        at, column = window.start + i, window.inside[i][None]
+        s, z = fit_range(column, grid)
+        code = encode(column, s, z, grid)
+        codes[at], scale[at], zero[at] = code[0], s[0], z[0]
+        return column[0] - decode(code, s, z, grid)[0]
+
+    sweep(weight.float().clone(), factor.upper, settle, block=block)
+    return Rounded(codes, scale, zero)
 
 
 def round_columns_to(
