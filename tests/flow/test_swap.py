@@ -19,18 +19,19 @@ import laconic
 from laconic import artifact, catalogue
 from laconic.core.errors import UserError
 from laconic.core.score import Score
+from laconic.core.site import Embedding, Site
 from laconic.core.transform import Transform
 from laconic.data import open_data
 from laconic.job import compress
 from laconic.models import open_model
-from laconic.recipe import PROBE, Choice, Recipe, build, check, level_of, level_words, load_recipe, method_class, named
+from laconic.recipe import KINDS, PROBE, Choice, Recipe, build, check, level_of, level_words, load_recipe, method_class, named
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "laws"))
 import found
 
 # levels of a choice that are enough to have a choice at all
 LEVELS = 3
-IN_RECIPES = ("Transform", "Score", "Search", "Lesson", "Cut", "Order")
+IN_RECIPES = ("Transform", "Score", "Search", "Lesson", "Cut", "Order", "Align")
 
 
 def alike() -> dict[tuple[str, str], list[str]]:
@@ -143,18 +144,26 @@ def exchanged(recipe: Recipe, old: str, new: str) -> Recipe:
             levels = tuple(level_words(level) for level in found.levels(method.split("(")[0], transform)[:LEVELS])
         for level in levels:
             level_of(transform, level)
-        # one that acts on other sites is offered there
-        alike_sites = build(choice.method).acts_on == transform.acts_on
-        kinds = choice.kinds if alike_sites else Choice.model_fields["kinds"].default
+        # one that acts on other sites is offered those of them that the recipe means
+        before = build(choice.method).acts_on
+        both = tuple(word for word in choice.kinds if KINDS[word] in before and KINDS[word] in transform.acts_on)
+        kinds = choice.kinds if before == transform.acts_on else both or Choice.model_fields["kinds"].default
+        if not both and set(before) & set(transform.acts_on):
+            # what this choice is for is nothing to the other one
+            continue
         choices.append(choice.model_copy(update={"method": method, "levels": levels, "kinds": kinds}))
+    # one level for all matrices is to be had only where all choices offer it
+    apart = len({json.dumps([level_words(level) if dataclasses.is_dataclass(level) else level for level in c.levels]) for c in choices}) > 1
+    search = "search.allocate.knapsack" if apart and recipe.search == "search.allocate.uniform" else exchange(recipe.search)
     return recipe.model_copy(
         update={
             "choices": tuple(choices),
-            "search": exchange(recipe.search),
+            "search": search,
             "tune": exchange(recipe.tune) if recipe.tune else None,
             "order": exchange(recipe.order) if recipe.order else None,
             "route": exchange(recipe.route) if recipe.route else None,
             "cut": recipe.cut.model_copy(update={"method": exchange(recipe.cut.method)}) if recipe.cut else None,
+            "align": recipe.align.model_copy(update={"method": exchange(recipe.align.method)}) if recipe.align else None,
         }
     )
 
@@ -172,6 +181,9 @@ def test_exchanged_methods_give_lawful_output(small: tuple[Path, Path], tmp_path
     # what leaves the table as it is cannot go as far, and the table is large here; nor can stacks of matrices so small
     bits = 16 if recipe.nest else 15 if recipe.cut or recipe.order or recipe.search == "prune.schedule.finercut" else 8.5
     # where 8 bits are the least that is offered, scales and norms come on top
+    table = Site("model.embed_tokens", Embedding(), {}, (1, 1))
+    tables = [choice for choice in recipe.choices if Embedding in build(choice.method).acts_on and choice.offers(table)]
+    bits = 16 if recipe.choices and not tables else bits
     bits = 9 if all(level.get("bits") == 8 for choice in recipe.choices for level in choice.levels) and bits == 8.5 else bits
     certificate = compress(source, split, budget=[f"bits={bits}"], recipe=recipe, out=tmp_path / "out", log=lambda _: None)
     assert certificate["bytes"] == artifact.bytes_of(tmp_path / "out") <= bits * source.parameters / 8
@@ -192,8 +204,8 @@ def test_a_method_inside_another_that_does_not_know_its_levels_is_refused_in_a_s
 
 def test_every_group_is_exchanged() -> None:
     assert {"quantize.round.rtn", "prune.score.wanda", "search.allocate.uniform"} <= {name for pair in pairs() for name in pair}
-    # caches are no part of a recipe: their exchange is in test_runtime; routers, below, are each for other layers
-    assert {role for role, _ in alike()} - set(IN_RECIPES) <= {"State", "Router"}
+    # caches are no part of a recipe, and are exchanged below, as are routers; forms are what methods hold
+    assert {role for role, _ in alike()} - set(IN_RECIPES) <= {"State", "Router", "Packed"}
 
 
 @pytest.mark.parametrize("name", ["route.gate.factorllm(steps=2, batch=2)", "prune.activation.chess"])
