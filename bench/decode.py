@@ -5,7 +5,8 @@
 Width 2,048, feed-forward 5,632, 8 layers, 32 query and 4 KV heads of 64, vocabulary 32,000, random weights: 418 million weights are read
 for a token. Each form is a process of its own that waits while the others work; they take turns, --rounds times, and medians are printed.
 int*: symmetric codes in groups of 128, head included, embedding in bf16, run by a tape of native steps (`laconic.stepping`); bf16:
-transformers' own forward pass with its dynamic cache; bf16t: the same weights run by a tape. int*a8: the same with inputs of products
+transformers' own forward pass with its dynamic cache; bf16t: the same weights run by a tape; bf16s50: 50 % of the neurons, and of the
+inputs of q and o, left out for each token (CHESS). int*a8: the same with inputs of products
 rounded to 8 bits as they come (llama.cpp rounds them in runs of 32 and 256).
 llama.cpp needs `bash bench/peers/install.sh llamacpp`; its files (3 GB) are made once in --scratch and stay there."""
 
@@ -69,7 +70,29 @@ def build(form: str) -> Any:
     model.model.rotary_emb = LlamaRotaryEmbedding(config)
     if form.endswith("a8"):
         round_inputs(model, 8)
+    if form.startswith("bf16s"):
+        leave_out(model, int(form[5:]) / 100)
     return model.eval()
+
+
+def leave_out(model: Any, share: float) -> None:
+    """CHESS: of each layer so many of the neurons, and of the inputs of q and o, are left out for a token, by what random tokens show."""
+    import torch
+
+    from laconic.methods.prune.activation.chess import Inputs, Neurons
+    from laconic.routing import begin, install, look
+
+    parts: dict[str, Any] = {}
+    for i in range(CONFIG["num_hidden_layers"]):
+        within = f"model.layers.{i}"
+        parts[f"{within}.mlp"] = Neurons(
+            CONFIG["intermediate_size"], share, True, {part: f"{part}_proj" for part in ("gate", "up", "down")}
+        )
+        for name in ("q", "o"):
+            parts[f"{within}.self_attn.{name}_proj"] = Inputs(CONFIG["hidden_size"], share)
+    install(model, parts)
+    begin(parts, 0)
+    look(model, parts, [torch.randint(0, CONFIG["vocab_size"], (2, 64))])
 
 
 def serve(form: str, threads: int) -> None:
