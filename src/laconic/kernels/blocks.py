@@ -40,31 +40,36 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, blo
             f"keep {tuple(keep.shape)} does not fit queries {tuple(query.shape)} and keys {tuple(key.shape)} in blocks of {block}"
         )
     out = query.new_empty(b, h, t, value.shape[3])
-    kept = keep & visible(t, s, block)[0].to(keep.device)
+    seen, own = visible(t, s, block)
+    kept = keep.cpu() & seen
+    tokens = torch.arange(wide[1] * block, device=key.device).reshape(-1, block)
+    # of the blocks that a block of queries lies in: which of their tokens come no later
+    places = torch.arange(s, device=query.device)
     for row in range(b):
         for head in range(h):
             keys, values = key[row, head // (h // k)], value[row, head // (h // k)]
-            for i in range(wide[0]):
+            for i, chosen in enumerate(kept[row, head]):
                 first, last = i * block, min((i + 1) * block, t)
-                places = _places(kept[row, head, i], block, s)
-                here = torch.cat(places)
-                if not len(here):
+                found = chosen.nonzero()[:, 0].tolist()
+                if not found:
                     out[row, head, first:last] = 0
                     continue
-                # runs of blocks are views, anything else a copy of what is kept
-                whole = len(here) == int(here[-1]) - int(here[0]) + 1
-                some = slice(int(here[0]), int(here[-1]) + 1) if whole else here
-                allowed = here <= torch.arange(first + s - t, last + s - t)[:, None]
-                mask = None if bool(allowed.all()) else allowed.to(query.device)
-                one = query[row, head, first:last]
-                done = F.scaled_dot_product_attention(one[None, None], keys[some][None, None], values[some][None, None], mask, scale=scale)[
-                    0, 0
-                ]
-                out[row, head, first:last] = done.nan_to_num(0.0) if mask is not None and not bool(allowed.any(1).all()) else done
+                begin, end = found[0] * block, min((found[-1] + 1) * block, s)
+                if len(found) == found[-1] - found[0] + 1:
+                    some: slice | Tensor = slice(begin, end)
+                    width = end - begin
+                else:
+                    some = tokens[found].flatten()[: len(found) * block - max(0, (found[-1] + 1) * block - s)]
+                    width = len(some)
+                # no block but those that the queries lie in holds tokens that come later, and these are the last
+                late = sum(bool(own[i, j]) for j in found) * block - max(0, (found[-1] + 1) * block - s)
+                mask, sees = None, True
+                if late > 0:
+                    behind = places[some][-late:] <= torch.arange(first + s - t, last + s - t, device=query.device)[:, None]
+                    mask = torch.ones(last - first, width, dtype=torch.bool, device=query.device)
+                    mask[:, width - late :] = behind
+                    sees = width > late or bool(behind.any(1).all())
+                one = query[row, head, first:last][None, None]
+                done = F.scaled_dot_product_attention(one, keys[some][None, None], values[some][None, None], mask, scale=scale)[0, 0]
+                out[row, head, first:last] = done if sees else done.nan_to_num(0.0)
     return out
-
-
-def _places(kept: Tensor, block: int, s: int) -> list[Tensor]:
-    """Tokens of each block that is kept (n,) bool, in order."""
-    found = [torch.arange(int(j) * block, min((int(j) + 1) * block, s)) for j in kept.nonzero()[:, 0]]
-    return found or [torch.empty(0, dtype=torch.long)]
