@@ -333,7 +333,7 @@ for turn in range(int(sys.argv[3])):
         assert module.sparse_rows(*stored, index.ctypes.data, 0, 5, dense.ctypes.data, 2, level)
         places = int(draw.integers(1, 150))
         image, made = draw.standard_normal((2, m, places), dtype=np.float32), np.full((2, n, places), np.nan, np.float32)
-        done = module.sparse_pixels(image.ctypes.data, 2, places, *stored, made.ctypes.data, 2, level)
+        done = module.sparse_pixels(image.ctypes.data, 2, places, *stored, made.ctypes.data, 2)
         assert np.isfinite(made).all() if done else spoilt
         found.append(((out.astype(np.uint32) << 16).view(np.float32) if bf16 else out, dense))
     for out, dense in found[1:]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,13 +99,25 @@ def by_rows(gram: Tensor, n: int) -> list[tuple[slice, Tensor]]:
 
 
 @dataclass(frozen=True)
-class Norms(Statistic):
-    """Mean over sequences of the Euclidean norm of each input channel over the sequence, (m,)."""
+class Mean(Statistic):
+    """A mean of inputs, one number for each entry of an axis of the matrix."""
 
     needs = frozenset({"x"})
+    axis: ClassVar[int] = 1
 
     def init(self, site: Site) -> dict[str, Tensor]:
-        return {"sum": torch.zeros(site.matrix[1], dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
+        return {"sum": torch.zeros(site.matrix[self.axis], dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
+
+    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _add(a, b)
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        return (state["sum"] / state["count"].clamp(min=1)).float()
+
+
+@dataclass(frozen=True)
+class Norms(Mean):
+    """Mean over sequences of the Euclidean norm of each input channel over the sequence, (m,)."""
 
     def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
         assert seen.x is not None
@@ -113,12 +125,6 @@ class Norms(Statistic):
         state["sum"] += x.reshape(seen.sequences, -1, x.shape[1]).norm(dim=1).double().sum(0)
         state["count"] += seen.sequences
         return state
-
-    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
-        return _add(a, b)
-
-    def finish(self, state: dict[str, Tensor]) -> Tensor:
-        return (state["sum"] / state["count"].clamp(min=1)).float()
 
 
 @dataclass(frozen=True)
@@ -143,13 +149,8 @@ class Peaks(Statistic):
 
 
 @dataclass(frozen=True)
-class Sizes(Statistic):
+class Sizes(Mean):
     """Mean size of each input channel over tokens, (m,)."""
-
-    needs = frozenset({"x"})
-
-    def init(self, site: Site) -> dict[str, Tensor]:
-        return {"sum": torch.zeros(site.matrix[1], dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
 
     def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
         assert seen.x is not None
@@ -157,12 +158,6 @@ class Sizes(Statistic):
         state["sum"] += rows.abs().sum(0)
         state["count"] += rows.shape[0]
         return state
-
-    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
-        return _add(a, b)
-
-    def finish(self, state: dict[str, Tensor]) -> Tensor:
-        return (state["sum"] / state["count"].clamp(min=1)).float()
 
 
 @dataclass(frozen=True)
@@ -245,13 +240,10 @@ class Fisher(Statistic):
 
 
 @dataclass(frozen=True)
-class Lookups(Statistic):
+class Lookups(Mean):
     """How often each row of a table is read: a fraction for each row, (rows,)."""
 
-    needs = frozenset({"x"})
-
-    def init(self, site: Site) -> dict[str, Tensor]:
-        return {"sum": torch.zeros(site.matrix[0], dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
+    axis = 0
 
     def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
         assert seen.x is not None
@@ -259,12 +251,6 @@ class Lookups(Statistic):
         state["sum"] += torch.bincount(index, minlength=state["sum"].shape[0])
         state["count"] += index.shape[0]
         return state
-
-    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
-        return _add(a, b)
-
-    def finish(self, state: dict[str, Tensor]) -> Tensor:
-        return (state["sum"] / state["count"].clamp(min=1)).float()
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, blo
     out = query.new_empty(b, h, t, value.shape[3])
     seen, own = visible(t, s, block)
     kept = keep.cpu() & seen
-    tokens = torch.arange(wide[1] * block, device=key.device).reshape(-1, block)
-    # of the blocks that a block of queries lies in: which of their tokens come no later
-    places = torch.arange(s, device=query.device)
+    tokens = torch.arange(s, device=query.device)
     for row in range(b):
         for head in range(h):
             keys, values = key[row, head // (h // k)], value[row, head // (h // k)]
@@ -54,18 +52,19 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, blo
                 if not found:
                     out[row, head, first:last] = 0
                     continue
-                begin, end = found[0] * block, min((found[-1] + 1) * block, s)
+                # what the last block, where it ends behind the last token, is short of
+                short = max(0, (found[-1] + 1) * block - s)
+                width = len(found) * block - short
+                # blocks in a line are a view, others a copy of what is kept
                 if len(found) == found[-1] - found[0] + 1:
-                    some: slice | Tensor = slice(begin, end)
-                    width = end - begin
+                    some: slice | Tensor = slice(found[0] * block, found[0] * block + width)
                 else:
-                    some = tokens[found].flatten()[: len(found) * block - max(0, (found[-1] + 1) * block - s)]
-                    width = len(some)
+                    some = torch.cat([tokens[j * block : (j + 1) * block] for j in found])
                 # no block but those that the queries lie in holds tokens that come later, and these are the last
-                late = sum(bool(own[i, j]) for j in found) * block - max(0, (found[-1] + 1) * block - s)
+                late = int((chosen & own[i]).sum()) * block - short
                 mask, sees = None, True
                 if late > 0:
-                    behind = places[some][-late:] <= torch.arange(first + s - t, last + s - t, device=query.device)[:, None]
+                    behind = tokens[some][-late:] <= tokens[first + s - t : last + s - t, None]
                     mask = torch.ones(last - first, width, dtype=torch.bool, device=query.device)
                     mask[:, width - late :] = behind
                     sees = width > late or bool(behind.any(1).all())

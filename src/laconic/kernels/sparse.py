@@ -99,7 +99,7 @@ def sparse_pixels(x: Tensor, mask: Tensor, kept: Kept, starts: Tensor | None = N
     (told, held), whole, places = _told(_kept(*_words(kept))), mask.contiguous(), starts.contiguous()
     if not there.module.sparse_pixels(
         given.data_ptr(), x.shape[0], given.numel() // (x.shape[0] * m), whole.data_ptr(), whole.shape[1], places.data_ptr(), n, m, told,
-        out.data_ptr(), torch.get_num_threads(), there.level,
+        out.data_ptr(), torch.get_num_threads(),
     ):  # fmt: skip
         raise _unlike(starts, kept)
     del held

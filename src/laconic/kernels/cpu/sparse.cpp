@@ -43,6 +43,19 @@ void place(const Sparse& w, int64_t row, float* room, float* out) {
     }
 }
 
+// pixels that are summed together, from a copy of them that the nearest caches hold
+constexpr int64_t STRIP = 64;
+
+// out: STRIP sums over `count` weights of one output, each times the strip of its channel
+LACONIC_CLONES void summed(const float* values, const int32_t* channels, int64_t count, const float* strips, float* out) {
+    std::fill(out, out + STRIP, 0.0f);
+    for (int64_t i = 0; i < count; i++) {
+        const float value = values[i], *at = strips + channels[i] * STRIP;
+#pragma omp simd
+        for (int64_t k = 0; k < STRIP; k++) out[k] += value * at[k];
+    }
+}
+
 // room for a row's weights, which may begin up to 7 behind where they are decoded
 size_t room_of(const Sparse& w) { return size_t(w.m) + 8; }
 
@@ -88,16 +101,7 @@ void sparse_rows_plain(const SparseRows& p) {
     }
 }
 
-LACONIC_CLONES void summed_plain(const float* values, const int32_t* channels, int64_t count, const float* strips, float* out) {
-    std::fill(out, out + STRIP, 0.0f);
-    for (int64_t i = 0; i < count; i++) {
-        const float value = values[i], *at = strips + channels[i] * STRIP;
-#pragma omp simd
-        for (int64_t k = 0; k < STRIP; k++) out[k] += value * at[k];
-    }
-}
-
-void sparse_pixels(const SparsePixels& p, Summed summed) {
+void sparse_pixels(const SparsePixels& p) {
     const Sparse& w = p.w;
     // the channel of each weight, and the weights as numbers: little beside so many pixels
     std::vector<float> values(size_t(w.total()) + 16);

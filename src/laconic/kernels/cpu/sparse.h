@@ -46,10 +46,6 @@ struct SparsePixels {
     float* out;
     int threads;
 };
-// pixels whose sums stay in registers while the weights of an output go by
-constexpr int64_t STRIP = 64;
-// out: STRIP sums over `count` weights of one output, each times the strip of its channel; strips and out begin at cache lines
-using Summed = void (*)(const float* values, const int32_t* channels, int64_t count, const float* strips, float* out);
 
 // 32 columns of a row of the mask, the last 1 to 31 where `left` says so
 inline uint32_t bits_at(const uint8_t* mask, int64_t block) {
@@ -68,10 +64,8 @@ inline uint32_t last_bits(const uint8_t* mask, int64_t block, int64_t left) {
 void starts_plain(const uint8_t* mask, size_t stride, int64_t n, int64_t m, int64_t* starts);
 void sparse_plain(const SparseProduct& p);
 void sparse_rows_plain(const SparseRows& p);
-void summed_plain(const float* values, const int32_t* channels, int64_t count, const float* strips, float* out);
-void sparse_pixels(const SparsePixels& p, Summed summed);
+void sparse_pixels(const SparsePixels& p);
 #if defined(LACONIC_X86)
-void summed_avx512(const float* values, const int32_t* channels, int64_t count, const float* strips, float* out);
 // with VBMI2; the second, where x is in bf16, with products of pairs of bf16
 void sparse_avx512(const SparseProduct& p);
 void sparse_bf16(const SparseProduct& p);

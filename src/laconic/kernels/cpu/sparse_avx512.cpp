@@ -116,17 +116,4 @@ void sparse_rows_avx512(const SparseRows& p) {
     }
 }
 
-void summed_avx512(const float* values, const int32_t* channels, int64_t count, const float* strips, float* out) {
-    __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
-    for (int64_t i = 0; i < count; i++) {
-        const __m512 value = _mm512_set1_ps(values[i]);
-        const float* at = strips + channels[i] * STRIP;
-        a = _mm512_fmadd_ps(value, _mm512_load_ps(at), a);
-        b = _mm512_fmadd_ps(value, _mm512_load_ps(at + 16), b);
-        c = _mm512_fmadd_ps(value, _mm512_load_ps(at + 32), c);
-        d = _mm512_fmadd_ps(value, _mm512_load_ps(at + 48), d);
-    }
-    _mm512_store_ps(out, a), _mm512_store_ps(out + 16, b), _mm512_store_ps(out + 32, c), _mm512_store_ps(out + 48, d);
-}
-
 } // namespace laconic

@@ -98,18 +98,13 @@ bool rows_of(uintptr_t mask, size_t stride, uintptr_t starts, int64_t n, int64_t
     return true;
 }
 
-// of every pixel
+// of every pixel, whatever the processor
 bool pixels_of(uintptr_t x, int64_t images, int64_t pixels, uintptr_t mask, size_t stride, uintptr_t starts, int64_t n, int64_t m,
-               const std::vector<int64_t>& told, uintptr_t out, int threads, const std::string& with) {
+               const std::vector<int64_t>& told, uintptr_t out, int threads) {
     nb::gil_scoped_release free;
     const Sparse w = sparse(mask, stride, starts, n, m, told);
     if (!sound(w, told) || !counted(w)) return false;
-    Summed summed = summed_plain;
-#if defined(LACONIC_X86)
-    if (with == "avx512" && spreads()) summed = summed_avx512;
-#endif
-    (void)with;
-    sparse_pixels({w, reinterpret_cast<const float*>(x), images, pixels, reinterpret_cast<float*>(out), threads}, summed);
+    sparse_pixels({w, reinterpret_cast<const float*>(x), images, pixels, reinterpret_cast<float*>(out), threads});
     return true;
 }
 

@@ -230,7 +230,7 @@ class Inputs(Sparse):
     def __init__(self, width: int, share: float) -> None:
         super().__init__(1, share)
         self.width = width
-        self.in_features, self.out_features = width, 0
+        self.out_features = 0
 
     def around(self, path: str, model: nn.Module) -> None:
         linear: Any = model.get_submodule(path)
