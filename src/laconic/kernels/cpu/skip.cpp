@@ -32,6 +32,31 @@ inline void ask(const T* row, int64_t count) {
     for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
+// x . row, while what is read after it, `next` of as many numbers and `then` of n, is asked for bit by bit: all at once, memory and arithmetic would take turns
+template <class T>
+inline __attribute__((always_inline)) float dotted_asking(const float* x, const T* row, const T* next, const T* then, int64_t m, int64_t n) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    float lanes[LINE] = {};
+    int64_t i = 0;
+    for (; i + LINE <= m; i += LINE) {
+        __builtin_prefetch(next + i, 0, 2);
+        if (i < n) __builtin_prefetch(then + i, 0, 3);
+        for (int64_t k = 0; k < LINE; k++) lanes[k] += x[i + k] * wide(row[i + k]);
+    }
+    for (int64_t j = i; j < n; j += LINE) __builtin_prefetch(then + j, 0, 3);
+    float total = 0.0f;
+    for (; i < m; i++) total += x[i] * wide(row[i]);
+    for (int64_t k = 0; k < LINE; k++) total += lanes[k];
+    return total;
+}
+
+LACONIC_CLONES float dot_asking(const float* x, const float* row, const float* next, const float* then, int64_t m, int64_t n) {
+    return dotted_asking(x, row, next, then, m, n);
+}
+LACONIC_CLONES float dot_asking(const float* x, const uint16_t* row, const uint16_t* next, const uint16_t* then, int64_t m, int64_t n) {
+    return dotted_asking(x, row, next, then, m, n);
+}
+
 // the rows first to last - 1 of those that are needed, into `to`
 template <class T>
 void share(const Skipping& s, int64_t row, const int64_t* first, const int64_t* last, float* to) {
@@ -39,13 +64,11 @@ void share(const Skipping& s, int64_t row, const int64_t* first, const int64_t* 
     const T* from[TOGETHER];
     float times[TOGETHER];
     for (int waiting = 0; first < last; first++) {
-        const int64_t j = *first;
-        if (first + 1 < last) {
-            if (up) ask(up + first[1] * s.m, s.m);
-            ask(down + first[1] * s.n, s.n);
-        }
+        const int64_t j = *first, after = first + 1 < last ? first[1] : j;
         float factor = s.a[row * s.h + j];
-        if (up) factor *= dot(s.x + row * s.m, up + j * s.m, s.m) + (s.bias ? s.bias[j] : 0.0f);
+        if (up)
+            factor *= dot_asking(s.x + row * s.m, up + j * s.m, up + after * s.m, down + j * s.n, s.m, s.n) + (s.bias ? s.bias[j] : 0.0f);
+        else ask(down + after * s.n, s.n);
         from[waiting] = down + j * s.n, times[waiting] = factor;
         if (++waiting == TOGETHER) add(to, from, times, s.n), waiting = 0;
         else if (first + 1 == last)
