@@ -43,6 +43,8 @@ from laconic.zoo import corpus, mamba, nano
 SEEDS = (0, 1, 2)
 # a claim fails where one draw does, so one draw that fails is enough for a stand-in
 ONE = SEEDS[:1]
+# how much louder planted channels are, and how many
+LOUDER, CHANNELS = 16.0, 4
 P = ParamSpec("P")
 # what is wrong with a comparison, and its numbers
 Duel = tuple[list[str], dict[str, Measurement]]
@@ -286,6 +288,16 @@ def loud_norms(source: Source, seed: int, *, factor: float, count: int) -> Facto
         found.setdefault(fold.norm.tensors["weight"].name, []).append((0, by))
         _spread(found, fold.readers, 1 / by)
     return found
+
+
+def louder(bench: Bench, seed: int) -> Bench:
+    """The bench of a model with a few loud channels behind each norm."""
+    return rescaled(bench, ("norms", seed), functools.partial(loud_norms, seed=seed, factor=LOUDER, count=CHANNELS))
+
+
+def as_trained(bench: Bench, seed: int) -> Bench:
+    """The bench as it is, where another has loud channels."""
+    return bench
 
 
 def loud_rows(source: Source, seed: int, *, factor: float, count: int) -> Factors:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Found, duel, gathered, held, judged, loud_norms, on, rescaled, seen, spread
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Found, as_trained, duel, gathered, held, judged, louder, on, seen, spread
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.packed import Packed
 from laconic.core.site import Linear, Site
@@ -22,7 +22,6 @@ from laconic.kernels.levels import encode, fit_clipped, fit_scale
 from laconic.methods.quantize.grid.levels import Leveled
 from laconic.methods.quantize.round.llmfp4 import LLMFP4, FloatBits, Floating, pre_shifted, row_of, shares
 
-LOUDER, CHANNELS = 16.0, 4
 W4A4 = FloatBits(4, 4)
 OURS, SEARCHED = LLMFP4(), LLMFP4(shift=False)
 
@@ -68,14 +67,6 @@ class Misplaced(Transform):
         return OURS.stored(site, level)
 
 
-def _loud(bench: Bench, seed: int) -> Bench:
-    return rescaled(bench, ("norms", seed), partial(loud_norms, seed=seed, factor=LOUDER, count=CHANNELS))
-
-
-def _trained(bench: Bench, seed: int) -> Bench:
-    return bench
-
-
 Make = Callable[[Bench, int], Bench]
 
 
@@ -96,7 +87,7 @@ def _ordered(bench: Bench, make: Make, ours: Transform, seeds: Sequence[int]) ->
 
 def _folds(bench: Bench, misplaced: bool) -> Verdict:
     """Outputs with the exponents in the weights, and with factors at the inputs, on real matrices and drawn inputs of their loudness."""
-    forms = held(_loud(bench, 0), OURS, W4A4)
+    forms = held(louder(bench, 0), OURS, W4A4)
     same, generator = [], torch.Generator().manual_seed(0)
     for form in forms.values():
         assert isinstance(form, Floating)
@@ -132,32 +123,32 @@ CLAIMS: tuple[Claim, ...] = (
         "without, and these less than integers clipped for least squared error.",
         where=PAPER,
         scale=NANO + LOUD,
-        check=partial(_on, "nano", _loud, OURS, SEEDS),
-        broken=partial(_on, "nano", _loud, Misplaced(), ONE),
+        check=partial(_on, "nano", louder, OURS, SEEDS),
+        broken=partial(_on, "nano", louder, Misplaced(), ONE),
     ),
     Claim(
         says="As trained too, floats with an exponent for each input channel lose less KL and perplexity than searched floats without, and "
         "these less than integers clipped for least squared error.",
         where=PAPER,
         scale=NANO + DRAWS,
-        check=partial(_on, "nano", _trained, OURS, SEEDS),
-        broken=partial(_on, "nano", _trained, Misplaced(), ONE),
+        check=partial(_on, "nano", as_trained, OURS, SEEDS),
+        broken=partial(_on, "nano", as_trained, Misplaced(), ONE),
     ),
     Claim(
         says="With loud input channels, exponents of input channels lose less than searched floats, and these less than clipped integers, "
         "on a model of others.",
         where=PAPER,
         scale=STORIES + LOUD,
-        check=partial(_on, "stories260k", _loud, OURS, SEEDS),
-        broken=partial(_on, "stories260k", _loud, Misplaced(), ONE),
+        check=partial(_on, "stories260k", louder, OURS, SEEDS),
+        broken=partial(_on, "stories260k", louder, Misplaced(), ONE),
     ),
     Claim(
         says="As trained too, exponents of input channels lose less than searched floats, and these less than clipped integers, on a model "
         "of others.",
         where=PAPER,
         scale=STORIES + DRAWS,
-        check=partial(_on, "stories260k", _trained, OURS, SEEDS),
-        broken=partial(_on, "stories260k", _trained, Misplaced(), ONE),
+        check=partial(_on, "stories260k", as_trained, OURS, SEEDS),
+        broken=partial(_on, "stories260k", as_trained, Misplaced(), ONE),
     ),
     Claim(
         says="Exponents of input channels that stand in the weights give the same bits as factors at the inputs.",
