@@ -117,8 +117,14 @@ def table(rows: Sequence[Row], panel: str, count: str = "bits") -> list[str]:
     return lines
 
 
+def processors(rows: Sequence[Row]) -> list[str]:
+    """On what rows were made, as far as they say."""
+    return sorted({row["processor"] for row in rows if "processor" in row})
+
+
 def listing(rows: Sequence[Row], panel: str) -> list[str]:
-    """Every row that ran, by size then KL."""
+    """Every row that ran, by size then KL; minutes with the number of their machine where there are several."""
+    machines = processors(rows)
     lines = [
         "| tool | setting | bits | bits stored | KL (95 % interval) | perplexity | same top-1 | minutes | peak MB | skipped layers |",
         "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -128,9 +134,10 @@ def listing(rows: Sequence[Row], panel: str) -> list[str]:
         # a single test sequence has no interval
         ends = f" ({number(row['kl_mean_low'])} to {number(row['kl_mean_high'])})" if "kl_mean_low" in row else ""
         fallen = ", collapsed" if row.get("collapsed") else ""
+        where = f" ({machines.index(row['processor']) + 1})" if len(machines) > 1 and "processor" in row else ""
         lines.append(
             f"| {title(row['tool'])} | {row['setting']} | {row['bits']:.3f} | {row['bits_stored']:.3f} | {number(row['kl_mean'])}{ends} "
-            f"| {number(row['perplexity'])} | {row['top1_agreement']:.1%}{fallen} | {row['seconds'] / 60:.2f} "
+            f"| {number(row['perplexity'])} | {row['top1_agreement']:.1%}{fallen} | {row['seconds'] / 60:.2f}{where} "
             f"| {row['peak_memory_bytes'] / 1e6:.0f} | {len(row.get('skipped_layers', ())) or ''} |"
         )
     return lines
@@ -162,6 +169,9 @@ def page(result: Mapping[str, Any], why: str | None) -> str:
     model, data, machine = result["model"], result["data"], result["hardware"]
     seen = f", trained on {model['tokens_seen']:,} tokens" if model.get("tokens_seen") else ""
     threads = sorted({row["threads"] for row in rows if "threads" in row}) or [machine["threads"]]
+    machines = processors(rows) or [machine["processor"]]
+    numbered = ", ".join(f"({at}) {name}" for at, name in enumerate(machines, 1))
+    where = f"Machine: {machines[0]}" if len(machines) == 1 else f"Machines: {numbered}"
     before = f"; perplexity of the original {number(result['perplexity_original'])}" if result.get("perplexity_original") else ""
     lines = [
         "# Quality against other tools",
@@ -169,7 +179,7 @@ def page(result: Mapping[str, Any], why: str | None) -> str:
         f"Model {model['name']}: {model['parameters']:,} parameters, {model['linears']:,} of them in block linears{seen}{before}.",
         f"Calibration: {data['calibrate']['rows']} x {data['length']} tokens, the same for every tool; test: {data['certify']['rows']} x "
         f"{data['length']} tokens that no tool saw, one evaluator for all (KL of the original to the compressed model in nats a token).",
-        f"Machine: {machine['processor']}; threads of each tool: {' or '.join(map(str, threads))}.",
+        f"{where}; threads of each tool: {' or '.join(map(str, threads))}.",
         "",
         "A cell: KL (perplexity, same top-1 choice) at the bits used. At each point a tool's best row at equal or fewer bytes counts "
         f"({TOLERANCE:g} bits of tolerance); bold is the best of the column.",

@@ -372,9 +372,11 @@ class Bench:
             return {name: value for name, value in self.earlier[key].items() if name not in PLACE}, True
         if tool not in self.make:
             return {"reason": PENDING}, False
+        from laconic.measurement import hardware
+
         row = make()
         if row.pop("final", True):
-            row |= {"key": key, "threads": self.threads}
+            row |= {"key": key, "threads": self.threads, "processor": hardware()["processor"]}
             self.cache.mkdir(parents=True, exist_ok=True)
             near = file.with_suffix(".new")
             near.write_text(json.dumps(row), encoding="utf-8")

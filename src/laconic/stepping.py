@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from laconic.architectures import DECODERS, GATED, SPLIT
 from laconic.core.decoder import Answer, Stack
@@ -23,8 +22,8 @@ from laconic.core.router import Routed, Skips, asking
 from laconic.core.state import State
 from laconic.decoding import Pending
 from laconic.kernels.attention import MOST
-from laconic.kernels.blocks import block_attention
-from laconic.kernels.linear import rows_for
+from laconic.kernels.blocks import block_attention, causal_attention
+from laconic.kernels.linear import even, rows_for
 from laconic.kernels.native import native
 from laconic.runtime import key_loudness, own_layers, pattern_of
 
@@ -283,7 +282,7 @@ class Steps(Stack):
             strides = [0 if t is None else t.shape[1] for t in stored]
             form = f"{codes.bits} bits{f', groups of {codes.group}' if codes.group else ''}{', inputs in 8' if codes.int8 else ''}"
             nbytes = sum(t.numel() * t.element_size() for t in stored if t is not None)
-            most = 1 << 40 if codes.int8 else rows_for(self._level, codes.bits, self.dtype)
+            most = 1 << 40 if codes.int8 else rows_for(self._level, codes.bits, self.dtype, even(codes.group, m))
             step = self._tape.linear(
                 source, to, self._address(stored[0]), strides[0], self._address(stored[1]), self._address(stored[2]), strides[2],
                 n, m, codes.bits, codes.group, codes.half, self._address(bias), codes.int8, most,
@@ -338,16 +337,13 @@ class Steps(Stack):
 
     def _attend(self, index: int, scale: float, b: int, t: int, past: int) -> None:
         """Attention of many new tokens, whose keys and values are in their pages."""
-        h, k = self._heads[index]
-        query = self._copied(QUERY, h, b, t)
+        query = self._copied(QUERY, self._heads[index][0], b, t)
         keys, values = (torch.cat(half, 2)[:, :, : past + t] for half in self._pages[index])
         pattern = pattern_of(self.model.get_decoder())
         if pattern is not None and t >= 2 * pattern.block:
             self._put(block_attention(query, keys, values, pattern(query, keys, scale), pattern.block, scale))
             return
-        mask = None if not past else torch.ones(t, past + t, dtype=torch.bool).tril(past)
-        out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=h != k)
-        self._put(out)
+        self._put(causal_attention(query, keys, values, scale))
 
     def _mix(self, index: int, scale: float, b: int, t: int) -> None:
         """Attention over what a State holds."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from laconic.kernels.blocks import block_attention, reaching, visible
+from laconic.kernels.blocks import block_attention, causal_attention, reaching, visible
 
 
 def test_the_smallest_set_that_reaches_a_share() -> None:
@@ -38,6 +38,46 @@ def test_attention_over_blocks_is_dense_attention_under_their_mask(dtype: torch.
     found = block_attention(query, key, value, keep, block, 0.3)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), dense, rtol=1e-4, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("t", "s", "d", "v"), [(1, 1, 8, 8), (129, 129, 33, 5), (40, 300, 64, 32), (9, 1000, 16, 64), (257, 257, 128, 48), (3, 130, 1, 1)]
+)
+def test_over_all_blocks_it_is_causal_attention(dtype: torch.dtype, t: int, s: int, d: int, v: int) -> None:
+    draw = torch.Generator().manual_seed(t + s)
+    query, key, value = (torch.randn(2, heads, n, w, generator=draw).to(dtype) for heads, n, w in ((4, t, d), (2, s, d), (2, s, v)))
+    mask = torch.ones(t, s, dtype=torch.bool).tril(s - t)
+    dense = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask, enable_gqa=True)
+    found = causal_attention(query, key, value)
+    assert found.dtype == dtype and found.shape == (2, 4, t, v)
+    near = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+    torch.testing.assert_close(found.double(), dense, rtol=1e-4, atol=near[dtype])
+    # the same for tensors that do not lie in one piece, whatever the threads
+    apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 if before == 1 else 1)
+        assert torch.equal(causal_attention(*apart), found)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_loud_and_broken_tokens() -> None:
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 200, 16, generator=draw) for _ in range(3))
+    # scores of some thousands, rising and falling, so that the greatest changes from block to block
+    loud = query * torch.linspace(1, 300, 200)[:, None]
+    mask = torch.ones(200, 200, dtype=torch.bool).tril()
+    dense = F.scaled_dot_product_attention(loud.double(), key.double(), value.double(), mask)
+    torch.testing.assert_close(causal_attention(loud, key, value).double(), dense, rtol=1e-3, atol=1e-3)
+    found = causal_attention(query, key, value)
+    for bad in (float("nan"), float("inf")):
+        odd = key.clone()
+        odd[0, 0, 150, 3] = bad
+        seen = causal_attention(query, odd, value)
+        assert torch.equal(seen[:, :, :150], found[:, :, :150])
+        assert not torch.isfinite(seen[:, :, 150:]).all(-1).all() if bad == float("inf") else seen[:, :, 150:].isnan().all()
 
 
 def test_what_sees_nothing_gives_zeros_and_wrong_shapes_are_named() -> None:

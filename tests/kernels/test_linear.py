@@ -124,7 +124,10 @@ def test_shapes_strides_and_dtypes(level: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         low = grouped_linear(x.to(dtype), *stored, grid)
         assert low.dtype == dtype
-        torch.testing.assert_close(low.float(), grouped_linear(x.to(dtype).float(), *stored, grid), rtol=1e-2, atol=1e-2)
+        # many rows of bf16 are multiplied with weights in bf16 where the kernels have products of pairs, as the reference does
+        rounded = dtype == torch.bfloat16 and linear.panels(level)
+        want = reference_linear(x.to(dtype), *stored, grid) if rounded else grouped_linear(x.to(dtype).float(), *stored, grid)
+        torch.testing.assert_close(low.float(), want.float(), rtol=1e-2, atol=1e-2)
     assert grouped_linear(x[:0], *stored, grid).shape == (0, 5, 2, 6)
 
 
@@ -311,19 +314,21 @@ for turn in range(int(sys.argv[3])):
     found = []
     levels = ["plain", "avx2", "avx512"]
     for level in levels[: levels.index(module.best()) + 1]:
-        out, dense = np.full((rows, n), np.nan, np.float32), np.full((n, m), np.nan, np.float32)
-        assert module.linear(given.ctypes.data, bf16, rows, *stored, out.ctypes.data, 2, level)
+        dense = np.full((n, m), np.nan, np.float32)
         module.dense(*stored, dense.ctypes.data, 2, level)
-        # bytes: of inputs of bf16 the result is bf16, and both are compared in fp32
-        near = np.full((rows, n), 65535 if bf16 else np.nan, np.uint16 if bf16 else np.float32)
-        assert module.linear_int8(given.ctypes.data, bf16, rows, *stored, near.ctypes.data, 2, level)
-        near = (near.astype(np.uint32) << 16).view(np.float32) if bf16 else near
-        found.append((out, dense, near))
+        products = []
+        for product in (module.linear, module.linear_int8):
+            # of inputs of bf16 the result is bf16, and both are compared in fp32
+            out = np.full((rows, n), 65535 if bf16 else np.nan, np.uint16 if bf16 else np.float32)
+            assert product(given.ctypes.data, bf16, rows, *stored, out.ctypes.data, 2, level)
+            products.append((out.astype(np.uint32) << 16).view(np.float32) if bf16 else out)
+        found.append((products[0], dense, products[1]))
     for out, dense, near in found[1:]:
         assert (dense == found[0][1]).all(), (n, m, rows, bits, group)
         size = np.linalg.norm(x, axis=1)[:, None] * (2.0**bits * m**0.5) + 1e-9
-        assert (np.abs(out - found[0][0]) < 1e-4 * size).all(), (n, m, rows, bits, group, bf16)
-        # in bf16 the last rounding may go the other way
+        # in bf16 the last rounding may go the other way, and many rows are multiplied with weights in bf16
+        least = 1e-4 * size + (np.abs(out) * 2.0**-7 + 2e-3 * size if bf16 else 0)
+        assert (np.abs(out - found[0][0]) < least).all(), (n, m, rows, bits, group, bf16)
         least = 1e-4 * size + (np.abs(near) * 2.0**-7 if bf16 else 0)
         assert (np.abs(near - found[0][2]) < least).all(), ("int8", n, m, rows, bits, group, bf16)
 """

@@ -1,13 +1,23 @@
 """Attention of a prompt by blocks: which blocks may be seen, and exact attention over those that are kept.
 
 Queries (b, h, t, d) are the last t of s tokens with keys (b, k, s, d), heads h served by k in order. Block i of queries is i B to (i + 1) B
-of them, block j of keys tokens j B to (j + 1) B of all."""
+of them, block j of keys tokens j B to (j + 1) B of all.
+
+With AVX-512 keys and values are laid out once, and tiles of queries pass the blocks that are kept with a running maximum and sum, in fp32
+or as pairs of bf16; elsewhere torch attends for each block of queries."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from laconic.kernels.native import native
+
+# of the kernel
+KNOWN = (torch.float32, torch.bfloat16, torch.float16)
+# tokens of a block where all are seen, and pairs of a query and a key below which torch is as quick
+DENSE, PAIRS = 128, 1 << 13
 
 
 def reaching(values: Tensor, share: float) -> Tensor:
@@ -39,9 +49,12 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, blo
         raise ValueError(
             f"keep {tuple(keep.shape)} does not fit queries {tuple(query.shape)} and keys {tuple(key.shape)} in blocks of {block}"
         )
-    out = query.new_empty(b, h, t, value.shape[3])
     seen, own = visible(t, s, block)
     kept = keep.cpu() & seen
+    found = _native(query, key, value, kept, block, scale)
+    if found is not None:
+        return found
+    out = query.new_empty(b, h, t, value.shape[3])
     tokens = torch.arange(s, device=query.device)
     for row in range(b):
         for head in range(h):
@@ -72,3 +85,34 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, blo
                 done = F.scaled_dot_product_attention(one, keys[some][None, None], values[some][None, None], mask, scale=scale)[0, 0]
                 out[row, head, first:last] = done if sees else done.nan_to_num(0.0)
     return out
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention over all tokens -> (b, h, t, d of values), in query's dtype: by the kernel with every block, or by torch."""
+    (b, h, t, _), (_, k, s, _) = query.shape, key.shape
+    if t * s >= PAIRS:
+        seen, _ = visible(t, s, DENSE)
+        found = _native(query, key, value, seen.expand(b, h, *seen.shape), DENSE, scale)
+        if found is not None:
+            return found
+    mask = None if s == t else torch.ones(t, s, dtype=torch.bool, device=query.device).tril(s - t)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=h != k)
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, block: int, scale: float | None) -> Tensor | None:
+    """By the kernel; None where there is none for this processor, device or dtype, or for gradients."""
+    there, tensors = native(), (query, key, value)
+    if there is None or there.level != "avx512" or any(x.device.type != "cpu" or x.dtype not in KNOWN for x in tensors):
+        return None
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return None
+    # in pairs of bf16 where all are and the processor has them, else in fp32
+    narrow = all(x.dtype == torch.bfloat16 for x in tensors) and there.module.pairs()
+    given = [(x if narrow else x.float()).contiguous() for x in tensors]
+    (b, h, t, d), (_, k, s, v) = query.shape, value.shape
+    out, looks = torch.empty(b, h, t, v, dtype=given[0].dtype), kept.contiguous()
+    there.module.block_attention(
+        *(x.data_ptr() for x in given), looks.data_ptr(), [b, h, k, t, s, d, v], block, narrow, d**-0.5 if scale is None else scale,
+        out.data_ptr(), torch.get_num_threads(), there.level,
+    )  # fmt: skip
+    return out.to(query.dtype)

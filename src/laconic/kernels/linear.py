@@ -3,7 +3,8 @@ as they come; `grouped_dense`: the matrix itself. All in torch.ops.laconic.
 
 The native kernels multiply codes with integers: an entry of x in fp32 becomes two of 16 bits, in steps of the greatest of its run of 16
 to 256 columns, and loses nothing that a sum in fp32 would keep; one in bf16 becomes one, wrong by at most 2^-16 of the greatest. Runs are
-added in fp32. Many rows of bf16 are multiplied by torch, as the reference does it, with the matrix rounded to bf16."""
+added in fp32. Many rows of bf16 are multiplied with the matrix rounded to bf16, as the reference does it: where the processor multiplies
+pairs of bf16 by a kernel that makes some rows of the matrix dense at a time, for as long as all rows of x need them, else by torch."""
 
 from __future__ import annotations
 
@@ -22,9 +23,10 @@ from laconic.kernels.native import native
 # way; rows of fp32 are more work
 ROWS: dict[str, dict[int, int]] = {"plain": {}, "avx2": {}, "avx512": {2: 256, 4: 192}}
 OTHER = {"plain": 4, "avx2": 16, "avx512": 96}
-# of bf16 where the processor multiplies pairs of them: over dense rows rounded to bf16, which torch has quicker products for
+# of bf16 where torch multiplies pairs of them (AMX) and these kernels do not, or do not for such groups
 PAIRS, OTHER_PAIRS = {2: 80, 4: 80}, 40
 FP32 = 4
+EVERY = 1 << 40
 PANEL = 1 << 20
 # columns of x that share a scale where x has 8 bits: a group, or so many of one that is longer
 RUN = 128
@@ -108,10 +110,12 @@ def reference_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tenso
     return out.to(x.dtype)
 
 
-def rows_for(level: str, bits: int, dtype: torch.dtype) -> int:
-    """Rows of x up to which a product is quicker with codes as they are stored than over dense rows."""
+def rows_for(level: str, bits: int, dtype: torch.dtype, known: bool = True) -> int:
+    """Rows of x up to which a product is quicker by the kernels than by torch over dense rows. known: `even` says so of its groups."""
     most = ROWS[level].get(bits, OTHER[level])
     if dtype == torch.bfloat16 and pairs(level):
+        if known and panels(level):
+            return EVERY
         return min(most, PAIRS.get(bits, OTHER_PAIRS))
     return most if dtype == torch.bfloat16 else most // FP32
 
@@ -154,7 +158,7 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits
     rows = x.numel() // m if m else 0
     if there is None or not rows or not n:
         return reference_linear(x, codes, scales, zeros, grid)
-    if rows > rows_for(there.level, bits, x.dtype):
+    if rows > rows_for(there.level, bits, x.dtype, even(group, m)):
 
         def some(rows: slice, room: Tensor) -> Tensor:
             kept = codes[rows], scales[rows], None if zeros is None else zeros[rows]
@@ -162,7 +166,7 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits
 
         return by_panels(x, n, some, there.level)
     given = (x if x.dtype != torch.float16 else x.float()).contiguous()
-    out = torch.empty(*x.shape[:-1], n, dtype=torch.float32)
+    out = torch.empty(*x.shape[:-1], n, dtype=given.dtype)
     kept = [t.contiguous() for t in (codes, scales, zeros) if t is not None]
     if not there.module.linear(
         given.data_ptr(),
@@ -180,7 +184,7 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits
     ):
         # NaN and infinities go the reference's way
         return reference_linear(x, codes, scales, zeros, grid)
-    return out if x.dtype == torch.float32 else out.to(x.dtype)
+    return out.to(x.dtype)
 
 
 def _linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, half: bool = False) -> Tensor:
@@ -233,6 +237,18 @@ def by_panels(x: Tensor, n: int, some: Callable[[slice, Tensor], Tensor], level:
 def pairs(level: str) -> bool:
     """Whether this processor multiplies pairs of bf16 (AVX-512 BF16, AMX), so that torch's products of them are the quicker ones."""
     return level == "avx512" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@lru_cache(maxsize=8)
+def panels(level: str) -> bool:
+    """Whether the kernels multiply pairs of bf16 at this level, and as quickly as torch does; with AMX torch is quicker."""
+    there = native()
+    return there is not None and level == "avx512" and there.module.pairs() and not torch.cpu._is_amx_tile_supported()
+
+
+def even(group: int, m: int) -> bool:
+    """Whether the kernels' panels know such groups of a row of m (0: the whole row)."""
+    return group == 0 or group >= m or group % 16 == 0
 
 
 def _dense(

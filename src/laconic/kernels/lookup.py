@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from laconic.kernels.bits import packed_width, unpack
 from laconic.kernels.levels import Levels, decode, scales_of, values
-from laconic.kernels.linear import by_panels, pairs
+from laconic.kernels.linear import EVERY, by_panels, even, pairs, panels
 from laconic.kernels.native import native
 
 # more rows of bf16 than this are quicker over dense rows, made some at a time, by the kernel; rows of fp32 are more work
 ROWS = {"plain": 4, "avx2": 4, "avx512": 256}
-# of bf16 where the processor multiplies pairs of them
+# of bf16 where torch multiplies pairs of them and these kernels do not
 PAIRS = 80
 FP32 = 4
 # what the kernels know scales and tables by
@@ -104,8 +104,7 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, whole: Tensor | None, tabl
     rows = x.numel() // m if m else 0
     if there is None or not rows or not n:
         return reference_linear(x, codes, scales, whole, table, levels)
-    most = ROWS[there.level] if x.dtype == torch.bfloat16 else ROWS[there.level] // FP32
-    if rows > (min(most, PAIRS) if x.dtype == torch.bfloat16 and pairs(there.level) else most):
+    if rows > _rows_for(there.level, x.dtype, even(levels.group or 0, m)):
         return by_panels(x, n, lambda part, room: _dense(codes[part], scales[part], whole, table, levels, m, room), there.level)
     given = (x if x.dtype != torch.float16 else x.float()).contiguous()
     out = torch.empty(*x.shape[:-1], n, dtype=given.dtype)
@@ -120,6 +119,15 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, whole: Tensor | None, tabl
         there.level,
     )
     return out.to(x.dtype)
+
+
+def _rows_for(level: str, dtype: torch.dtype, known: bool) -> int:
+    """As `linear.rows_for`."""
+    if dtype != torch.bfloat16:
+        return ROWS[level] // FP32
+    if pairs(level):
+        return EVERY if known and panels(level) else min(ROWS[level], PAIRS)
+    return ROWS[level]
 
 
 def _dense(

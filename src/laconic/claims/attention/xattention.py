@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from laconic.claims.lab import ONE, SEEDS, judged, on, spread
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.state import Pattern
-from laconic.kernels.blocks import block_attention, visible
+from laconic.kernels.blocks import block_attention, causal_attention, visible
 from laconic.methods.attention.sparse.xattention import XAttention, antidiagonal
 from laconic.runtime import attend_by
 
@@ -183,7 +183,7 @@ def _whole(tau: float, lab: Lab) -> Verdict:
 
 
 def _faster(broken: bool, lab: Lab) -> Verdict:
-    """A prompt of 8,192 tokens, 4 heads of 64: blocks by chance, against torch's dense attention."""
+    """A prompt of 8,192 tokens, 4 heads of 64: blocks by chance, against dense attention, ours or torch's, whichever is quicker."""
     t, block, draw = 8192, 128, torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 4, t, 64, generator=draw) for _ in range(3))
     seen, own = visible(t, t, block)
@@ -197,21 +197,18 @@ def _faster(broken: bool, lab: Lab) -> Verdict:
         for _ in range(3 if lab.quick else 9):
             took = []
             for run in (
-                lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True),
-                partial(_run, query, key, value, done, block),
+                partial(F.scaled_dot_product_attention, query, key, value, is_causal=True),
+                partial(causal_attention, query, key, value),
+                partial(block_attention, query, key, value, done, block),
             ):
                 began = time.perf_counter()
                 run()
                 took.append(time.perf_counter() - began)
-            ratios.append(took[1] / took[0])
+            ratios.append(took[2] / min(took[:2]))
         numbers[f"{share:.0%} of the blocks: time, as a share of dense attention's"] = spread(ratios, "")
         if statistics.median(ratios) > 1.5 * share:
             wrong.append(f"{share:.0%} of the blocks take over {1.5 * share:.0%} of the time")
     return judged(wrong, numbers)
-
-
-def _run(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, block: int) -> None:
-    block_attention(query, key, value, keep, block)
 
 
 PAPER = Paper("Xu et al.", 2025, "arXiv:2503.16428", "sections 2.1 and 2.2")
@@ -240,7 +237,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         says="Below 30 % of the blocks, time falls with their share.",
         where=PAPER,
-        scale="8,192 tokens, 4 heads of 64 in fp32, blocks of 128 by chance; at most 1.5 times the share of dense attention's time",
+        scale="8,192 tokens, 4 heads of 64, fp32, blocks of 128 by chance; at most 1.5 times the share of the quicker dense attention's time",
         check=partial(_faster, False),
         broken=partial(_faster, True),
     ),

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "blocks.h"
 
 namespace nb = nanobind;
 using namespace laconic;
@@ -38,6 +39,25 @@ void attention(uintptr_t query, bool fine, const std::vector<int64_t>& shape, co
     attend(h, plain_ops);
 }
 
+// false: this processor has no kernel for it, and nothing was computed; shape: b, h, k, t, s, d, v
+bool block_attention(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t keep, const std::vector<int64_t>& shape, int64_t block, bool bf16,
+                     double scale, uintptr_t out, int threads, const std::string& with) {
+    nb::gil_scoped_release free;
+#if defined(LACONIC_X86)
+    const auto at = [](uintptr_t address) { return reinterpret_cast<const uint8_t*>(address); };
+    const Blocks p{at(query), at(key), at(value), at(keep), shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], block,
+                   float(scale), reinterpret_cast<uint8_t*>(out), threads};
+    if (with == "avx512" && (!bf16 || pairs())) {
+        (bf16 ? blocks_bf16 : blocks_avx512)(p);
+        return true;
+    }
+#endif
+    return false;
+}
+
 } // namespace
 
-void bind_attention(nb::module_& module) { module.def("attention", &attention); }
+void bind_attention(nb::module_& module) {
+    module.def("attention", &attention);
+    module.def("block_attention", &block_attention);
+}

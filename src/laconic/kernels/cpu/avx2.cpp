@@ -104,7 +104,8 @@ bool prepare(const Product& p, Whole& q) {
 
 // one row of the weight times ROWS rows of x, from `begin` on
 template <int BITS, int ROWS, int TERMS>
-void row(const Weight& w, const Whole& q, const Words<BITS>& words, int64_t n, const uint8_t* codes, int64_t begin, float* out) {
+void row(const Product& p, const Whole& q, const Words<BITS>& words, int64_t n, const uint8_t* codes, int64_t begin) {
+    const Weight& w = p.w;
     const uint16_t* scales = w.scales + n * w.groups;
     __m256 total[ROWS];
     float away[ROWS] = {};
@@ -133,7 +134,7 @@ void row(const Weight& w, const Whole& q, const Words<BITS>& words, int64_t n, c
         const float offset = from_bf16(scales[g]) * zero_at(w, n, g);
         for (int i = 0; i < ROWS; i++) away[i] += offset * q.sums[size_t((begin + i) * w.groups + g)];
     }
-    for (int i = 0; i < ROWS; i++) out[i * w.n] = sum_of(total[i]) - away[i];
+    for (int i = 0; i < ROWS; i++) put(p, (begin + i) * w.n + n, sum_of(total[i]) - away[i]);
 }
 
 template <int BITS, int TERMS>
@@ -153,9 +154,9 @@ void product(const Product& p, const Whole& q) {
                         std::copy_n(codes, w.stride, copy.data());
                         codes = copy.data();
                     }
-                    if (p.rows - r >= 4) row<BITS, 4, TERMS>(w, q, words, n, codes, r, p.out + r * w.n + n);
+                    if (p.rows - r >= 4) row<BITS, 4, TERMS>(p, q, words, n, codes, r);
                     else
-                        for (int64_t i = r; i < p.rows; i++) row<BITS, 1, TERMS>(w, q, words, n, codes, i, p.out + i * w.n + n);
+                        for (int64_t i = r; i < p.rows; i++) row<BITS, 1, TERMS>(p, q, words, n, codes, i);
                 }
     }
 }

@@ -46,8 +46,9 @@ inline void step(const __m512i (&plane)[P], __m512 scale, const int16_t* x, cons
 
 // N rows of the weight from `row` on times a bunch: x and of are the bunch's, sums those of its first row
 template <int BITS, int N, int ROWS, int TERMS, bool SHARED>
-inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, const Scales& scales, int64_t row, const int16_t* x, const float* of,
-                 const float* sums, const float* offset, float* out) {
+inline void some(const Product& p, const Prepared& q, const Codes<BITS>& codes, const Scales& scales, int64_t row, const int16_t* x, const float* of,
+                 const float* sums, const float* offset, int64_t to) {
+    const Weight& w = p.w;
     constexpr int P = Codes<BITS>::PLANES, BYTES = Codes<BITS>::BYTES;
     const uint8_t *at = w.codes + row * w.stride, *end = at + w.stride;
     Running<SHARED, N> scale{scales, w.scales + row * w.groups, w.groups, w.groups};
@@ -83,9 +84,9 @@ inline void some(const Weight& w, const Prepared& q, const Codes<BITS>& codes, c
         }
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
-        if constexpr (N == 4) _mm_storeu_ps(out + i * w.n, sums_of(total[0][i], total[1][i], total[2][i], total[3][i]));
+        if constexpr (N == SIDE) put_four(p, to + i * w.n, sums_of(total[0][i], total[1][i], total[2][i], total[3][i]));
         else
-            for (int n = 0; n < N; n++) out[i * w.n + n] = _mm512_reduce_add_ps(total[n][i]);
+            for (int n = 0; n < N; n++) put(p, to + i * w.n + n, _mm512_reduce_add_ps(total[n][i]));
     }
 }
 
@@ -108,11 +109,10 @@ void product(const Product& p, const Prepared& q, const Scales& scales) {
                 for (int64_t i = begin, number; i < end; i += number) {
                     number = end - i >= SIDE ? SIDE : 1;
                     const float* away = offset.data() + (i - begin) * q.padded;
-                    float* out = p.out + r * w.n + i;
                     const auto run = [&](auto rows) {
                         constexpr int ROWS = decltype(rows)::value;
-                        if (number == SIDE) some<BITS, SIDE, ROWS, TERMS, SHARED>(w, q, codes, scales, i, x, of, sums, away, out);
-                        else some<BITS, 1, ROWS, TERMS, SHARED>(w, q, codes, scales, i, x, of, sums, away, out);
+                        if (number == SIDE) some<BITS, SIDE, ROWS, TERMS, SHARED>(p, q, codes, scales, i, x, of, sums, away, r * w.n + i);
+                        else some<BITS, 1, ROWS, TERMS, SHARED>(p, q, codes, scales, i, x, of, sums, away, r * w.n + i);
                     };
                     if (size == TOGETHER) run(std::integral_constant<int, TOGETHER>());
                     else if (size == 2) run(std::integral_constant<int, 2>());
@@ -180,21 +180,6 @@ void span(const Weight& w, int64_t row, int64_t from, int64_t to, float* out) {
     span<BITS>(w, bytes, row, from, to, out);
 }
 
-// P vectors of words in their order -> planes of every P-th word
-template <int P>
-inline void deal(__m512i* words, __m512i even, __m512i odd) {
-    if constexpr (P > 1) {
-        __m512i half[P];
-        for (int i = 0; i < P; i += 2) {
-            half[i / 2] = _mm512_permutex2var_epi16(words[i], even, words[i + 1]);
-            half[P / 2 + i / 2] = _mm512_permutex2var_epi16(words[i], odd, words[i + 1]);
-        }
-        deal<P / 2>(half, even, odd);
-        deal<P / 2>(half + P / 2, even, odd);
-        for (int i = 0; i < P / 2; i++) words[2 * i] = half[i], words[2 * i + 1] = half[P / 2 + i];
-    }
-}
-
 // one row of x, see Prepared; false where it holds NaN or an infinity
 template <int P>
 bool prepare_row(const Product& p, const Prepared& q, int64_t r) {
@@ -203,9 +188,7 @@ bool prepare_row(const Product& p, const Prepared& q, int64_t r) {
     // the bunch of this row
     int64_t begin = r / TOGETHER * TOGETHER, size = bunch(p.rows, begin);
     while (r >= begin + size) begin += size, size = bunch(p.rows, begin);
-    alignas(64) uint16_t at[32];
-    for (int i = 0; i < 32; i++) at[i] = uint16_t(2 * i);
-    const __m512i even = _mm512_load_si512(at), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    const Deal deal;
     float* sums = q.sums + r * q.padded;
     std::fill(sums, sums + q.padded, 0.0f);
     const float* wide = static_cast<const float*>(p.x) + r * w.m;
@@ -239,7 +222,7 @@ bool prepare_row(const Product& p, const Prepared& q, int64_t r) {
         for (int t = 0; t < q.terms; t++) {
             __m512i words[P];
             for (int i = 0; i < P; i++) words[i] = _mm512_load_si512(whole[t] + 32 * i);
-            deal<P>(words, even, odd);
+            deal.planes<P>(words);
             for (int i = 0; i < P; i++) _mm512_store_si512(q.x + ((place * q.terms + t) * P + i) * 32, words[i]);
         }
         q.scale[place] = scale;

@@ -143,6 +143,38 @@ inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+// P vectors of words in their order -> planes of every P-th word
+class Deal {
+    __m512i even, odd;
+
+  public:
+    Deal() {
+        alignas(64) uint16_t at[32];
+        for (int i = 0; i < 32; i++) at[i] = uint16_t(2 * i);
+        even = _mm512_load_si512(at), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    }
+    template <int P>
+    void planes(__m512i* words) const {
+        if constexpr (P > 1) {
+            __m512i half[P];
+            for (int i = 0; i < P; i += 2) {
+                half[i / 2] = _mm512_permutex2var_epi16(words[i], even, words[i + 1]);
+                half[P / 2 + i / 2] = _mm512_permutex2var_epi16(words[i], odd, words[i + 1]);
+            }
+            planes<P / 2>(half);
+            planes<P / 2>(half + P / 2);
+            for (int i = 0; i < P / 2; i++) words[2 * i] = half[i], words[2 * i + 1] = half[P / 2 + i];
+        }
+    }
+};
+
+// four results beside each other
+template <class P>
+inline void put_four(const P& p, int64_t to, __m128 four) {
+    if (p.narrow) _mm_storel_epi64(reinterpret_cast<__m128i*>(p.narrow + to), _mm256_castsi256_si128(narrowed(_mm512_castps128_ps512(four))));
+    else _mm_storeu_ps(p.out + to, four);
+}
+
 // 16 rows of 16 words of 32 bits, columns to rows
 inline void transpose(__m512i (&v)[16]) {
     __m512i t[16];

@@ -47,7 +47,7 @@ struct Product {
     int64_t rows;
     float* out;
     int threads;
-    uint16_t* narrow = nullptr; // of products with int8 inputs: out in bf16, in place of `out`
+    uint16_t* narrow = nullptr; // out in bf16, in place of `out`
 };
 
 // memory that begins at a cache line and is kept between calls of a thread
@@ -242,6 +242,12 @@ void dense_avx512(const Weight& w, float* out, int threads);
 // as span_plain, for groups that are a row or a multiple of 16 columns; `from` is a multiple of 64
 void span_avx512(const Weight& w, int64_t row, int64_t from, int64_t to, float* out);
 bool int8_avx512(const Product& p);
+// whether this processor multiplies pairs of bf16
+bool pairs();
+// more rows of bf16 than this are quicker by panels than by codes as they are read
+constexpr int64_t SOME = 12;
+// many rows of bf16, with weights rounded to bf16, for groups that are a row or a multiple of 16 columns; what is not finite in x goes through the sums
+void panels_bf16(const Product& p);
 #endif
 
 } // namespace laconic

@@ -69,6 +69,8 @@ void lookup_dense_plain(const Leveled& w, float* out, int threads);
 void lookup_wide_avx512(const Looked& p);
 // x in bf16, where the processor multiplies pairs of such numbers
 void lookup_narrow_avx512(const Looked& p);
+// many rows of such, with values and scales rounded to bf16 together, for groups that are a row or a multiple of 16 columns
+void lookup_panels_bf16(const Looked& p);
 void lookup_dense_avx512(const Leveled& w, float* out, int threads);
 #endif
 

@@ -19,22 +19,13 @@ Leveled leveled(uintptr_t codes, size_t stride, uintptr_t scales, int scaling, u
             wide ? (m + wide - 1) / wide : 0, bits};
 }
 
-#if defined(LACONIC_X86)
-bool pairs() {
-    static const bool there = [] {
-        __builtin_cpu_init();
-        return bool(__builtin_cpu_supports("avx512bf16"));
-    }();
-    return there;
-}
-#endif
-
 void linear(uintptr_t x, bool bf16, int64_t rows, uintptr_t codes, size_t stride, uintptr_t scales, int scaling, uintptr_t whole, uintptr_t table,
             int kind, int64_t n, int64_t m, int bits, int64_t group, uintptr_t out, int threads, const std::string& with) {
     nb::gil_scoped_release free;
     const Looked p{leveled(codes, stride, scales, scaling, whole, table, kind, n, m, bits, group), reinterpret_cast<const void*>(x), bf16, rows,
                    reinterpret_cast<void*>(out), threads};
 #if defined(LACONIC_X86)
+    if (with == "avx512" && bf16 && rows > SOME && pairs() && (p.w.group % 16 == 0 || p.w.group >= m)) return lookup_panels_bf16(p);
     if (with == "avx512" && regular(p.w)) return bf16 && pairs() ? lookup_narrow_avx512(p) : lookup_wide_avx512(p);
 #endif
     lookup_plain(p);

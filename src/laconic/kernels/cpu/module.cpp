@@ -30,16 +30,25 @@ std::string best() {
     return "plain";
 }
 
-// false: x holds numbers that are not finite, and nothing was computed
+// whether it multiplies pairs of bf16
+bool paired() {
+#if defined(LACONIC_X86)
+    return best() == "avx512" && pairs();
+#else
+    return false;
+#endif
+}
+
+// false: x holds numbers that are not finite, and nothing was computed; out is bf16 where x is
 bool linear(uintptr_t x, bool bf16, int64_t rows, uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros, size_t zero_stride, int64_t n,
             int64_t m, int bits, int64_t group, bool half, uintptr_t out, int threads, const std::string& with) {
     nb::gil_scoped_release free;
     return multiply({weight_of({codes, stride, scales, zeros, zero_stride, n, m, bits, group, half}), reinterpret_cast<const void*>(x), bf16, rows,
-                     reinterpret_cast<float*>(out), threads},
+                     reinterpret_cast<float*>(out), threads, bf16 ? reinterpret_cast<uint16_t*>(out) : nullptr},
                     level_of(with));
 }
 
-// the same with x rounded to 8 bits on the fly; out is bf16 where x is
+// the same with x rounded to 8 bits on the fly
 bool linear_int8(uintptr_t x, bool bf16, int64_t rows, uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros, size_t zero_stride, int64_t n,
                  int64_t m, int bits, int64_t group, bool half, uintptr_t out, int threads, const std::string& with) {
     nb::gil_scoped_release free;
@@ -66,6 +75,7 @@ void skip_of(uintptr_t a, uintptr_t x, uintptr_t up, uintptr_t bias, uintptr_t d
 
 NB_MODULE(_native, module) {
     module.def("best", &best);
+    module.def("pairs", &paired);
     module.def("linear", &linear);
     module.def("linear_int8", &linear_int8);
     module.def("dense", &dense_of);

@@ -20,8 +20,22 @@ Weight weight_of(const Stored& s) {
             s.zero_stride, s.n, s.m, wide, wide ? (s.m + wide - 1) / wide : 0, s.bits, s.half};
 }
 
+#if defined(LACONIC_X86)
+bool pairs() {
+    static const bool there = [] {
+        __builtin_cpu_init();
+        return bool(__builtin_cpu_supports("avx512bf16"));
+    }();
+    return there;
+}
+#endif
+
 bool multiply(const Product& p, Level level) {
 #if defined(LACONIC_X86)
+    if (level == Level::avx512 && p.bf16 && p.rows > SOME && pairs() && (p.w.group % 16 == 0 || p.w.group >= p.w.m)) {
+        panels_bf16(p);
+        return true;
+    }
     if (level == Level::avx512 && regular(p.w)) {
         thread_local Room room;
         Prepared q;

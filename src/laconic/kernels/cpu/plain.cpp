@@ -148,7 +148,7 @@ void product_plain(const Product& p) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < w.n; i++) {
             span_plain(w, i, 0, w.m, row.data());
-            for (int64_t r = 0; r < p.rows; r++) p.out[r * w.n + i] = dot(row.data(), x + r * w.m, w.m);
+            for (int64_t r = 0; r < p.rows; r++) put(p, r * w.n + i, dot(row.data(), x + r * w.m, w.m));
         }
     }
 }

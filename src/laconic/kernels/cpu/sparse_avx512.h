@@ -1,7 +1,7 @@
 // Products with sparse rows for AVX-512: read as sparse, computed as dense. A block is 32 columns: a word of the mask spreads the weights that follow over
 // it (vpexpandw), and the block is multiplied as if it had always been dense. What differs between dtypes is a K; see sparse_avx512.cpp and sparse_bf16.cpp.
 #pragma once
-#include "avx512.h"
+#include "panels_avx512.h"
 #include "sparse.h"
 
 namespace laconic {
@@ -12,10 +12,6 @@ namespace {
 constexpr int64_t BLOCK = 32;
 // rows of x that are multiplied straight from registers, TOGETHER at once; with more of them, dense rows of the weight pass through the nearest caches
 constexpr int64_t FEW = 16;
-// rows of the weight and, at most, of x that a tile has
-constexpr int WIDE = 32, TALL = 12;
-// words behind a row of x, so that rows do not lie a page apart, where they would take each other's place in the nearest cache
-constexpr int64_t APART = 16;
 // what a vector may read behind the last weight
 constexpr int64_t BEHIND = 128;
 
@@ -142,11 +138,8 @@ void few(const SparseProduct& p, int64_t row, Cursor<typename K::Value>* from, c
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; i++) {
         const int64_t to = (r + i) * w.n + row;
-        if constexpr (N == SIDE) {
-            const __m128 four = sums_of(total[0][i], total[1][i], total[2][i], total[3][i]);
-            if (p.narrow) _mm_storel_epi64(reinterpret_cast<__m128i*>(p.narrow + to), _mm256_castsi256_si128(narrowed(_mm512_castps128_ps512(four))));
-            else _mm_storeu_ps(p.out + to, four);
-        } else
+        if constexpr (N == SIDE) put_four(p, to, sums_of(total[0][i], total[1][i], total[2][i], total[3][i]));
+        else
             for (int n = 0; n < N; n++) put(p, to + n, _mm512_reduce_add_ps(total[n][i]));
     }
 }
@@ -207,59 +200,16 @@ void fill(const Sparse& w, int64_t row, float* room, int32_t* panel) {
     }
 }
 
-// ROWS rows of x, `stride` words apart, times a panel of `words`; `number` rows of the weight are there
-template <class K, int ROWS>
-void tile(const SparseProduct& p, const int32_t* panel, const int32_t* x, int64_t stride, int64_t words, int64_t r, int64_t row, int64_t number) {
-    __m512 total[ROWS][2];
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) total[i][0] = total[i][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < words; k++, panel += WIDE, x++) {
-        const __m512i low = _mm512_load_si512(panel), high = _mm512_load_si512(panel + 16);
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++) {
-            const __m512i given = _mm512_set1_epi32(x[i * stride]);
-            total[i][0] = K::madd(total[i][0], low, given), total[i][1] = K::madd(total[i][1], high, given);
-        }
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const __mmask16 there = __mmask16(first(std::max<int64_t>(0, number - 16 * half)));
-            const int64_t to = (r + i) * p.w.n + row + 16 * half;
-            if (p.narrow) _mm256_mask_storeu_epi16(p.narrow + to, there, narrowed(total[i][half]));
-            else _mm512_mask_storeu_ps(p.out + to, there, total[i][half]);
-        }
-}
-
-using Tile = void (*)(const SparseProduct&, const int32_t*, const int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t);
-template <class K>
-constexpr Tile TILES[TALL + 1] = {nullptr,    nullptr,    nullptr,    nullptr,    nullptr,     nullptr,     tile<K, 6>,
-                                  tile<K, 7>, tile<K, 8>, tile<K, 9>, tile<K, 10>, tile<K, 11>, tile<K, 12>};
-static_assert(FEW >= TALL, "tiles of more than FEW rows are no less than half full");
-
 template <class K>
 void many(const SparseProduct& p) {
     const Sparse& w = p.w;
-    constexpr int64_t EACH = sizeof(int32_t) / sizeof(typename K::X);
-    const int64_t words = padded(w.m) / EACH, stride = words + APART, panels = (w.n + WIDE - 1) / WIDE, tiles = (p.rows + TALL - 1) / TALL;
-    const int32_t* x = reinterpret_cast<const int32_t*>(K::ready(p, stride * EACH));
-#pragma omp parallel num_threads(p.threads)
-    {
-        const size_t bytes = size_t(words * WIDE) * 4;
-        uint8_t* at = near.of(bytes + (K::BUFFERED ? size_t(16 * (w.m + BEHIND)) * 4 : 0));
-        int32_t* panel = reinterpret_cast<int32_t*>(at);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < panels; i++) {
-            const int64_t row = i * WIDE, number = std::min<int64_t>(WIDE, w.n - row);
-            fill<K>(w, row, reinterpret_cast<float*>(at + bytes), panel);
-            for (int64_t t = 0; t < tiles; t++) {
-                const int64_t r = p.rows * t / tiles, rows = p.rows * (t + 1) / tiles - r;
-                TILES<K>[rows](p, panel, x + r * stride, stride, words, r, row, number);
-            }
-        }
-        near.shrink();
-    }
+    const int64_t wide = padded(w.m), bytes = wide * int64_t(sizeof(typename K::X));
+    const uint8_t* x = reinterpret_cast<const uint8_t*>(K::ready(p, wide));
+    // what comes next of a row is known only behind what came before, so that rows are made dense whole
+    over_panels<K>({x, bytes, bytes, p.rows, w.n, p.narrow ? nullptr : p.out, p.narrow, p.threads}, bytes, 1,
+                   [&](const Part& part, int32_t* panel) {
+                       fill<K>(w, part.row, K::BUFFERED ? reinterpret_cast<float*>(near.of(size_t(16 * (w.m + BEHIND)) * 4)) : nullptr, panel);
+                   });
 }
 
 template <class K>

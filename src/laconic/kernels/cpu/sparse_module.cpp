@@ -23,14 +23,6 @@ bool spreads() {
 #endif
 }
 
-bool pairs() {
-#if defined(LACONIC_X86)
-    return __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
-}
-
 // told: of numbers where they are and their type; of codes what `linear` is told of a weight, n first
 Sparse sparse(uintptr_t mask, size_t stride, uintptr_t starts, int64_t n, int64_t m, const std::vector<int64_t>& told) {
     Sparse w{reinterpret_cast<const uint8_t*>(mask), stride, reinterpret_cast<const int64_t*>(starts), n, m, Type::fp32, nullptr, {}};

@@ -1,0 +1,22 @@
+// In fp32.
+#include "blocks_avx512.h"
+
+namespace laconic {
+
+namespace {
+
+struct Single {
+    using Number = float;
+    static inline __m512 madd(__m512 total, __m512i w, __m512i x) { return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), total); }
+    // of 16 channels, tokens `stride` bytes apart, the word that begins with `token`
+    static inline __m512i words(const uint8_t* at, int64_t stride, int64_t token, int64_t, __mmask16 there) {
+        return _mm512_maskz_loadu_epi32(there, at + token * stride);
+    }
+    static inline void put(float* to, __m512 value, __mmask16 there = 0xFFFF) { _mm512_mask_storeu_ps(to, there, value); }
+};
+
+} // namespace
+
+void blocks_avx512(const Blocks& p) { attend_blocks<Single>(p); }
+
+} // namespace laconic
