@@ -10,7 +10,6 @@ that is not equal to the reference has no figures; exit code 1."""
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from laconic.core.state import PAGE
 from laconic.kernels.attention import Grouped, Part, Plain, attention, held_attention
 from laconic.kernels.bits import packed_width
 from laconic.kernels.native import native
+from laconic.measurement import hardware
 
 BITS, GROUP, RESIDUAL = (8, 4, 2), 32, 128
 # norm of the difference over the norm, of results in bf16
@@ -147,7 +147,7 @@ def main() -> None:
     there = native()
     result: dict[str, Any] = {
         "heads": [h, k, d], "threads": a.threads, "pool_gb": a.pool, "kernels": there.level if there else "reference",
-        "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "contexts": {},
+        "processor": hardware()["processor"], "torch": torch.__version__, "contexts": {},
     }  # fmt: skip
     wrong = equal(h, k, d)
     with torch.inference_mode():

@@ -5,15 +5,14 @@
 
 Every form has a pool of distinct matrices of at least --pool gigabytes; forms take turns, a few matrices each, so that a slow moment of the
 machine is nobody's. torch's products have inputs of their own dtype, all others those of --inputs; a8: inputs are rounded to 8 bits as they
-come. sparse70: 70 % of the weights are zero, anywhere; 2:4: two of each four are; the others are held in bf16, or as said. Bandwidth is
-that of a sum over a pool of fp32 vectors, taken in the same turns. A form whose products are not equal to the reference's has no figures;
-exit code 1."""
+come. vectors8: an index of so many bits names 8 weights of a column, in one table or two. sparse70: 70 % of the weights are zero, anywhere;
+2:4: two of each four are; the others are held in bf16, or as said. Bandwidth is that of a sum over a pool of fp32 vectors, taken in the
+same turns. A form whose products are not equal to the reference's has no figures; exit code 1."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import statistics
 import sys
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laconic.kernels.bits import pack, packed_width
+from laconic.kernels.books import book_linear, reference_book_linear
 from laconic.kernels.grids import Grid
 from laconic.kernels.levels import Levels
 from laconic.kernels.linear import grouped_linear, grouped_linear_int8, reference_linear, reference_linear_int8
@@ -34,6 +34,8 @@ from laconic.kernels.lookup import lookup_linear
 from laconic.kernels.lookup import reference_linear as reference_lookup
 from laconic.kernels.native import native
 from laconic.kernels.sparse import Codes, Kept, reference_sparse_linear, row_starts, sparse_linear
+from laconic.kernels.vectors import Vectors
+from laconic.measurement import hardware
 
 GRIDS = [
     Grid(8, 128, True), Grid(6, 64), Grid(4, 128, True), Grid(4, 64), Grid(4, 32, True),
@@ -55,6 +57,8 @@ SPARSE: dict[str, tuple[float, int | None, Grid | None]] = {
     "2:4": (0.5, 4, None),
     "2:4 int4 g64": (0.5, 4, Grid(4, 64, True)),
 }
+# of vectors that an index names: so many weights, bits of the index, and of that into a second table
+BOOKS = {"vectors8 8 bits": Vectors(8, 8), "vectors8 12 bits": Vectors(8, 12), "vectors8 8+8 bits": Vectors(8, 8, 8)}
 # error against the product in fp32, as a share of the greatest result
 NEAR = 1e-3
 TURN = 4
@@ -119,6 +123,12 @@ def leveled(n: int, m: int, levels: Levels) -> tuple[Tensor, Tensor, Tensor | No
     return stored, scales, whole, table
 
 
+def booked(n: int, m: int, vectors: Vectors) -> tuple[list[Tensor], list[Tensor]]:
+    """Any indices into tables of about a weight's size."""
+    stored = [torch.randint(0, 256, (vectors.runs(n), packed_width(m, bits)), dtype=torch.uint8) for bits in vectors.bits]
+    return stored, [torch.randn(2**bits, vectors.width).bfloat16() * 0.1 for bits in vectors.bits]
+
+
 def forms(n: int, m: int, gigabytes: float, wanted: Callable[[str], bool]) -> dict[str, Form]:
     """What is compared: reading, torch's products, and the forms that are wanted."""
 
@@ -151,6 +161,12 @@ def forms(n: int, m: int, gigabytes: float, wanted: Callable[[str], bool]) -> di
         size = sum(t.numel() * t.element_size() for t in leveled(n, m, levels) if t is not None)
         matrices = pool(lambda levels=levels: leveled(n, m, levels), size)
         made[label] = Form(size, matrices, lambda x, w, levels=levels: lookup_linear(x, *w, levels))
+    for label, vectors in BOOKS.items():
+        if not wanted(label):
+            continue
+        size = sum(t.numel() * t.element_size() for part in booked(n, m, vectors) for t in part)
+        matrices = pool(lambda vectors=vectors: booked(n, m, vectors), size)
+        made[label] = Form(size, matrices, lambda x, w, vectors=vectors: book_linear(x, *w, None, vectors, n))
     return made
 
 
@@ -162,26 +178,36 @@ def _copy(part: Kept) -> Kept:
 
 
 def equal(m: int, rows: int) -> list[str]:
-    """Forms whose products are wrong, over a few outputs."""
+    """Forms whose products are wrong, over a few outputs, with inputs in fp32 and in bf16, which have ways of their own."""
     x, bad = torch.randn(rows, m), []
+
+    def check(label: str, product: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor]) -> None:
+        for given, near in ((x, NEAR), (x.bfloat16(), 2.0**-7)):
+            right = reference(given).float()
+            if not float((product(given).float() - right).abs().max() / right.abs().max()) <= near:
+                bad.append(label)
+
     for grid in GRIDS:
         w = codes(37, m, grid)
         for inputs, (product, reference) in PRODUCTS.items():
-            right = reference(x, *w, grid)
-            if not float((product(x, *w, grid) - right).abs().max() / right.abs().max()) <= NEAR:
-                bad.append(name(grid) + inputs)
+            check(name(grid) + inputs, lambda x, p=product, w=w, g=grid: p(x, *w, g), lambda x, p=reference, w=w, g=grid: p(x, *w, g))
     for label, how in SPARSE.items():
         mask, kept, starts = scattered(37, m, *how)
-        # inputs in bf16 have a way of their own, and results in bf16
-        for given, near in ((x, NEAR), (x.bfloat16(), 2.0**-7)):
-            right = reference_sparse_linear(given, mask, kept).float()
-            if not float((sparse_linear(given, mask, kept, starts).float() - right).abs().max() / right.abs().max()) <= near:
-                bad.append(label)
+        check(
+            label,
+            lambda x, mask=mask, kept=kept, starts=starts: sparse_linear(x, mask, kept, starts),
+            lambda x, mask=mask, kept=kept: reference_sparse_linear(x, mask, kept),
+        )
     for label, levels in LEVELS.items():
-        stored = leveled(37, m, levels)
-        right = reference_lookup(x, *stored, levels)
-        if not float((lookup_linear(x, *stored, levels) - right).abs().max() / right.abs().max()) <= NEAR:
-            bad.append(label)
+        w = leveled(37, m, levels)
+        check(label, lambda x, w=w, k=levels: lookup_linear(x, *w, k), lambda x, w=w, k=levels: reference_lookup(x, *w, k))
+    for label, vectors in BOOKS.items():
+        w = booked(37, m, vectors)
+        check(
+            label,
+            lambda x, w=w, v=vectors: book_linear(x, *w, None, v, 37),
+            lambda x, w=w, v=vectors: reference_book_linear(x, *w, None, v, 37),
+        )
     return bad
 
 
@@ -229,7 +255,7 @@ def main() -> None:
     there = native()
     result: dict[str, Any] = {
         "shape": [n, m], "inputs": a.inputs, "threads": a.threads, "pool_gb": a.pool, "kernels": there.level if there else "reference",
-        "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "rows": {},
+        "processor": hardware()["processor"], "torch": torch.__version__, "rows": {},
     }  # fmt: skip
     wrong = sorted({label for rows in (1, 5, 300) for label in equal(m, rows)})
     with torch.inference_mode():
@@ -251,7 +277,7 @@ def main() -> None:
                     "share_of_bandwidth": form.nbytes / t / bandwidth, "gflops": 2 * n * m * rows / t / 1e9,
                 }  # fmt: skip
                 print(
-                    f"{label:13s} {t * 1e3:8.3f} ms  {took[BF16] / t:5.2f}x bf16  {took[FP32] / t:5.2f}x fp32  "
+                    f"{label:18s} {t * 1e3:8.3f} ms  {took[BF16] / t:5.2f}x bf16  {took[FP32] / t:5.2f}x fp32  "
                     f"{form.nbytes / t / bandwidth:4.0%} of bandwidth  {2 * n * m * rows / t / 1e9:6.0f} GFLOP/s",
                     flush=True,
                 )

@@ -216,14 +216,14 @@ def _linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None,
     return out.to(x.dtype)
 
 
-def by_panels(x: Tensor, n: int, some: Callable[[slice, Tensor], Tensor], level: str) -> Tensor:
+def by_panels(x: Tensor, n: int, some: Callable[[slice, Tensor], Tensor], level: str, unit: int = 1) -> Tensor:
     """x (..., m) times the transpose of a matrix of n rows, of which `some` makes a slice dense, in the room (rows, m) fp32 that it gets:
-    some at a time, in bf16 where x is and the processor multiplies that."""
+    some at a time, from a multiple of `unit` on, in bf16 where x is and the processor multiplies that."""
     m = x.shape[-1]
     flat = x.reshape(-1, m)
     narrow = x.dtype == torch.bfloat16 and pairs(level)
     flat, out = (flat, flat.new_empty(n, flat.shape[0])) if narrow else (flat.float(), torch.empty(n, flat.shape[0]))
-    step = min(n, max(1, PANEL // m))
+    step = min(n, max(1, PANEL // m // unit) * unit)
     room = torch.empty(step, m)
     rounded = torch.empty(step, m, dtype=torch.bfloat16) if narrow else room
     for i in range(0, n, step):

@@ -237,7 +237,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         says="Below 30 % of the blocks, time falls with their share.",
         where=PAPER,
-        scale="8,192 tokens, 4 heads of 64, fp32, blocks of 128 by chance; at most 1.5 times the share of the quicker dense attention's time",
+        scale="8,192 tokens, 4 heads of 64, fp32, blocks of 128 by chance; at most 1.5 times their share, of the quicker dense attention",
         check=partial(_faster, False),
         broken=partial(_faster, True),
     ),

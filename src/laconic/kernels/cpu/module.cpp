@@ -13,6 +13,7 @@ void bind_attention(nb::module_& module);
 void bind_lookup(nb::module_& module);
 void bind_sparse(nb::module_& module);
 void bind_tape(nb::module_& module);
+void bind_vectors(nb::module_& module);
 
 using namespace laconic;
 
@@ -84,4 +85,5 @@ NB_MODULE(_native, module) {
     bind_lookup(module);
     bind_sparse(module);
     bind_tape(module);
+    bind_vectors(module);
 }

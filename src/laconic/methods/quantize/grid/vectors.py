@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from laconic.core.packed import Coded, Packed, Soft, Way
 from laconic.kernels.bits import pack, packed_width, unpack
+from laconic.kernels.books import book_dense, book_linear
 from laconic.kernels.grids import through
 from laconic.kernels.vectors import PART, Vectors, cut, laid, looked_up, nearest, nearest_sums, weighing
 
@@ -64,15 +65,21 @@ class Vectored(Packed):
         names = zip(NAMES, self.vectors.bits, strict=False)
         return [unpack(getattr(self, name)[runs], bits, self.matrix[1]) for (name, _), bits in names]
 
+    def _codes(self) -> list[Tensor]:
+        """Packed indices into each table."""
+        return [getattr(self, name) for name, _ in NAMES[: len(self.vectors.bits)]]
+
     def rows(self, index: Tensor | slice) -> Tensor:
         at = torch.arange(self.matrix[0])[index]
         runs, where = (at // self.vectors.width).unique(return_inverse=True)
         dense = looked_up(self.plain(runs), self.tables()).transpose(1, 2)[where, at % self.vectors.width]
         return dense if self.scales is None else dense * self.scales[index].float()[:, None]
 
+    def matmul(self, x: Tensor) -> Tensor:
+        return book_linear(x, self._codes(), self.tables(), self.scales, self.vectors, self.matrix[0])
+
     def dense(self) -> Tensor:
-        dense = laid(looked_up(self.plain(), self.tables()), self.matrix[0])
-        return (dense if self.scales is None else dense * self.scales.float()[:, None]).reshape(self.shape)
+        return book_dense(self._codes(), self.tables(), self.scales, self.vectors, *self.matrix).reshape(self.shape)
 
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         return Placed(self, target) if way is None else way(self, target)
