@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -89,3 +91,41 @@ def test_what_sees_nothing_gives_zeros_and_wrong_shapes_are_named() -> None:
     for wrong in ((one, one, one, keep, 3), (one, one[:, :, :4], one[:, :, :4], keep, 4), (one, one, one[:, :, :4], keep, 4)):
         with pytest.raises(ValueError, match="does not fit"):
             block_attention(*wrong)
+
+
+FUZZ = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
+module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+draw = np.random.default_rng(int(sys.argv[2]))
+def narrow(x): return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+def widen(x): return (x.astype(np.uint32) << 16).view(np.float32)
+for turn in range(int(sys.argv[3])):
+    b, k, share, t, past, d, v, block = (int(draw.integers(1, top)) for top in (3, 3, 4, 120, 100, 50, 50, 90))
+    past -= 1
+    h, s = k * share, t + past
+    bf16 = bool(draw.integers(2)) and module.pairs()
+    tensors = [draw.standard_normal(shape, dtype=np.float32) for shape in ((b, h, t, d), (b, k, s, d), (b, k, s, v))]
+    given = [narrow(x) if bf16 else x for x in tensors]
+    query, key, value = [widen(x) if bf16 else x for x in given]
+    keep = draw.integers(0, 2, (b, h, -(-t // block), -(-s // block)), dtype=np.uint8)
+    out = np.full((b, h, t, v), 65535 if bf16 else np.nan, np.uint16 if bf16 else np.float32)
+    places = *(x.ctypes.data for x in given), keep.ctypes.data
+    if not module.block_attention(*places, [b, h, k, t, s, d, v], block, bf16, 0.2, out.ctypes.data, 2, module.best()):
+        assert module.best() != "avx512"
+        continue
+    out = widen(out) if bf16 else out
+    sees = keep.repeat(block, 2)[:, :, :t].repeat(block, 3)[..., :s].astype(bool) & np.tri(t, s, past, dtype=bool)
+    scores = np.where(sees, 0.2 * query @ key.repeat(share, 1).swapaxes(2, 3), -np.inf)
+    most = np.maximum(scores.max(-1, keepdims=True), -1e30)
+    weights = np.exp(scores - most)
+    right = weights @ value.repeat(share, 1) / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    near = 3e-2 if bf16 else 1e-5
+    assert (np.abs(out - right) <= near * (1 + np.abs(right))).all(), (b, h, k, t, s, d, v, block, bf16)
+"""
+
+
+@pytest.mark.long
+def test_fuzz_with_sanitizers(sanitized: Callable[[str, str, int], None]) -> None:
+    sanitized(FUZZ, "0", 200)

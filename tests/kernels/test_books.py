@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -122,3 +123,49 @@ def test_wrong_input_is_named() -> None:
     ):
         with pytest.raises(error, match=said):
             book_linear(*given)  # type: ignore[arg-type]
+
+
+FUZZ = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
+module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+draw = np.random.default_rng(int(sys.argv[2]))
+def narrow(x): return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+def widen(x): return (x.astype(np.uint32) << 16).view(np.float32)
+for turn in range(int(sys.argv[3])):
+    n, m, rows, width = (int(draw.integers(1, top)) for top in (90, 700, 30, 20))
+    width = int(draw.choice([4, 8, 16, width]))
+    bits = [int(b) for b in draw.integers(1, 17, int(draw.integers(1, 3)))]
+    runs = -(-n // width)
+    codes = [draw.integers(0, 256, (runs, -(-m * b // 8)), dtype=np.uint8) for b in bits]
+    tables = [narrow(draw.standard_normal((2**b, width), dtype=np.float32)) for b in bits]
+    scales = narrow(draw.random(n, dtype=np.float32)) if draw.integers(2) else None
+    told = [k for c, b, t in zip(codes, bits, tables) for k in (c.ctypes.data, c.shape[1], b, t.ctypes.data)]
+    x = draw.standard_normal((rows, m), dtype=np.float32)
+    bf16 = bool(draw.integers(2))
+    given = narrow(x) if bf16 else x
+    x = widen(given) if bf16 else x
+    at = 0 if scales is None else scales.ctypes.data
+    dense = np.full((n, m), np.nan, np.float32)
+    module.vector_dense(told, at, n, m, width, dense.ctypes.data, 2)
+    plain = [np.unpackbits(c, axis=1, bitorder="little")[:, : m * b].reshape(runs, m, b) @ (1 << np.arange(b)) for c, b in zip(codes, bits)]
+    made = [widen(t)[p].transpose(0, 2, 1).reshape(-1, m)[:n] for t, p in zip(tables, plain)]
+    right = sum(made[1:], made[0]) * (1 if scales is None else widen(scales)[:, None])
+    assert (dense == right).all(), (n, m, width, bits)
+    size = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(sum(map(np.abs, made)), axis=1) + 1e-9
+    ways = [(level, False) for level in ("plain", "avx512")[: 1 + (module.best() == "avx512")]]
+    if bf16 and width in (4, 8) and module.pairs():
+        ways.append(("avx512", True))
+    for level, panels in ways:
+        out = np.full((rows, n), 65535 if bf16 else np.nan, np.uint16 if bf16 else np.float32)
+        module.vector_linear(given.ctypes.data, bf16, rows, told, at, n, m, width, out.ctypes.data, panels, 2, level)
+        out = widen(out) if bf16 else out
+        least = 1e-5 * size + (np.abs(out) * 2.0**-7 + (2.0**-8 * size if panels else 0) if bf16 else 0)
+        assert (np.abs(out - x @ dense.T) < least).all(), (n, m, rows, width, bits, bf16, level, panels)
+"""
+
+
+@pytest.mark.long
+def test_fuzz_with_sanitizers(sanitized: Callable[[str, str, int], None]) -> None:
+    sanitized(FUZZ, "0", 200)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from laconic.kernels.linear import (
 )
 from laconic.kernels.native import LEVELS, Native, native
 
-ROOT = Path(__file__).parents[2]
 # a product in fp32 is wrong by no more than this share of |x| |w|; its native one does not do worse
 NEAR = 1e-6
 WIDTHS = (1, 7, 63, 64, 65, 172, 256, 300, 1024)
@@ -327,7 +325,7 @@ for turn in range(int(sys.argv[3])):
         assert (dense == found[0][1]).all(), (n, m, rows, bits, group)
         size = np.linalg.norm(x, axis=1)[:, None] * (2.0**bits * m**0.5) + 1e-9
         # in bf16 the last rounding may go the other way, and many rows are multiplied with weights in bf16
-        least = 1e-4 * size + (np.abs(out) * 2.0**-7 + 2e-3 * size if bf16 else 0)
+        least = 1e-4 * size + (np.abs(out) * 2.0**-7 + 2.0**-8 * size if bf16 else 0)
         assert (np.abs(out - found[0][0]) < least).all(), (n, m, rows, bits, group, bf16)
         least = 1e-4 * size + (np.abs(near) * 2.0**-7 if bf16 else 0)
         assert (np.abs(near - found[0][2]) < least).all(), ("int8", n, m, rows, bits, group, bf16)
@@ -335,19 +333,5 @@ for turn in range(int(sys.argv[3])):
 
 
 @pytest.mark.long
-def test_fuzz_with_sanitizers(tmp_path: Path) -> None:
-    nanobind = pytest.importorskip("nanobind", reason="building the kernels again needs nanobind")
-    if not (shutil.which("cmake") and shutil.which("g++")):
-        pytest.skip("building the kernels again needs cmake and g++")
-    where = ["-S", str(ROOT), "-B", str(tmp_path), "-DLACONIC_SANITIZE=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-    subprocess.run(["cmake", *where, f"-Dnanobind_DIR={nanobind.cmake_dir()}"], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
-    (built,) = tmp_path.glob("_native*.so")
-    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout.strip()
-    done = subprocess.run(
-        [sys.executable, "-c", FUZZ, str(built), "0", "200"],
-        env={**os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_fuzz_with_sanitizers(sanitized: Callable[[str, str, int], None]) -> None:
+    sanitized(FUZZ, "0", 200)

@@ -218,8 +218,8 @@ for turn in range(int(sys.argv[3])):
     for out, dense in found[1:]:
         assert (dense == found[0][1]).all(), (n, m, rows, bits, group, scaling, kind)
         size = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(dense, axis=1) + 1e-9
-        # in bf16 the last rounding may go the other way
-        least = 1e-5 * size + (np.abs(out) * 2.0**-7 if bf16 else 0)
+        # in bf16 the last rounding may go the other way, and many rows are multiplied with weights in bf16
+        least = 1e-5 * size + (np.abs(out) * 2.0**-7 + 2.0**-8 * size if bf16 else 0)
         assert (np.abs(out - found[0][0]) < least).all(), (n, m, rows, bits, group, scaling, kind, bf16)
 """
 
