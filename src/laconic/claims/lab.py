@@ -9,6 +9,7 @@ import functools
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -133,6 +134,20 @@ def spread(values: Sequence[float], unit: str) -> Measurement:
     """Mean, extremes and standard deviation over seeds."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return Measurement(statistics.fmean(values), unit, len(values), min(values), max(values), deviation)
+
+
+def turns(runs: Sequence[Callable[[], object]], rounds: int, warm: int = 1) -> list[list[float]]:
+    """Seconds that each takes, one after another `rounds` times, so that a slow moment of the machine is nobody's; the first `warm` rounds
+    besides do not count."""
+    took: list[list[float]] = [[] for _ in runs]
+    with torch.inference_mode():
+        for turn in range(warm + rounds):
+            for run, times in zip(runs, took, strict=True):
+                began = time.perf_counter()
+                run()
+                if turn >= warm:
+                    times.append(time.perf_counter() - began)
+    return took
 
 
 def swapped(router: Router, kind: type[Routed]) -> Router:

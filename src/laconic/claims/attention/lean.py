@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from laconic.claims.lab import judged, long_text
+from laconic.claims.lab import judged, long_text, turns
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.state import Ragged, Run, State
 from laconic.kernels.attention import Plain, attention, held_attention
@@ -150,14 +149,10 @@ def _time(lab: Lab, share: Share) -> Verdict:
     draw = torch.Generator().manual_seed(0)
     keys, values = (Plain((torch.randn(1, 1, 65536, 128, generator=draw).bfloat16(),), (65536,)) for _ in range(2))
     query = torch.randn(1, 4, 1, 128, generator=draw).bfloat16()
-    took: dict[str, list[float]] = {"ours": [], "a pair each": []}
+    ways = {"ours": share, "a pair each": by_pair}
     with threads(2):
-        for turn in range(16 if lab.quick else 51):
-            for name, one in (("ours", share), ("a pair each", by_pair)):
-                began = time.perf_counter()
-                held_attention(query, [keys], [values], schedule=one)
-                if turn:
-                    took[name].append(time.perf_counter() - began)
+        runs = [partial(held_attention, query, [keys], [values], schedule=one) for one in ways.values()]
+        took = dict(zip(ways, turns(runs, 15 if lab.quick else 50), strict=True))
     numbers = {
         f"time, {name}": Measurement(statistics.median(times), "s", len(times), min(times), max(times)) for name, times in took.items()
     }

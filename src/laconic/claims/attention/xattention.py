@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from laconic.claims.lab import ONE, SEEDS, judged, on, spread
+from laconic.claims.lab import ONE, SEEDS, judged, on, spread, turns
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.state import Pattern
 from laconic.kernels.blocks import block_attention, causal_attention, visible
@@ -193,18 +192,12 @@ def _faster(broken: bool, lab: Lab) -> Verdict:
         keep = ((torch.rand(1, 4, *seen.shape, generator=draw) < density) | own) & seen
         share = float(keep.float().sum() / (4 * seen.sum()))
         done = seen.expand(1, 4, -1, -1) if broken else keep
-        ratios = []
-        for _ in range(3 if lab.quick else 9):
-            took = []
-            for run in (
-                partial(F.scaled_dot_product_attention, query, key, value, is_causal=True),
-                partial(causal_attention, query, key, value),
-                partial(block_attention, query, key, value, done, block),
-            ):
-                began = time.perf_counter()
-                run()
-                took.append(time.perf_counter() - began)
-            ratios.append(took[2] / min(took[:2]))
+        runs = (
+            partial(F.scaled_dot_product_attention, query, key, value, is_causal=True),
+            partial(causal_attention, query, key, value),
+            partial(block_attention, query, key, value, done, block),
+        )
+        ratios = [ours / min(dense) for *dense, ours in zip(*turns(runs, 3 if lab.quick else 9), strict=True)]
         numbers[f"{share:.0%} of the blocks: time, as a share of dense attention's"] = spread(ratios, "")
         if statistics.median(ratios) > 1.5 * share:
             wrong.append(f"{share:.0%} of the blocks take over {1.5 * share:.0%} of the time")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Found, judged, measured, on, spread, swapped
+from laconic.claims.lab import ONE, SEEDS, Bench, Found, judged, measured, on, spread, swapped, turns
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.router import Routed, Router
 from laconic.kernels.native import native
@@ -136,6 +135,11 @@ def _projections(chosen: str, lab: Lab) -> Verdict:
     return on(lab, "stories260k", check)
 
 
+def _through(layers: Sequence[tuple[Tensor, Tensor]], factors: Tensor, x: Tensor) -> None:
+    for up, down in layers:
+        skipped(factors, down, x, up)
+
+
 def _faster(broken: bool, lab: Lab) -> Verdict:
     """One token through up and down of a wide layer in bf16, of layers that no cache holds, against all neurons by the same kernel."""
     if native() is None:
@@ -147,15 +151,8 @@ def _faster(broken: bool, lab: Lab) -> Verdict:
         a = torch.randn(1, h, generator=draw)
         # what is left out is at random places, as in a text
         few = a if broken else a * (torch.rand(1, h, generator=draw) >= share)
-        ratios = []
-        for _ in range(5 if lab.quick else 15):
-            took = []
-            for one in (a, few):
-                began = time.perf_counter()
-                for up, down in layers:
-                    skipped(one, down, x, up)
-                took.append(time.perf_counter() - began)
-            ratios.append(took[0] / took[1])
+        whole, some = turns([partial(_through, layers, one, x) for one in (a, few)], 5 if lab.quick else 15)
+        ratios = [one / other for one, other in zip(whole, some, strict=True)]
         numbers[f"times as fast as all neurons, {share:.0%} left out"] = spread(ratios, "")
         if statistics.median(ratios) < 0.75 / (1 - share):
             wrong.append(f"with {share:.0%} left out a layer takes over {(1 - share) / 0.75:.0%} of the time")

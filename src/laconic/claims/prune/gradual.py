@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Found, duel, gathered, held, judged, measure, on, spread, tuned
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Found, duel, gathered, held, judged, measure, on, spread, tuned, turns
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.kernels.bits import pack
 from laconic.kernels.native import native
@@ -87,7 +86,7 @@ def _faster(product: Product, rival: str, factor: float, lab: Lab) -> Verdict:
                     "dense convolution": partial(F.conv2d, x, weight[..., None, None]),
                     "compressed rows": partial(torch.mm, rows, x[0].reshape(channels, -1)),
                 }
-                took = _turns((partial(product, x, mask, kept, weight), theirs[rival]), 5 if lab.quick else 21)
+                took = turns((partial(product, x, mask, kept, weight), theirs[rival]), 5 if lab.quick else 21)
                 ratios = [b / a for a, b in zip(*took, strict=True)]
                 numbers[f"{side} x {side}, {zeros:.0%} zeros: times as fast as {rival}"] = spread(ratios, "")
                 ahead += [zeros] * (statistics.median(ratios) > 1)
@@ -98,18 +97,6 @@ def _faster(product: Product, rival: str, factor: float, lab: Lab) -> Verdict:
     finally:
         torch.set_num_threads(before)
     return judged(wrong, numbers)
-
-
-def _turns(runs: tuple[Callable[[], object], ...], rounds: int) -> list[list[float]]:
-    took: list[list[float]] = [[] for _ in runs]
-    with torch.inference_mode():
-        for turn in range(rounds + 1):
-            for run, times in zip(runs, took, strict=True):
-                began = time.perf_counter()
-                run()
-                if turn:
-                    times.append(time.perf_counter() - began)
-    return took
 
 
 def _tuned(bench: Bench, lesson: Gradual, keep: float, seed: int, stray: bool) -> Found:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laconic.claims.lab import judged
+from laconic.claims.lab import judged, turns
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.packed import Dense
 from laconic.kernels.native import native
@@ -88,13 +89,19 @@ def _bytes(lab: Lab, count: Callable[[Sparse], int]) -> Verdict:
     return judged(wrong, numbers)
 
 
+def _taking(pool: Sequence[Any], product: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
+    """A product with the next of a pool, round and round."""
+    around = itertools.cycle(pool)
+    return lambda: product(next(around))
+
+
 def _time(lab: Lab, product: Product) -> Verdict:
     there = native()
     if there is None or there.level != "avx512":
         return Verdict("cannot be checked here", {}, "the products that read what is stored as fast as it comes need AVX-512")
     n, m = SHAPE
     numbers: dict[str, Measurement] = {}
-    turns, wrong = 8 if lab.quick else 40, []
+    rounds, wrong = 8 if lab.quick else 40, []
     x = torch.randn(1, m, generator=torch.Generator().manual_seed(0)).bfloat16()
     for zeros in ZEROS:
         weight, form = drawn(n, m, zeros)
@@ -108,20 +115,12 @@ def _time(lab: Lab, product: Product) -> Verdict:
         copies = 12
         dense, csr = [weight.clone() for _ in range(copies)], [rows.clone() for _ in range(copies)]
         held = [Sparse(form.shape, form.mask.clone(), Dense(form.values.line().clone())) for _ in range(2 * copies)]
-        took: dict[str, list[float]] = {"ours": [], "dense": [], "csr": []}
-        with torch.inference_mode():
-            for turn in range(turns + 1):
-                for i in range(copies):
-                    calls: dict[str, Callable[[], Tensor]] = {
-                        "ours": partial(product, held[(turn * copies + i) % len(held)], x),
-                        "dense": partial(F.linear, x, dense[i]),
-                        "csr": partial(torch.matmul, csr[i], wide),
-                    }
-                    for name, call in calls.items():
-                        began = time.perf_counter()
-                        call()
-                        if turn:
-                            took[name].append(time.perf_counter() - began)
+        calls = {
+            "ours": _taking(held, lambda one: product(one, x)),
+            "dense": _taking(dense, partial(F.linear, x)),
+            "csr": _taking(csr, partial(torch.matmul, other=wide)),
+        }
+        took = dict(zip(calls, turns(list(calls.values()), rounds * copies, warm=copies), strict=True))
         ours = statistics.median(took["ours"])
         for name, told in (("dense", "torch's dense product in bf16"), ("csr", "torch's product of compressed rows in fp32")):
             ratio = statistics.median(took[name]) / ours
