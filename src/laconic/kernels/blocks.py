@@ -90,7 +90,10 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, blo
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """Causal attention over all tokens -> (b, h, t, d of values), in query's dtype: by the kernel with every block, or by torch."""
     (b, h, t, _), (_, k, s, _) = query.shape, key.shape
-    if t * s >= PAIRS:
+    # with AMX torch multiplies bf16 quicker than the kernel does
+    there = native()
+    tiles = query.dtype == torch.bfloat16 and there is not None and there.module.pairs() and not there.module.only_pairs()
+    if t * s >= PAIRS and not tiles:
         seen, _ = visible(t, s, DENSE)
         found = _native(query, key, value, seen.expand(b, h, *seen.shape), DENSE, scale)
         if found is not None:

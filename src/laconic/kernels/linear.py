@@ -243,7 +243,7 @@ def pairs(level: str) -> bool:
 def panels(level: str) -> bool:
     """Whether the kernels multiply pairs of bf16 at this level, and as quickly as torch does; with AMX torch is quicker."""
     there = native()
-    return there is not None and level == "avx512" and there.module.pairs() and not torch.cpu._is_amx_tile_supported()
+    return there is not None and level == "avx512" and bool(there.module.only_pairs())
 
 
 def even(group: int, m: int) -> bool:

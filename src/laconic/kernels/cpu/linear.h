@@ -242,8 +242,9 @@ void dense_avx512(const Weight& w, float* out, int threads);
 // as span_plain, for groups that are a row or a multiple of 16 columns; `from` is a multiple of 64
 void span_avx512(const Weight& w, int64_t row, int64_t from, int64_t to, float* out);
 bool int8_avx512(const Product& p);
-// whether this processor multiplies pairs of bf16
+// whether this processor multiplies pairs of bf16, and whether it does so without tiles of AMX, by which torch is quicker
 bool pairs();
+bool only_pairs();
 // more rows of bf16 than this are quicker by panels than by codes as they are read
 constexpr int64_t SOME = 12;
 // many rows of bf16, with weights rounded to bf16, for groups that are a row or a multiple of 16 columns; what is not finite in x goes through the sums

@@ -25,7 +25,7 @@ void linear(uintptr_t x, bool bf16, int64_t rows, uintptr_t codes, size_t stride
     const Looked p{leveled(codes, stride, scales, scaling, whole, table, kind, n, m, bits, group), reinterpret_cast<const void*>(x), bf16, rows,
                    reinterpret_cast<void*>(out), threads};
 #if defined(LACONIC_X86)
-    if (with == "avx512" && bf16 && rows > SOME && pairs() && (p.w.group % 16 == 0 || p.w.group >= m)) return lookup_panels_bf16(p);
+    if (with == "avx512" && bf16 && rows > SOME && only_pairs() && (p.w.group % 16 == 0 || p.w.group >= m)) return lookup_panels_bf16(p);
     if (with == "avx512" && regular(p.w)) return bf16 && pairs() ? lookup_narrow_avx512(p) : lookup_wide_avx512(p);
 #endif
     lookup_plain(p);

@@ -31,10 +31,17 @@ std::string best() {
     return "plain";
 }
 
-// whether it multiplies pairs of bf16
+// whether it multiplies pairs of bf16, and whether that is its quickest way
 bool paired() {
 #if defined(LACONIC_X86)
     return best() == "avx512" && pairs();
+#else
+    return false;
+#endif
+}
+bool only_paired() {
+#if defined(LACONIC_X86)
+    return best() == "avx512" && only_pairs();
 #else
     return false;
 #endif
@@ -77,6 +84,7 @@ void skip_of(uintptr_t a, uintptr_t x, uintptr_t up, uintptr_t bias, uintptr_t d
 NB_MODULE(_native, module) {
     module.def("best", &best);
     module.def("pairs", &paired);
+    module.def("only_pairs", &only_paired);
     module.def("linear", &linear);
     module.def("linear_int8", &linear_int8);
     module.def("dense", &dense_of);

@@ -2,6 +2,9 @@
 #include <algorithm>
 
 #include "linear.h"
+#if defined(LACONIC_X86)
+#include <cpuid.h>
+#endif
 
 namespace laconic {
 
@@ -28,11 +31,20 @@ bool pairs() {
     }();
     return there;
 }
+
+bool only_pairs() {
+    static const bool there = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+        return pairs() && !tiles;
+    }();
+    return there;
+}
 #endif
 
 bool multiply(const Product& p, Level level) {
 #if defined(LACONIC_X86)
-    if (level == Level::avx512 && p.bf16 && p.rows > SOME && pairs() && (p.w.group % 16 == 0 || p.w.group >= p.w.m)) {
+    if (level == Level::avx512 && p.bf16 && p.rows > SOME && only_pairs() && (p.w.group % 16 == 0 || p.w.group >= p.w.m)) {
         panels_bf16(p);
         return true;
     }
