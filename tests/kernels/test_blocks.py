@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from laconic.kernels import blocks
 from laconic.kernels.blocks import block_attention, causal_attention, reaching, visible
 
 
@@ -60,7 +61,9 @@ def test_over_all_blocks_it_is_causal_attention(dtype: torch.dtype, t: int, s: i
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3 if before == 1 else 1)
-        assert torch.equal(causal_attention(*apart), found)
+        again = causal_attention(*apart)
+        # few pairs are torch's, whose sums may come in another order
+        assert torch.equal(again, found) if t * s >= blocks.PAIRS else torch.allclose(again, found, rtol=1e-2, atol=1e-3)
     finally:
         torch.set_num_threads(before)
 
