@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +229,16 @@ def test_finish_ends_a_run_early(tmp_path):
     model = nano.new_model(nano.Shape(300, 32, 64, 2, 4, 2, 32))
     seen, _ = nano.fit(model, stream, recipe, 1, tmp_path, lambda m: 0.0, lambda m, s, t: None, lambda line: None, compiled=False)
     assert seen < 60 * 64
+
+
+def test_a_run_cut_short_goes_on_where_it_stood(tmp_path):
+    recipe, stream, _ = _tiny(tmp_path, 60)
+    recipe = replace(recipe, begun=50 * 64)
+    model, lines = nano.new_model(nano.Shape(300, 32, 64, 2, 4, 2, 32)), []
+    seen, _ = nano.fit(model, stream, recipe, 1, tmp_path, lambda m: 0.0, lambda m, s, t: None, lines.append, compiled=False)
+    assert 0 < recipe.tokens - recipe.begun - seen < 64 or seen == 10 * 64
+    with pytest.raises(SystemExit):
+        nano.main(["--begun", "5"])
 
 
 def test_the_rate_warms_up_stays_and_decays_to_zero():

@@ -60,7 +60,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Knobs of a run. Lengths in tokens, shares of the whole run, rates per step."""
+    """Knobs of a run. Lengths in tokens, shares of the whole run, rates per step; begun: tokens of it that a run cut short saw."""
 
     tokens: int = FULL
     hours: float = math.inf
@@ -73,6 +73,7 @@ class Recipe:
     warmup: int = 100
     decay_at: float = 0.75
     long_at: float = 0.92
+    begun: int = 0
 
 
 def rate(progress: float, step: int, recipe: Recipe) -> float:
@@ -432,7 +433,7 @@ def fit(
     seen = step = 0
     mean = math.nan
     finish: int | None = None
-    progress = 0.0
+    progress = recipe.begun / recipe.tokens
     while progress < 1:
         length = long if progress >= recipe.long_at else recipe.short
         rows = max(1, recipe.micro // length)
@@ -448,7 +449,7 @@ def fit(
         if finish is None and progress < recipe.decay_at and (scratch / "FINISH").exists():
             say("FINISH found: the decay starts")
             finish = seen
-        progress = max(progress, seen / recipe.tokens, (now - began) / 3600 / recipe.hours)
+        progress = max(progress, (recipe.begun + seen) / recipe.tokens, (now - began) / 3600 / recipe.hours)
         if finish is not None:
             progress = max(progress, recipe.decay_at + (1 - recipe.decay_at) * (seen - finish) / max(1, finish / 3))
         if step % 20 == 0:
@@ -570,6 +571,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--quick", action="store_true", help="two hours by the clock, then say what that loses")
     p.add_argument("--hours", type=float, help="end after this many hours")
     p.add_argument("--tokens", type=int, default=FULL, help="end after this many tokens (default %(default)s)")
+    p.add_argument("--begun", type=int, default=0, help="with --resume: tokens that a run cut short saw, which goes on where it stood")
     p.add_argument("--out", type=Path, default=path(), help="folder to write (default: the package's own)")
     p.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "laconic-nano", help="log and checkpoints")
     p.add_argument("--resume", nargs="?", type=Path, const=path(), help="start from the weights in this folder (default: shipped)")
@@ -580,6 +582,8 @@ def main(arguments: list[str] | None = None) -> None:
     hours = a.hours if a.hours is not None else 2.0 if a.quick else math.inf
     if a.threads < 1 or a.tokens < 1 or a.epochs < 1 or hours <= 0:
         p.error("--threads, --tokens, --epochs and --hours must be above 0")
+    if not 0 <= a.begun < a.tokens or (a.begun and not a.resume):
+        p.error("--begun counts tokens of --tokens, and goes with --resume")
     # found out now rather than after hours of training
     a.out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(a.out.parent, os.W_OK):
@@ -591,7 +595,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"training nano needs torch.optim.Muon, which torch {torch.__version__} lacks; install torch 2.9 or later")
-    recipe = Recipe(tokens=a.tokens, hours=hours)
+    recipe = Recipe(tokens=a.tokens, hours=hours, begun=a.begun)
 
     def say(line: str) -> None:
         line = f"{time.strftime('%H:%M:%S')} {line}"
