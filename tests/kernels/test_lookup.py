@@ -13,6 +13,7 @@ from torch import Tensor
 from laconic.kernels import lookup
 from laconic.kernels.bits import pack
 from laconic.kernels.levels import FLOATS, Levels, encode, fit_scale, fit_table, stored_scales, whole_of
+from laconic.kernels.linear import even, panels
 from laconic.kernels.lookup import lookup_dense, lookup_linear, reference_dense, reference_linear
 from laconic.kernels.native import LEVELS, Native, native
 
@@ -34,9 +35,16 @@ def held(n: int, m: int, levels: Levels, seed: int = 0) -> Stored:
     return pack(encode(weight, scale, levels, table), levels.bits), stored_scales(scale, levels, whole), whole, table
 
 
-def wrong(x: Tensor, y: Tensor, stored: Stored, levels: Levels) -> float:
+def rounds(x: Tensor, level: str, levels: Levels) -> bool:
+    """Whether weights are rounded to bf16: by panels, which many rows of bf16 pass."""
+    many = x.numel() // x.shape[-1] > 12
+    return many and x.dtype == torch.bfloat16 and panels(level) and even(levels.group or 0, x.shape[-1])
+
+
+def wrong(x: Tensor, y: Tensor, stored: Stored, levels: Levels, rounded: bool = False) -> float:
     """Greatest error as a share of |x| |w|."""
-    w = reference_dense(*stored, levels, x.shape[-1]).double()
+    dense = reference_dense(*stored, levels, x.shape[-1])
+    w = (dense.bfloat16() if rounded else dense).double()
     size = x.double().norm(dim=-1, keepdim=True) * w.norm(dim=-1)
     return float(((y.double() - x.double() @ w.T).abs() / size.clamp(min=1e-300)).max())
 
@@ -58,13 +66,13 @@ def test_equal_over_widths_groups_and_scales(level: str, table: Levels) -> None:
         stored = held(5, m, levels)
         assert torch.equal(lookup_dense(*stored, levels, m), reference_dense(*stored, levels, m)), (m, levels)
         # rows go together in eights, then fours, twos and ones
-        for rows in (1, 3, 15):
+        for rows in (1, 3, 11, 15):
             # some columns far greater than others
             x = torch.randn(rows, m, generator=draw) * torch.randn(1, m, generator=draw).exp()
             assert wrong(x, lookup_linear(x, *stored, levels), stored, levels) < NEAR, (m, levels, rows)
             low = x.bfloat16()
             # the result is rounded to bf16
-            assert wrong(low, lookup_linear(low, *stored, levels), stored, levels) < 2**-8, (m, levels, rows)
+            assert wrong(low, lookup_linear(low, *stored, levels), stored, levels, rounds(low, level, levels)) < 2**-8, (m, levels, rows)
 
 
 @pytest.mark.parametrize("levels", [Levels.mxfp4(), Levels.nvfp4(), Levels.fp8(128), Levels.codebook(3), Levels.codebook(4, 128)], ids=str)
@@ -74,7 +82,7 @@ def test_equal_for_many_rows_and_outputs(level: str, levels: Levels) -> None:
         stored, x = held(n, 320, levels), torch.randn(rows, 320, generator=draw)
         assert wrong(x, lookup_linear(x, *stored, levels), stored, levels) < NEAR, (n, rows)
         low = x.bfloat16()
-        assert wrong(low, lookup_linear(low, *stored, levels), stored, levels) < 2**-8, (n, rows)
+        assert wrong(low, lookup_linear(low, *stored, levels), stored, levels, rounds(low, level, levels)) < 2**-8, (n, rows)
 
 
 def test_sums_of_bf16_inputs_are_those_of_fp32(level: str) -> None:
@@ -100,7 +108,10 @@ def test_shapes_strides_and_dtypes(level: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         low = lookup_linear(x.to(dtype), *stored, levels)
         assert low.dtype == dtype
-        torch.testing.assert_close(low.float(), lookup_linear(x.to(dtype).float(), *stored, levels), rtol=1e-2, atol=1e-2)
+        # many rows of bf16 are multiplied with weights in bf16 where the kernels have products of pairs, as the reference does
+        given = x.to(dtype)
+        want = reference_linear(given, *stored, levels) if rounds(given, level, levels) else lookup_linear(given.float(), *stored, levels)
+        torch.testing.assert_close(low.float(), want.float(), rtol=1e-2, atol=1e-2)
     assert lookup_linear(x[:0], *stored, levels).shape == (0, 5, 2, 6)
 
 
