@@ -10,10 +10,6 @@ namespace {
 
 // rows of x that share a reading of the entries
 constexpr int64_t BUNCH = 4;
-// widths that a compiler may unroll; others have at most this many numbers at once
-constexpr int64_t WIDEST = 16;
-
-inline __attribute__((always_inline)) float wide(uint16_t value) { return from_bf16(value); }
 
 struct Sums {
     const int32_t* index[2];
@@ -31,10 +27,10 @@ inline __attribute__((always_inline)) void added(const Sums& s, int64_t first) {
     const auto step = [&](int64_t j, int chain) __attribute__((always_inline)) {
         const uint16_t* entry = s.table[0] + int64_t(s.index[0][j]) * s.width + first;
         float value[W];
-        for (int i = 0; i < W; i++) value[i] = wide(entry[i]);
+        for (int i = 0; i < W; i++) value[i] = from_bf16(entry[i]);
         if (TWO) {
             const uint16_t* finer = s.table[1] + int64_t(s.index[1][j]) * s.width + first;
-            for (int i = 0; i < W; i++) value[i] += wide(finer[i]);
+            for (int i = 0; i < W; i++) value[i] += from_bf16(finer[i]);
         }
         for (int r = 0; r < ROWS; r++)
             for (int i = 0; i < W; i++) total[chain][r][i] += s.x[r * s.m + j] * value[i];
@@ -118,18 +114,11 @@ void vectors_plain(const VectorProduct& p) {
         for (int64_t run = 0; run < w.runs(); run++) {
             Sums s{{index.data(), index.data() + w.m}, {w.books[0].table, w.books[1].table}, w.width, w.m, x, sums.data()};
             for (int b = 0; b < w.count; b++) indices_of(w.books[b], run, w.m, index.data() + b * w.m);
-            const int64_t begin = run * w.width, number = std::min(w.width, w.n - begin);
             for (int64_t r = 0, some; r < p.rows; r += some, s.x += some * w.m) {
                 some = p.rows - r >= BUNCH ? BUNCH : 1;
                 if (some == BUNCH) four_rows(s, w.count == 2);
                 else one_row(s, w.count == 2);
-                for (int64_t i = 0; i < some; i++)
-                    for (int64_t k = 0; k < number; k++) {
-                        const float value = sums[size_t(i * w.width + k)] * (w.scales ? from_bf16(w.scales[begin + k]) : 1.0f);
-                        const int64_t to = (r + i) * w.n + begin + k;
-                        if (p.bf16) static_cast<uint16_t*>(p.out)[to] = to_bf16(value);
-                        else static_cast<float*>(p.out)[to] = value;
-                    }
+                put_run(p, run, r, some, sums.data());
             }
         }
     }

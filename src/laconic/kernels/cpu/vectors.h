@@ -31,6 +31,19 @@ struct VectorProduct {
     int threads;
 };
 
+// What `some` rows of x from r on, times a run, come to: sums, `width` of each, with the factors of their rows.
+inline void put_run(const VectorProduct& p, int64_t run, int64_t r, int64_t some, const float* sums) {
+    const Vectored& w = p.w;
+    const int64_t begin = run * w.width, number = w.n - begin < w.width ? w.n - begin : w.width;
+    for (int64_t i = 0; i < some; i++)
+        for (int64_t k = 0; k < number; k++) {
+            const float value = sums[i * w.width + k] * (w.scales ? from_bf16(w.scales[begin + k]) : 1.0f);
+            const int64_t to = (r + i) * w.n + begin + k;
+            if (p.bf16) static_cast<uint16_t*>(p.out)[to] = to_bf16(value);
+            else static_cast<float*>(p.out)[to] = value;
+        }
+}
+
 // the indices of all columns of a run
 void indices_of(const Book& book, int64_t run, int64_t m, int32_t* out);
 

@@ -13,12 +13,10 @@ thread_local Room offsets_room;
 // Indices of any width as offsets: each becomes a word of 32 bits by one byte shuffle and a shift.
 class Offsets {
     const Book& book;
-    const int64_t width;
-    __m512i spread, shifts, mask;
-    int up;
+    __m512i spread, shifts, mask, each; // each: bytes of an entry
 
   public:
-    Offsets(const Book& book, int64_t width) : book(book), width(width) {
+    Offsets(const Book& book, int64_t width) : book(book) {
         alignas(64) uint8_t from[64];
         alignas(64) int32_t by[16];
         for (int i = 0; i < 16; i++) {
@@ -28,7 +26,7 @@ class Offsets {
         }
         spread = _mm512_load_si512(from), shifts = _mm512_load_si512(by);
         mask = _mm512_set1_epi32((1 << book.bits) - 1);
-        up = int(2 * width);
+        each = _mm512_set1_epi32(int(2 * width));
     }
     // of `count` columns of a run from `first` on, a multiple of 8; up to 16 more are written, which are of some entry
     void of(int64_t run, int64_t first_column, int64_t count, int32_t* out) const {
@@ -37,7 +35,7 @@ class Offsets {
             // 16 indices and what the last shuffle takes besides
             const __m512i v = _mm512_maskz_loadu_epi8(first(std::min<int64_t>(std::max<int64_t>(0, end - at), 2 * book.bits)), at);
             const __m512i index = _mm512_and_si512(_mm512_srlv_epi32(_mm512_permutexvar_epi8(spread, v), shifts), mask);
-            _mm512_storeu_si512(out + j, _mm512_mullo_epi32(index, _mm512_set1_epi32(up)));
+            _mm512_storeu_si512(out + j, _mm512_mullo_epi32(index, each));
         }
     }
 };
@@ -116,20 +114,13 @@ void vectors_few(const VectorProduct& p) {
 #pragma omp for schedule(static)
         for (int64_t run = 0; run < w.runs(); run++) {
             for (int b = 0; b < w.count; b++) books[b].of(run, 0, w.m, room + b * wide);
-            const int64_t from = run * w.width, number = std::min(w.width, w.n - from);
             for (int64_t r = 0, some; r < p.rows; r += some) {
                 some = bunch(p.rows, r);
                 const auto* x = static_cast<const typename K::X*>(p.x) + r * w.m;
                 if (w.width == 4) sums_of_run<K, 4>(some, w, 0, offset, x, sums, w.width);
                 else
                     for (int64_t begin = 0; begin < w.width; begin += 8) sums_of_run<K, 8>(some, w, begin, offset, x, sums + begin, w.width);
-                for (int64_t i = 0; i < some; i++)
-                    for (int64_t k = 0; k < number; k++) {
-                        const float value = sums[i * w.width + k] * (w.scales ? from_bf16(w.scales[from + k]) : 1.0f);
-                        const int64_t to = (r + i) * w.n + from + k;
-                        if (p.bf16) static_cast<uint16_t*>(p.out)[to] = to_bf16(value);
-                        else static_cast<float*>(p.out)[to] = value;
-                    }
+                put_run(p, run, r, some, sums);
             }
         }
     }
