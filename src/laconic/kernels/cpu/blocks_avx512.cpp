@@ -5,9 +5,8 @@ namespace laconic {
 
 namespace {
 
-struct Single {
+struct Single : Alone {
     using Number = float;
-    static inline __m512 madd(__m512 total, __m512i w, __m512i x) { return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), total); }
     // of 16 channels, tokens `stride` bytes apart, the word that begins with `token`
     static inline __m512i words(const uint8_t* at, int64_t stride, int64_t token, int64_t, __mmask16 there) {
         return _mm512_maskz_loadu_epi32(there, at + token * stride);

@@ -5,9 +5,8 @@ namespace laconic {
 
 namespace {
 
-struct Double {
+struct Double : Paired {
     using Number = uint16_t;
-    static inline __m512 madd(__m512 total, __m512i w, __m512i x) { return _mm512_dpbf16_ps(total, (__m512bh)w, (__m512bh)x); }
     // of 16 channels, tokens `stride` bytes apart, the word that begins with `token`; a token behind the last is zero
     static inline __m512i words(const uint8_t* at, int64_t stride, int64_t token, int64_t tokens, __mmask16 there) {
         const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, at + token * stride));

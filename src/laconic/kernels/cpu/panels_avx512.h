@@ -34,6 +34,18 @@ struct Many {
     }
 };
 
+// how words are multiplied: numbers in fp32, or pairs of bf16
+struct Alone {
+    static inline __m512 madd(__m512 total, __m512i w, __m512i x) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), total);
+    }
+};
+#if defined(__AVX512BF16__)
+struct Paired {
+    static inline __m512 madd(__m512 total, __m512i w, __m512i x) { return _mm512_dpbf16_ps(total, (__m512bh)w, (__m512bh)x); }
+};
+#endif
+
 // up to 16 rows of x word by word; words behind the last are zeros
 template <int P>
 void lay(const Many& p, int64_t row, int64_t rows, int32_t* to) {

@@ -7,11 +7,6 @@ namespace laconic {
 
 namespace {
 
-// pairs of bf16
-struct Paired {
-    static inline __m512 madd(__m512 total, __m512i w, __m512i x) { return _mm512_dpbf16_ps(total, (__m512bh)w, (__m512bh)x); }
-};
-
 inline __m512i both(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // what codes stand for before their zero and scale come in

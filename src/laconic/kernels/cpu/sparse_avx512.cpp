@@ -46,12 +46,8 @@ struct Plain {
 
 // what both share
 template <class Read>
-struct Single : Read {
+struct Single : Read, Alone {
     using X = float;
-
-    static inline __m512 madd(__m512 total, __m512i w, __m512i x) {
-        return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), total);
-    }
 
     // rows of x in fp32, `wide` apart, filled up with zeros
     static const X* ready(const SparseProduct& p, int64_t wide) {

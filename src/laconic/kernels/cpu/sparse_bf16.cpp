@@ -9,7 +9,7 @@ namespace laconic {
 namespace {
 
 template <bool STORED>
-struct Pairs {
+struct Pairs : Paired {
     using Value = uint16_t;
     using X = uint16_t;
     static constexpr int PARTS = 1;
@@ -32,7 +32,6 @@ struct Pairs {
         out[0] = spread(words<CAREFUL>(from.at, from.end), bits);
         from.at += _mm_popcnt_u32(bits);
     }
-    static inline __m512 madd(__m512 total, __m512i w, __m512i x) { return _mm512_dpbf16_ps(total, (__m512bh)w, (__m512bh)x); }
 
     // rows of x, `wide` apart, filled up with zeros
     static const X* ready(const SparseProduct& p, int64_t wide) {

@@ -7,12 +7,11 @@ namespace laconic {
 
 namespace {
 
-struct Paired {
+struct Entries : Paired {
     using X = uint16_t;
     template <int W>
     using Sum = typename Lanes<W>::Sum;
 
-    static inline __m512 madd(__m512 total, __m512i w, __m512i x) { return _mm512_dpbf16_ps(total, (__m512bh)w, (__m512bh)x); }
     template <int W>
     static inline Sum<W> zero() {
         return Sum<W>{};
@@ -84,7 +83,7 @@ void product(const VectorProduct& p) {
             for (int64_t i = 0; i < RUNS; i++) {
                 const int32_t* one = offset + i * wide + 2 * k;
                 __m256i words;
-                if (plain) words = Paired::both<W>(entry_at<W>(table, one[0]), entry_at<W>(table, one[1]));
+                if (plain) words = Entries::both<W>(entry_at<W>(table, one[0]), entry_at<W>(table, one[1]));
                 else {
                     __m512 value = beside<W>(w.books[0], one);
                     if (w.count == 2) value = _mm512_add_ps(value, beside<W>(w.books[1], one + RUNS * wide));
@@ -99,7 +98,7 @@ void product(const VectorProduct& p) {
 
 } // namespace
 
-void vectors_few_bf16(const VectorProduct& p) { vectors_few<Paired>(p); }
+void vectors_few_bf16(const VectorProduct& p) { vectors_few<Entries>(p); }
 
 void vectors_panels_bf16(const VectorProduct& p) {
     if (p.w.width == 4) product<4>(p);
