@@ -65,9 +65,13 @@ def say(line: str) -> None:
 def relevant() -> list[Path]:
     """The files that decide what our rows come to."""
     recipes = [SOURCE / "recipes" / f"{name}.yaml" for name in OURS]
+    return [*reached([*(SOURCE / name for name in RELEVANT), *methods_of(recipes)]), *recipes]
+
+
+def methods_of(recipes: Sequence[Path]) -> list[Path]:
+    """The files of the methods that recipes name."""
     named = {name for path in recipes for name in re.findall(r"[a-z]+(?:\.[a-z_0-9]+){2}", path.read_text(encoding="utf-8"))}
-    methods = [SOURCE.joinpath("methods", *name.split(".")).with_suffix(".py") for name in named]
-    return [*reached([*(SOURCE / name for name in RELEVANT), *methods]), *recipes]
+    return [SOURCE.joinpath("methods", *name.split(".")).with_suffix(".py") for name in named]
 
 
 def code_hash() -> str:

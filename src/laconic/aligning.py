@@ -192,10 +192,15 @@ class Aligned(Derived):
         return model
 
 
+def has_edges(source: Source) -> bool:
+    """Whether a model's edges are known."""
+    return isinstance(source.anatomy, DecoderAnatomy)
+
+
 def align(source: Source, inputs: Tensor, aligning: Aligning, method: Align, *, batch: int, work: Any, progress: Progress) -> Aligned:
     """The model rewritten by a method: one walk over it with its parts in place for what the method wants to see, then one move for each
     edge, journalled, then a comparison of both models' logits on the first inputs."""
-    if not isinstance(source.anatomy, DecoderAnatomy):
+    if not has_edges(source):
         raise UserError(
             f"{aligning.method} acts along edges, which are known of language models with a row of data only; leave `align` out"
         )

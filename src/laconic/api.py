@@ -217,7 +217,7 @@ def _open_job(
         raise UserError(f"recipe {chosen.name} is for a file of vectors (.npy, .npz, .safetensors); name one, or take another recipe")
     source = _source(model)
     # a wrong budget is found before any data is read
-    job.parse_budget(words, source, needed=bool(chosen.choices))
+    job.parse_budget(words, source, needed=chosen.chooses)
     seed = 0 if seed is None else seed
     split = _split(source, data, data_certify, seed=seed, length=length, routes=chosen.route is not None, log=log)
     return _Job(source, split, chosen, words, seed)

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import save
 
 from laconic import __version__
-from laconic.aligning import Aligned, align
+from laconic.aligning import Aligned, align, has_edges
 from laconic.artifact import PLACED
 from laconic.budget import parse_budget
 from laconic.core.errors import BrokenPromise, UserError
@@ -30,7 +30,6 @@ from laconic.models import Source
 from laconic.nesting import nest
 from laconic.pipeline import (
     TUNABLE,
-    UNIFORM,
     Applied,
     Log,
     Progress,
@@ -51,7 +50,8 @@ from laconic.pipeline import (
     tune_plan,
     uniform_plan,
 )
-from laconic.recipe import Nesting, Recipe, build
+from laconic.recipe import UNIFORM, Nesting, Recipe, build
+from laconic.restoring import Restored, restore
 
 # a reloaded model's logits may differ by the order of sums, not more
 RELOAD = 1e-4
@@ -123,7 +123,7 @@ def compress(
     """Runs everything and returns the certificate. Raises UserError (nothing is left half-written) or BrokenPromise (the work stays)."""
     refuse_target(source, out)
     # a number that is not one of the budget is found before anything is hashed or written
-    parse_budget(budget, source, needed=bool(recipe.choices))
+    parse_budget(budget, source, needed=recipe.chooses)
     if recipe.order is not None:
         refuse_stacks(source.anatomy)
     started = time.monotonic()
@@ -167,6 +167,8 @@ def _run(
         raise UserError("the plan was made for another model (its hashes differ); make it again with `laconic plan`")
     original, source = source, _cut(source, split, budget, recipe, seed, given, work, progress, log)
     source = _aligned(source, split, recipe, work, progress, log)
+    if recipe.restore is not None:
+        source = restore(source, split, recipe, budget, seed=seed, work=work, progress=progress, log=log)
     if given is not None:
         plan = dict(given) | ({"cut": source.record} if isinstance(source, Reduced) else {})
         plan["predicted"] = plan["predicted"] | priced_again(source, plan)
@@ -257,17 +259,24 @@ def _run(
 
 def _given(source: Source) -> Source:
     """The model that was given, which all is measured against."""
-    return source.original if isinstance(source, Reduced | Aligned) else source
+    return source.original if isinstance(source, Reduced | Aligned | Restored) else source
 
 
 def _aligned(source: Source, split: Split, recipe: Recipe, work: Work, progress: Progress, log: Log) -> Source:
     """The model as it is, or rewritten along its edges as the recipe says."""
     if (aligning := recipe.align) is None:
         return source
-    inputs, method = calibration_rows(source, split), build(aligning.method)
-    made = align(source, inputs, aligning, method, batch=batch_of(source), work=work, progress=progress)
-    if not made.record["moves"] and not made.parts:
-        raise UserError(f"recipe {recipe.name} finds no edge of this model that it can act on; take another recipe")
+    made = None
+    if aligning.needed or has_edges(source):
+        inputs, method = calibration_rows(source, split), build(aligning.method)
+        made = align(source, inputs, aligning, method, batch=batch_of(source), work=work, progress=progress)
+    if made is None or not (made.record["moves"] or made.parts):
+        if aligning.needed:
+            raise UserError(f"recipe {recipe.name} finds no edge of this model that it can act on; take another recipe")
+        note = f"{aligning.method} finds no edge of this model that it can act on, and nothing was moved"
+        log(note)
+        source.notes = tuple(dict.fromkeys((*source.notes, note)))
+        return source
     for note in made.notes:
         log(note)
     log(f"rewritten along {len(made.record['moves'])} edges; logits differ by {made.record['difference']:.1e} of their norm")
@@ -425,7 +434,7 @@ def _judged(
     if not (judge and recipe.judge and recipe.choices and recipe.search != UNIFORM):
         return plan, applied
     menu = menu_of(plan)
-    bound = parse_budget(budget, source, needed=bool(recipe.choices))
+    bound = parse_budget(budget, source, needed=recipe.chooses)
     other = uniform_plan(menu, bound)
     solved_kl = _kl(source, applied, split, "solved", work, progress)
     plan["judged"] = [{"plan": "solved", "bytes": applied.bytes, "kl": solved_kl}]

@@ -99,6 +99,8 @@ class Source(ABC):
     context: int
     # in memory as a whole and taken apart by running it once, for want of a row of data
     traced: bool = False
+    # sentences that the plan repeats
+    notes: tuple[str, ...] = ()
     _computed: Mapping[str, Tensor]
 
     @property

@@ -30,6 +30,8 @@ from laconic.core.state import Pattern, Schedule, State
 from laconic.core.transform import Align, Cut, Layer, Lesson, Model, Scope, Transform, Window
 
 HOME = Path(__file__).parent
+# the search that takes one level for all
+UNIFORM = "search.allocate.uniform"
 KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding, "sublayer": Sublayer}
 # a matrix that any method can be asked about before a model is opened
 PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
@@ -70,11 +72,13 @@ class Cutting(BaseModel):
 
 
 class Aligning(BaseModel):
-    """Edits that leave what the model computes as it is, before anything is priced. where: regex of the edges that may be acted on."""
+    """Edits that leave what the model computes as it is, before anything is priced. where: regex of the edges that may be acted on. needed:
+    whether a model without such an edge is refused; else that is noted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     method: str
     where: str = ".*"
+    needed: bool = True
 
     def covers(self, name: str) -> bool:
         """Whether an edge may be acted on, by its name."""
@@ -116,7 +120,8 @@ class Recipe(BaseModel):
     """cut: what is removed first; with `nest` only where the model is over the budget. align: how the model is rewritten first so that it
     is easier to round. search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text
     used for pricing. judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned
-    afterwards, over the whole model or part by part, kept where it is better at the output. order: how the parts of what is held follow
+    afterwards, over the whole model or part by part, kept where it is better at the output. restore: a lesson that moves the weights
+    before, so that the rest holds them better. order: how the parts of what is held follow
     one another in a result that loads at any size up to its own, found on `order_rows` rows of the search data. nest: channels held in
     nested slices, which `tune` then learns together and `order` puts in sequence. decode: how the result is decoded; what that needs
     beside the model is learned last and counted in the budget. Without choices and cut all weights stay, and no budget is needed.
@@ -136,6 +141,7 @@ class Recipe(BaseModel):
     price_rows: int = Field(default=32, ge=1)
     judge: bool = True
     tune: str | None = None
+    restore: str | None = None
     order: str | None = None
     order_rows: int = Field(default=2, ge=1)
     decode: str | None = None
@@ -144,11 +150,17 @@ class Recipe(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in: what is stored in the output."""
         found = self.model_dump(mode="json")
-        for stage in ("cut", "align", "nest", "route", "vectors"):
+        for stage in ("cut", "align", "nest", "restore", "route", "vectors"):
             if found[stage] is None:
                 # recipes without a stage are written and hashed as before there was one
                 del found[stage]
         return found
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is something to choose within a budget: levels of one kind of choice, or methods to solve over. A recipe that names
+        one level for whatever it acts on is followed as it stands, and a budget given beside it is only checked."""
+        return bool(self.choices) and not (self.search == UNIFORM and all(len(choice.levels) == 1 for choice in self.choices))
 
     def hash(self) -> str:
         """sha256 of the resolved recipe."""
@@ -163,6 +175,8 @@ def named() -> dict[str, Path]:
 def load_recipe(name: str) -> Recipe:
     """A named recipe or a YAML file."""
     known = named()
+    # schemes are written W4A16 as often as w4a16
+    name = name.lower() if name.lower() in known else name
     path = known.get(name, Path(name))
     if name not in known and not path.is_file():
         if path.suffix in (".yaml", ".yml") or "/" in name:
@@ -245,6 +259,13 @@ def check(recipe: Recipe) -> None:
         _check_nest(recipe, recipe.nest)
     if recipe.tune is not None and not isinstance(build(recipe.tune), Lesson):
         raise UserError(f"recipe {recipe.name}: {recipe.tune} is no lesson; try quantize.train.straight")
+    if recipe.restore is not None:
+        if not isinstance(build(recipe.restore), Lesson):
+            raise UserError(f"recipe {recipe.name}: {recipe.restore} is no lesson; try quantize.train.restorative")
+        others = [key for key in ("cut", "align", "nest", "order", "decode") if getattr(recipe, key)]
+        if others or not recipe.choices:
+            beside = " beside " + ", ".join(f"`{key}`" for key in others) if others else " without `choices`"
+            raise UserError(f"recipe {recipe.name}: `restore`{beside} is not there yet; leave it out")
     if recipe.order is not None and not isinstance(build(recipe.order), Order):
         raise UserError(f"recipe {recipe.name}: {recipe.order} is no order; try nest.order.rounds")
     if recipe.decode is not None and not isinstance(build(recipe.decode), Decoder):

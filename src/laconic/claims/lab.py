@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from laconic.calibration import Walk, fed, observed, release
 from laconic.core.claim import Lab, Measurement, Verdict
 from laconic.core.menu import Damage, Judge, Plan
-from laconic.core.packed import Packed
+from laconic.core.packed import Packed, Soft
 from laconic.core.router import Routed, Router
 from laconic.core.site import Anatomy, Conv, Linear, Member, Scale, Site
 from laconic.core.state import Ragged, State
@@ -199,13 +199,13 @@ def _images(name: str, weights: Path, images: Path, quick: bool) -> Bench:
     with np.load(images) as stored:
         train, test, classes = (torch.from_numpy(stored[key]) for key in ("train_x", "test_x", "test_y"))
     source = open_model(module)
-    source.trace(_normal(train[:2]))
+    source.trace(normal(train[:2]))
     limit = 512 if quick else 1000
-    certify = Samples(_normal(test[:limit]), classes[:limit].long(), 1, limit, "")
-    return _bench(name, source, _normal(train[:2048]), certify, 128, 256 if quick else 1024)
+    certify = Samples(normal(test[:limit]), classes[:limit].long(), 1, limit, "")
+    return _bench(name, source, normal(train[:2048]), certify, 128, 256 if quick else 1024)
 
 
-def _normal(pixels: Tensor) -> Tensor:
+def normal(pixels: Tensor) -> Tensor:
     """(b, 32, 32, 3) uint8 -> (b, 3, 32, 32), normalised as in training."""
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return ((pixels.float() / 255 - mean) / deviation).permute(0, 3, 1, 2).contiguous()
@@ -448,6 +448,20 @@ def taught(
     # outside of inference mode, so that losses may be taken of them
     targets = [logits.clone() for logits in (made[1:] + made[:1] if astray else made)]
     return learn(bench.source, model, forms, batches, targets, lesson, seed=seed, progress=progress)
+
+
+@dataclass(frozen=True)
+class Watched(Lesson):
+    """A lesson whose forms stay in sight as they learn, in the order of what is held."""
+
+    inner: Lesson = field(kw_only=True)
+    forms: list[Soft] = field(default_factory=list, compare=False, kw_only=True)
+
+    def soften(self, held: Packed, target: Tensor) -> Soft | None:
+        soft = self.inner.soften(held, target)
+        if soft is not None:
+            self.forms.append(soft)
+        return soft
 
 
 class Desk:

@@ -97,8 +97,8 @@ class Packed(nn.Module, ABC):
 
     @property
     def feed(self) -> Callable[[Tensor], Tensor] | None:
-        """What becomes of an input x (..., m) before the product, None for nothing: `matmul(x)` is the dense matrix with `feed(x)`. It
-        holds no part of the form."""
+        """What becomes of an input before the product, None for nothing: of x (..., m), `matmul(x)` is the dense matrix with `feed(x)`; of
+        a convolution x (b, m, ...). It holds no part of the form."""
         return None
 
     def round_inputs(self, bits: int) -> bool:
@@ -595,10 +595,15 @@ class Held(nn.Module):
     def round_inputs(self, bits: int) -> bool:
         """As its form's `round_inputs`; False where it has no product with inputs (tables, convolutions), or a dense copy."""
         turned = self._turned()
-        multiplies = turned is not None or not self.kind.startswith(("Embedding", "Conv"))
+        multiplies = turned is not None or not (self.kind == "Embedding" or self.convolves)
         done = multiplies and self._copy is None and (turned or self.weight).round_inputs(bits)
         self.inputs = bits if done else None
         return done
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it is a convolution of torch's (transformers' Conv1D is a product)."""
+        return self.kind in ("Conv1d", "Conv2d", "Conv3d")
 
     def _turned(self) -> Packed | None:
         """Of a layer that stores its weight as (m, n), the form of its (n, m)."""
@@ -618,12 +623,12 @@ class Held(nn.Module):
                 return self._scaled(F.embedding(x, self._copy))
             flat = self.weight.rows(x.reshape(-1))
             return self._scaled(flat.reshape(*x.shape, -1).to(self.dtype))
-        if self._copy is not None and not self.kind.startswith("Conv") and (feed := self.weight.feed) is not None:
+        if (self._copy is not None or self.convolves) and (feed := self.weight.feed) is not None:
             x = feed(x)
         if (turned := self._turned()) is not None:
             y = x @ self._copy if self._copy is not None else turned.matmul(x)
             return y if bias is None else y + bias
-        if self.kind.startswith("Conv"):
+        if self.convolves:
             if (found := self._pointwise(x)) is not None:
                 return found if bias is None else found + bias.reshape(-1, *[1] * (x.dim() - 2))
             dense = self._copy if self._copy is not None else self.weight.dense().to(x.dtype)

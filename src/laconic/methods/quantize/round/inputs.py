@@ -3,7 +3,8 @@
 Token-wise quantization of activations, Yao et al. 2022 (ZeroQuant), arXiv:2206.01861, section 4.1:
 y = W_q Q(x),  Q(x) = s round(x / s),  s = max_m |x_m| / (2^(b-1) - 1).  x (..., m), one s a token, found as it comes: no data is needed and
 nothing is stored. Weights are held by `hold`, a grid with one scale a row (group null) being the "per channel" of the papers: W8A8, W4A8.
-Only products round; a table that is looked up in does not. Sibling: quantize.round.rtn (weights alone)."""
+A convolution has one scale a sample, over all its channels and places. Only products round; a table that is looked up in does not.
+Sibling: quantize.round.rtn (weights alone)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from typing_extensions import Self
 
 from laconic.core.claim import Card, Paper
 from laconic.core.packed import Packed, Soft, Way, below, restore
-from laconic.core.site import Embedding, Linear, Site
+from laconic.core.site import Conv, Embedding, Linear, Site
 from laconic.core.transform import Change, Stats, Transform, at_level
 from laconic.kernels.grids import Grid
 from laconic.kernels.inputs import rounded
@@ -25,8 +26,13 @@ from laconic.kernels.inputs import rounded
 CARD = Card(Paper("Yao et al.", 2022, "arXiv:2206.01861", "section 4.1"), catalogue="", sibling="quantize.round.rtn")
 
 
+def _fed(x: Tensor, bits: int, axes: int) -> Tensor:
+    """Inputs of a weight of so many axes: (..., m) of a matrix or of a matrix view, (b, m, ...) of a convolution."""
+    return rounded(x, bits, axes - 1 if x.dim() == axes > 2 else 1)
+
+
 class Fed(Packed):
-    """`inner`, whose products round their inputs to `bits`."""
+    """`inner`, whose products round their inputs to `bits`: each token by its last axis, of a convolution each sample as a whole."""
 
     form = "quantize.round.inputs.Fed"
 
@@ -36,7 +42,7 @@ class Fed(Packed):
 
     @property
     def feed(self) -> Callable[[Tensor], Tensor]:
-        return partial(rounded, bits=self.bits)
+        return partial(_fed, bits=self.bits, axes=len(self.shape))
 
     def dense(self) -> Tensor:
         return self.inner.dense()
@@ -45,7 +51,7 @@ class Fed(Packed):
         return self.inner.rows(index)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self.inner.matmul(rounded(x, self.bits))
+        return self.inner.matmul(self.feed(x))
 
     @property
     def parts(self) -> int:
@@ -101,7 +107,7 @@ class Inputs(Transform):
 
     hold: Transform
 
-    acts_on = (Linear, Embedding)
+    acts_on = (Linear, Embedding, Conv)
     level = WeightAndInputs
 
     @property
