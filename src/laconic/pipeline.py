@@ -41,6 +41,7 @@ from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statisti
 from laconic.core.transform import Change, Lesson, Model, Objective, Transform, Window
 from laconic.decoding import body_of
 from laconic.kernels.obs import predicted_loss
+from laconic.kernels.pairs import narrowly
 from laconic.kernels.threads import suited
 from laconic.measurement import outputs
 from laconic.models import Source, stored_paths
@@ -1051,7 +1052,8 @@ def softly(
         if shapes not in twins:
             smaller = {at: weight.detach() for at, weight in own.items() if weight.shape != model.get_parameter(at).shape}
             twins[shapes] = narrowed(model, smaller) if smaller else model
-        return answer_of(torch.func.functional_call(twins[shapes], own, (batches[i],)))
+        with narrowly(lesson.narrow):
+            return answer_of(torch.func.functional_call(twins[shapes], own, (batches[i],)))
 
     losses = tune(
         run, targets, softs, lesson,

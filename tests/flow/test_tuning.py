@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -176,3 +177,33 @@ def test_batches_are_drawn_each_once_a_pass():
 def test_rates_for_nothing_that_is_learned_are_refused(small, tmp_path):
     with pytest.raises(UserError, match="Straight has rates for s2, but what can be learned here is position, step"):
         run(small, tmp_path / "out", "quantize.train.straight(steps=2, rates=(('s2', 1e-2),))")
+
+
+@dataclass(frozen=True)
+class Seeing(Divergence):
+    """KL, with the dtypes of what it is given."""
+
+    seen: set[torch.dtype] = field(default_factory=set, compare=False)
+
+    def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        self.seen.add(output.dtype)
+        return super().__call__(output, target, mask)
+
+
+@pytest.mark.parametrize(("lesson", "quick", "dtype"), [(Straight, True, torch.bfloat16), (Straight, False, torch.float32),
+                                                        (AdaRound, True, torch.float32)])  # fmt: skip
+def test_products_are_narrow_where_a_lesson_allows_it_and_the_processor_is_faster_so(small, monkeypatch, lesson, quick, dtype):
+    monkeypatch.setattr("laconic.kernels.pairs.pairs", lambda: quick)
+    source = open_model(small[0])
+    model = source.load(torch.float32)
+    site = next(site for part in source.anatomy.segments() if part.name for site in part.sites)
+    name = site.tensors["weight"].name
+    (form,) = RTN()(site, {"weight": source.read(name).float()}, {}, Grid(3, 16)).hold.values()
+    inputs = torch.randint(1, 4096, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        targets = [model(inputs).logits]
+    seeing = Seeing()
+    learned, losses = pipeline.learn(source, model, {name: form}, [inputs], targets, lesson(objective=seeing, steps=2), seed=0)
+    assert seeing.seen == {dtype} and len(losses) == 2
+    # what is learned and stored is not
+    assert learned[name].dense().dtype == torch.float32

@@ -80,6 +80,8 @@ class Lesson(ABC):
     targets: Literal["float", "prefix", "both"] = "float"
     # whether tensors that no form holds learn too
     entire: ClassVar[bool] = False
+    # whether the whole model's products may be in bf16 while it learns, where the processor is faster so
+    narrow: ClassVar[bool] = False
 
     def prefixes(self, parts: int, generator: torch.Generator) -> Sequence[int]:
         """How many parts of what is held in parts (at most `parts`) each pass of a step computes with; by default one pass with all."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,7 @@ class Restorative(Lesson):
     steps: int = 10_000
     batch: int = 2
     decay: Literal["constant", "linear", "cosine"] = "cosine"
+    narrow: ClassVar[bool] = True
     rank: int = 64
     alpha: float = 16.0
 

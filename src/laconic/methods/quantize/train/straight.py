@@ -11,7 +11,7 @@ Sibling: quantize.round.gptq (the same form, rounded layer by layer)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from laconic.core.claim import Card, Paper
 from laconic.core.transform import Lesson, Objective
@@ -34,3 +34,4 @@ class Straight(Lesson):
     steps: int = 96
     batch: int = 4
     decay: Literal["constant", "linear", "cosine"] = "cosine"
+    narrow: ClassVar[bool] = True
