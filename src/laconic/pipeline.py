@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -907,6 +908,8 @@ def _table_stats(source: Any, inputs: Tensor, site: Site, chosen: Mapping[str, O
 TUNABLE = 200_000_000
 # of a lesson over the whole model, at once: its loss and gradient take some six times as much
 LOGITS = 64 * 1024**2
+# of a lesson over the whole model, in all: predictions to meet, on disk
+TARGETS = 2 * 1024**3
 
 
 def filed(shelf: Shelf, logits: Iterator[Tensor]) -> Shelved:
@@ -976,8 +979,13 @@ def learned_whole(
     # images are small: a step sees as many as a batch of the walk
     batch = lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source))
     rows = at_once(source, inputs, batch)
-    batches = inputs.split(rows)
     progress("tuning", 0, lesson.steps, "the original's predictions")
+    if source.task == "text":
+        # predictions are kept in half precision
+        room = max(len(inputs), TARGETS // (2 * inputs[0].numel() * int(getattr(source.config, "vocab_size", 1))))
+        predicted = partial(finished_logits, teacher, inputs, rows)
+        inputs = lesson.varied(inputs, predicted, room, torch.Generator().manual_seed(seed))
+    batches = inputs.split(rows)
     shelf = Shelf(work.folder / "tuning", 256 * 1024**2)
     targets = filed(shelf, finished_logits(teacher, inputs, batches[0].shape[0]))
     model = applied.view.skeleton()

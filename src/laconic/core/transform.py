@@ -91,6 +91,11 @@ class Lesson(ABC):
         """A form as this lesson learns it: in the form's own way, unless the lesson has one."""
         return held.soften(target)
 
+    def varied(self, inputs: Tensor, predictions: Callable[[], Iterator[Tensor]], room: int, generator: torch.Generator) -> Tensor:
+        """What a lesson over a whole language model makes of the calibration tokens (count, length) before it begins: at most `room` rows,
+        as they are by default. predictions(): the original's logits for them, some rows at a time."""
+        return inputs
+
 
 @dataclass(frozen=True)
 class Move:
