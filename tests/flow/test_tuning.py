@@ -21,7 +21,7 @@ from laconic.kernels.losses import Divergence
 from laconic.methods.quantize.grid.grouped import Stepped
 from laconic.methods.quantize.round.adaround import AdaRound
 from laconic.methods.quantize.round.rtn import RTN
-from laconic.methods.quantize.train.straight import Straight
+from laconic.methods.quantize.train.straight import Straight, rewritten
 from laconic.models import open_model
 from laconic.recipe import Choice, Recipe, check
 from laconic.tuning import shuffled, tune
@@ -165,7 +165,38 @@ def test_the_divergence_is_that_of_torch_and_masks_count_nothing():
 
 
 def test_defaults_are_those_of_the_docstring():
-    assert (Straight().steps, Straight().batch, dict(Straight().rates)) == (96, 4, {"position": 5e-3, "step": 3e-3, "table": 1e-2})
+    assert (Straight().steps, Straight().batch, dict(Straight().rates)) == (192, 4, {"position": 5e-3, "step": 3e-3, "table": 1e-2})
+
+
+def test_copies_hold_what_the_original_would_have_written():
+    tokens = torch.arange(10)
+    logits = torch.full((10, 20), -1e9)
+    # behind token i the original predicts 10 + i, and nothing else
+    logits[torch.arange(10), torch.arange(10) + 10] = 0
+    draw = torch.Generator().manual_seed(0)
+    made = rewritten(tokens, logits, 200, 0.3, draw)
+    assert made.shape == (200, 10) and made.dtype == tokens.dtype and bool((made[:, 0] == 0).all())
+    changed = made != tokens
+    assert torch.equal(made[changed], (torch.arange(10) + 9).expand(200, 10)[changed])
+    assert 0.25 < float(changed[:, 1:].float().mean()) < 0.35
+    assert torch.equal(rewritten(tokens, logits, 2, 0.0, draw), tokens.expand(2, 10))
+
+
+@pytest.mark.parametrize(("steps", "room", "rows"), [(10, 100, 32), (100, 100, 32), (100, 11, 11), (3, 100, 12), (2, 100, 8), (100, 8, 8)])
+def test_there_are_as_many_copies_as_asked_for_seen_and_kept(steps, room, rows):
+    inputs, asked = torch.zeros(8, 10, dtype=torch.int64), []
+
+    def predictions():
+        asked.append(1)
+        return iter(torch.zeros(8, 10, 20).split(4))
+
+    made = Straight(steps=steps, batch=4).varied(inputs, predictions, room, torch.Generator().manual_seed(0))
+    assert len(made) == rows and torch.equal(made[:8], inputs)
+    # predictions are not made for nothing, and every row has a copy before one has two
+    assert len(asked) == (rows > 8)
+    assert len(Straight(copies=0).varied(inputs, predictions, room, torch.Generator())) == 8
+    with pytest.raises(ValueError, match="the share of new tokens is 0 to 1"):
+        Straight(replaced=2)
 
 
 def test_batches_are_drawn_each_once_a_pass():

@@ -44,6 +44,8 @@ from laconic.zoo import corpus, mamba, nano
 SEEDS = (0, 1, 2)
 # a claim fails where one draw does, so one draw that fails is enough for a stand-in
 ONE = SEEDS[:1]
+# rows that a lesson over a whole model may make of its own
+ROOM = 1024
 # how much louder planted channels are, and how many
 LOUDER, CHANNELS = 16.0, 4
 P = ParamSpec("P")
@@ -439,11 +441,15 @@ def taught(
     bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, *, astray: bool = False, progress: Progress = quiet
 ) -> tuple[dict[str, Packed], list[float]]:
     """As `tuned`, of the whole model, and the objective of each step."""
-    batches = bench.drawn(seed).split(lesson.batch)
+    rows = bench.drawn(seed)
     # the original's own weights give the targets; learning puts others in their place
     model = bench.source.load(torch.float32)
     run = outputs(model)
     with torch.inference_mode():
+        if bench.source.task == "text":
+            predictions = lambda: (run(batch) for batch in rows.split(lesson.batch))  # noqa: E731
+            rows = lesson.varied(rows, predictions, ROOM, torch.Generator().manual_seed(seed))
+        batches = rows.split(lesson.batch)
         made = [run(batch).half() for batch in batches]
     # outside of inference mode, so that losses may be taken of them
     targets = [logits.clone() for logits in (made[1:] + made[:1] if astray else made)]
