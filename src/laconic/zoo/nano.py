@@ -4,9 +4,8 @@ Llama architecture, 7.3 M parameters, byte-level BPE of 4,096, context 2,048, tr
 (`corpus.training`). Muon for the hidden matrices, AdamW for the embedding and the norms; warm-up, stable, then
 linear decay to zero. Progress is the larger of tokens over their target and time over its limit, so either can end
 a run; a file FINISH in the scratch folder starts the decay at once, and it then takes a third of the tokens seen.
-The scratch folder holds train.log and, written every five minutes, model/, a folder that `--resume` accepts. In a checkout `training/nano`
-is such a folder: weights of the stable phase, further than the shipped ones, which go on with `--resume training/nano`.
-Without `--quick` or `--hours` a run sees 100 M tokens, which takes two idle cores with AVX-512 about eight hours.
+The scratch folder holds train.log and, written every five minutes, model/, a folder that `--resume` accepts.
+Without `--quick` or `--hours` a run sees 100 M tokens, which takes two idle cores with AVX-512 six to eight hours.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def whole(astray: bool, bench: Bench, seed: int, quick: bool) -> Found:
 def _against(ours: Made, theirs: Made, names: tuple[str, str], seeds: Sequence[int], quick: bool, bench: Bench) -> Iterator[Duel]:
     draws = seeds if bench.name == "stories260k" or not quick else seeds[:1]
     found = [[made(bench, seed, quick) for seed in draws] for made in (ours, theirs)]
-    yield duel("1.6 bits", *found, names=names)
+    yield duel("a fifth in 4 bits", *found, names=names)
     weights = sum(site.matrix[0] * site.matrix[1] for site in bench.source.anatomy.sites() if bench.linears(OURS, LEVEL)(site))
     yield [], {"bits a weight, everything counted": spread([8 * one.bytes / weights for one in found[0]], "bits")}
 

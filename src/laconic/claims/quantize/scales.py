@@ -18,7 +18,7 @@ def _harmless(ours: Lesson, seeds: Sequence[int], quick: bool, bench: Bench) -> 
     draws = seeds if bench.name == "stories260k" or not quick else seeds[:1]
     with_angle = [scaled(bench, ours, seed, quick) for seed in draws]
     without = [scaled(bench, replace(LEARNED, objective=SquaredAndAngle(angle=0.0)), seed, quick) for seed in draws]
-    _, numbers = duel("1.6 bits", with_angle, without, names=("with the angle", "squared error alone"))
+    _, numbers = duel("a fifth in 4 bits", with_angle, without, names=("with the angle", "squared error alone"))
     dear = any(a.kl > 1.02 * b.kl for a, b in zip(with_angle, without, strict=True))
     yield ["the angle costs more than 2 % of KL in a draw"] if dear else [], numbers
 
