@@ -1,4 +1,4 @@
-"""What each named scheme does to small models of five kinds: `python -m bench.recipes` runs `laconic compress MODEL --recipe SCHEME` for
+"""What each named scheme does to small models of four kinds: `python -m bench.recipes` runs `laconic compress MODEL --recipe SCHEME` for
 each pair and writes bench/results/recipes.json and recipes.md.
 
 Rows that are kept under a hash of model, code and recipe are not made again. `--data` is the folder of the real weights and images that
@@ -51,9 +51,6 @@ SUBJECTS: Mapping[str, Subject] = {
         ("stories260k/model.safetensors", "text/tinystories_1000.jsonl.gz"),
     ),
     "mamba": Subject("mamba (1.4 M)", "zoo/models/mamba"),
-    "bert": Subject(
-        "bert (1.4 M)", "zoo/models/bert", ("--data", "laconic.zoo.bert:calibrate", "--data-certify", "laconic.zoo.bert:certify")
-    ),
     "resnet20": Subject(
         "ResNet-20 (0.27 M)",
         "bench.recipes:resnet20",
@@ -198,7 +195,7 @@ def page(found: Sequence[Row]) -> str:
     at = {(row["model"], row["scheme"]): row for row in found}
     models = [name for name in SUBJECTS if any(row["model"] == name for row in found)]
     lines = [
-        "# The named schemes on five small models",
+        "# The named schemes on four small models",
         "",
         "`laconic compress MODEL --recipe SCHEME -o OUT`, no other option. A cell: KL of the original to the result in nats a prediction,",
         "share of predictions whose first choice is the original's, stored bits a weight (all parameters counted), on data that the run",
@@ -213,7 +210,7 @@ def page(found: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.recipes", description="what each named scheme does to five small models")
+    parser = argparse.ArgumentParser(prog="python -m bench.recipes", description="what each named scheme does to four small models")
     parser.add_argument("--models", default=",".join(SUBJECTS), help="names with commas between")
     parser.add_argument("--schemes", default=",".join(SCHEMES), help="names with commas between")
     parser.add_argument("--data", default=os.environ.get(FOLDER), type=Path, help=f"folder of the real weights and images ({FOLDER})")
