@@ -69,8 +69,8 @@ class Corrected(Soft):
 
 
 def soften(held: Packed, target: Tensor, rank: int, alpha: float) -> Soft | None:
-    """Signs, and codes on a grid, with a correction; nothing else can be."""
-    return Corrected(held, rank, alpha) if isinstance(held, Grouped | Signs) else None
+    """Signs, and codes on a grid, with a correction; forms of any other kind stay, since no rate moves what they could learn."""
+    return Corrected(held, rank, alpha) if isinstance(held, Grouped | Signs) else held.coded() or held.soften(target)
 
 
 KL = Divergence()
@@ -82,7 +82,7 @@ class Restorative(Lesson):
     Fewer steps want a higher rate."""
 
     objective: Objective = KL
-    rates: tuple[tuple[str, float], ...] = (("a", 1e-4), ("b", 1e-4))
+    rates: tuple[tuple[str, float], ...] = (("a", 1e-4), ("b", 1e-4), ("step", 0.0), ("table", 0.0))
     steps: int = 10_000
     batch: int = 2
     decay: Literal["constant", "linear", "cosine"] = "cosine"
