@@ -74,9 +74,9 @@ class Revised(Soft):
 
 
 def revised(held: Packed, target: Tensor, share: float, trust: float) -> Soft | None:
-    """A form with codes, to be revised; of one whose codes cannot be exchanged one by one (signs, clusters of rows) the numbers learn."""
+    """A form with codes, to be revised; nothing else can be."""
     coded = held.coded()
-    return held.soften(target) if coded is None else Revised(coded, share, trust)
+    return None if coded is None else Revised(coded, share, trust)
 
 
 @dataclass(frozen=True)
