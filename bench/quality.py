@@ -62,16 +62,12 @@ def say(line: str) -> None:
 # ---- hashes
 
 
-def relevant() -> list[Path]:
-    """The files that decide what our rows come to."""
-    recipes = [SOURCE / "recipes" / f"{name}.yaml" for name in OURS]
-    return [*reached([*(SOURCE / name for name in RELEVANT), *methods_of(recipes)]), *recipes]
-
-
-def methods_of(recipes: Sequence[Path]) -> list[Path]:
-    """The files of the methods that recipes name."""
+def relevant(names: Sequence[str] = OURS) -> list[Path]:
+    """The files that decide what rows of these recipes come to."""
+    recipes = [SOURCE / "recipes" / f"{name}.yaml" for name in names]
     named = {name for path in recipes for name in re.findall(r"[a-z]+(?:\.[a-z_0-9]+){2}", path.read_text(encoding="utf-8"))}
-    return [SOURCE.joinpath("methods", *name.split(".")).with_suffix(".py") for name in named]
+    methods = [SOURCE.joinpath("methods", *name.split(".")).with_suffix(".py") for name in named]
+    return [*reached([*(SOURCE / name for name in RELEVANT), *methods]), *recipes]
 
 
 def code_hash() -> str:

@@ -13,13 +13,13 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.quality import RELEVANT, SOURCE, key_of, methods_of, say
-from laconic.sources import hash_of, reached
+from bench.quality import SOURCE, key_of, model_hash, relevant, say
+from laconic.sources import hash_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -102,8 +102,7 @@ def test() -> Any:
 
 def code_hash(scheme: str) -> str:
     """Of the code and the recipe that a row's figures depend on."""
-    recipe = SOURCE / "recipes" / f"{scheme}.yaml"
-    return hash_of([*reached([*(SOURCE / name for name in RELEVANT), *methods_of([recipe])]), recipe])
+    return hash_of(relevant([scheme]))
 
 
 def filled(words: Iterable[str], data: Path | None) -> list[str]:
@@ -158,7 +157,7 @@ def rows(subjects: Sequence[str], schemes: Sequence[str], data: Path | None, kep
     for name in subjects:
         subject = SUBJECTS[name]
         for scheme in schemes:
-            key = key_of("recipes", name, model_hash(subject, data), code_hash(scheme), command(subject, scheme))
+            key = key_of("recipes", name, model_of(subject, data), code_hash(scheme), command(subject, scheme))
             row = {"model": name, "scheme": scheme, "command": shlex.join(["laconic", *command(subject, scheme)])}
             missing = [need for need in subject.needs if data is None or not (data / need).is_file()]
             if key in by_key:
@@ -169,13 +168,14 @@ def rows(subjects: Sequence[str], schemes: Sequence[str], data: Path | None, kep
                 yield row | {"key": key} | make(subject, scheme, data, threads)
 
 
-def model_hash(subject: Subject, data: Path | None) -> str:
-    """Of the weights that a model is read from."""
+def model_of(subject: Subject, data: Path | None) -> str:
+    """A hash of the weights that a model is read from, of a factory's of the files that it needs."""
     from laconic.zoo import nano
 
     folder = Path(filled([subject.spec], data)[0]) if subject.spec else nano.path()
-    files = [folder / "model.safetensors"] if folder.is_dir() else [data / need for need in subject.needs if data is not None]
-    return key_of(*(hash_of([file], file.parent) for file in files if file.is_file()))
+    if folder.is_dir():
+        return model_hash(folder)
+    return key_of(*(hash_of([data / need], data) for need in subject.needs if data is not None and (data / need).is_file()))
 
 
 # ---- the page
@@ -226,8 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows(models, schemes, data, kept, args.threads):
         say(f"{row['model']} {row['scheme']}: {cell(row)}")
         others = [one for one in kept if (one["model"], one["scheme"]) != (row["model"], row["scheme"])]
-        place: Callable[[Row], Any] = lambda one: (list(SUBJECTS).index(one["model"]), SCHEMES.index(one["scheme"]))  # noqa: E731
-        kept = sorted([*others, row], key=place)
+        kept = sorted([*others, row], key=lambda one: (list(SUBJECTS).index(one["model"]), SCHEMES.index(one["scheme"])))
         # each row as it comes: a run that is stopped goes on
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(

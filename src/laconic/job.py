@@ -51,7 +51,6 @@ from laconic.pipeline import (
     uniform_plan,
 )
 from laconic.recipe import UNIFORM, Nesting, Recipe, build
-from laconic.restoring import Restored, restore
 
 # a reloaded model's logits may differ by the order of sums, not more
 RELOAD = 1e-4
@@ -167,8 +166,6 @@ def _run(
         raise UserError("the plan was made for another model (its hashes differ); make it again with `laconic plan`")
     original, source = source, _cut(source, split, budget, recipe, seed, given, work, progress, log)
     source = _aligned(source, split, recipe, work, progress, log)
-    if recipe.restore is not None:
-        source = restore(source, split, recipe, budget, seed=seed, work=work, progress=progress, log=log)
     if given is not None:
         plan = dict(given) | ({"cut": source.record} if isinstance(source, Reduced) else {})
         plan["predicted"] = plan["predicted"] | priced_again(source, plan)
@@ -259,7 +256,7 @@ def _run(
 
 def _given(source: Source) -> Source:
     """The model that was given, which all is measured against."""
-    return source.original if isinstance(source, Reduced | Aligned | Restored) else source
+    return source.original if isinstance(source, Reduced | Aligned) else source
 
 
 def _aligned(source: Source, split: Split, recipe: Recipe, work: Work, progress: Progress, log: Log) -> Source:

@@ -438,11 +438,6 @@ def trials(source: Any, inputs: Tensor, objective: Objective, work: Any) -> Tria
     return Trials(source, rows, original, objective, work)
 
 
-def _stage(source: Any) -> str:
-    """What made a model that is computed from another."""
-    return "align" if hasattr(source, "moves") else "restore" if hasattr(source, "moved") else "cut"
-
-
 def plan_words(
     source: Any,
     split: Any,
@@ -474,7 +469,7 @@ def plan_words(
         "recipe": recipe.resolved(),
         "seed": seed,
         "data": split.record if split is not None else {},
-        **({_stage(source): stage} if stage else {}),
+        **({"align" if hasattr(source, "moves") else "cut": stage} if stage else {}),
         "choices": [_words(row) for row in plan.rows if row.method != AS_IS],
         "kept": _learned_words(source, recipe, _kept_words(source, kept)),
         "placed": [{"part": path, "bytes": size, "by": recipe.route or recipe.decode} for path, size in beside(source, recipe).items()],
@@ -966,16 +961,6 @@ def _whole(
     source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, seed: int, work: Any, progress: Progress, teacher: Any
 ) -> tuple[Forms, str]:
     """All that can be learned, together, against the teacher's outputs, and a sentence on it."""
-    softs, losses = learned_whole(source, inputs, applied, lesson, seed=seed, work=work, progress=progress, teacher=teacher)
-    forms = {name: soft.harden() for name, soft in softs.items()}
-    return forms.get, f"tuned over {lesson.steps} steps: {lesson.objective.name} {_first_and_last(losses)}"
-
-
-def learned_whole(
-    source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, *, seed: int, work: Any, progress: Progress, teacher: Any
-) -> tuple[dict[str, Soft], list[float]]:
-    """All that can be learned of an applied model, together, against the teacher's outputs, as it stands after the last step, and the
-    objective of each step."""
     # images are small: a step sees as many as a batch of the walk
     batch = lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source))
     rows = at_once(source, inputs, batch)
@@ -993,9 +978,9 @@ def learned_whole(
     held = {name: packed for name in applied.forms if (packed := applied.view.packed(name)) is not None}
     if lesson.entire:
         held |= {name: Dense(kept_tensor(applied.view.read(name))) for name in stored_paths(source, model) if name not in held}
-    found = softly(source, model, held, batches, targets, lesson, seed=seed, together=batch // rows, progress=progress)
+    forms, losses = learn(source, model, held, batches, targets, lesson, seed=seed, together=batch // rows, progress=progress)
     shelf.clear()
-    return found
+    return forms.get, f"tuned over {lesson.steps} steps: {lesson.objective.name} {_first_and_last(losses)}"
 
 
 def at_once(source: Any, inputs: Tensor, batch: int) -> int:
@@ -1025,23 +1010,6 @@ def learn(
     together: int = 1,
     progress: Progress = quiet,
 ) -> tuple[dict[str, Packed], list[float]]:
-    """As `softly`, in the forms that are stored."""
-    softs, losses = softly(source, model, held, batches, targets, lesson, seed=seed, together=together, progress=progress)
-    return {name: soft.harden() for name, soft in softs.items()}, losses
-
-
-def softly(
-    source: Any,
-    model: nn.Module,
-    held: Mapping[str, Packed],
-    batches: Sequence[Tensor],
-    targets: Targets,
-    lesson: Lesson,
-    *,
-    seed: int,
-    together: int,
-    progress: Progress,
-) -> tuple[dict[str, Soft], list[float]]:
     """What can be learned of the forms, by stored name, learned together; and the objective of each step. model: filled with the weights
     that stay; targets: the outputs that each of the batches must meet; together: batches that make a step. Where a lesson asks for the
     first slices of what is joined, a narrower module around the same tensors computes with them."""
@@ -1068,7 +1036,7 @@ def softly(
         generator=torch.Generator().manual_seed(seed), together=together,
         progress=lambda done, total: progress("tuning", done, total, "all layers together"),
     )  # fmt: skip
-    return softs, losses
+    return {name: soft.harden() for name, soft in softs.items()}, losses
 
 
 # ---- place

@@ -45,14 +45,15 @@ def test_a_model_whose_data_is_not_here_is_left_out_by_name(tmp_path):
 
 
 def test_weights_decide_what_a_row_is_of(tmp_path):
-    nano_hash = recipes.model_hash(recipes.SUBJECTS["nano"], None)
-    assert nano_hash != recipes.model_hash(recipes.SUBJECTS["mamba"], None)
+    nano_hash = recipes.model_of(recipes.SUBJECTS["nano"], None)
+    assert nano_hash != recipes.model_of(recipes.SUBJECTS["mamba"], None)
     folder = tmp_path / "stories260k"
     folder.mkdir()
+    (folder / "config.json").write_text("{}")
     seen = set()
     for content in (b"a", b"b"):
         (folder / "model.safetensors").write_bytes(content)
-        seen.add(recipes.model_hash(recipes.SUBJECTS["stories260k"], tmp_path))
+        seen.add(recipes.model_of(recipes.SUBJECTS["stories260k"], tmp_path))
     assert len(seen) == 2 and nano.path().is_dir()
 
 

@@ -36,7 +36,6 @@ LAYERS = [
     ("zoo",),
     (
         "aligning",
-        "restoring",
         "budget",
         "decoding",
         "stepping",

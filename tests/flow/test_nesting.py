@@ -137,13 +137,13 @@ def test_a_budget_below_the_model_cuts_it_first(small: tuple[Path, Path], made: 
 def test_cut_off_while_it_learns_it_ends_the_same(
     small: tuple[Path, Path], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.softly
+    real = pipeline.learn
 
     def learn(*args, **more):
-        monkeypatch.setattr(pipeline, "softly", real)
+        monkeypatch.setattr(pipeline, "learn", real)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "softly", learn)
+    monkeypatch.setattr(pipeline, "learn", learn)
     with pytest.raises(KeyboardInterrupt):
         run(small, tmp_path / "out")
     assert not (tmp_path / "out").exists()

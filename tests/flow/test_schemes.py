@@ -1,4 +1,4 @@
-"""Schemes by their names: no budget is needed, a given one is checked; what has no edges is not refused; weights that are moved first."""
+"""Schemes by their names: no budget is needed, a given one is checked; what has no edges is not refused."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ def quicker(name: str) -> Recipe:
     changes = {}
     if recipe.tune is not None:
         changes["tune"] = f"{recipe.tune.split('(')[0]}(steps=2)"
-    if recipe.restore is not None:
-        changes["restore"] = "quantize.train.restorative(steps=2, rank=4)"
     return recipe.model_copy(update=changes)
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from laconic.calibration import Walk, fed, observed, release
 from laconic.core.claim import Lab, Measurement, Verdict
 from laconic.core.menu import Damage, Judge, Plan
-from laconic.core.packed import Packed, Soft
+from laconic.core.packed import Packed
 from laconic.core.router import Routed, Router
 from laconic.core.site import Anatomy, Conv, Linear, Member, Scale, Site
 from laconic.core.state import Ragged, State
@@ -454,20 +454,6 @@ def taught(
     # outside of inference mode, so that losses may be taken of them
     targets = [logits.clone() for logits in (made[1:] + made[:1] if astray else made)]
     return learn(bench.source, model, forms, batches, targets, lesson, seed=seed, progress=progress)
-
-
-@dataclass(frozen=True)
-class Watched(Lesson):
-    """A lesson whose forms stay in sight as they learn, in the order of what is held."""
-
-    inner: Lesson = field(kw_only=True)
-    forms: list[Soft] = field(default_factory=list, compare=False, kw_only=True)
-
-    def soften(self, held: Packed, target: Tensor) -> Soft | None:
-        soft = self.inner.soften(held, target)
-        if soft is not None:
-            self.forms.append(soft)
-        return soft
 
 
 class Desk:

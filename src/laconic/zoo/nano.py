@@ -29,7 +29,7 @@ from laconic.core.errors import UserError
 from laconic.zoo import corpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     import torch
@@ -82,8 +82,8 @@ def rate(progress: float, step: int, recipe: Recipe) -> float:
     return up * down
 
 
-def train_tokenizer(texts: list[str], vocabulary: int = 4096, special: Sequence[str] = (BOS,)) -> Any:
-    """Return a byte-level BPE of exactly `vocabulary` entries, the special tokens first."""
+def train_tokenizer(texts: list[str], vocabulary: int = 4096) -> Any:
+    """Return a byte-level BPE of exactly `vocabulary` entries whose only special token is BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tok = Tokenizer(models.BPE())
@@ -92,7 +92,7 @@ def train_tokenizer(texts: list[str], vocabulary: int = 4096, special: Sequence[
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tok.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False),
     )
     return tok
 
@@ -203,9 +203,7 @@ def attend(
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
-def held_out_loss(
-    model: Any, tokenizer: Any, texts: list[str], length: int, tokens: int, loss: Callable[[Any, torch.Tensor], torch.Tensor] = loss_of
-) -> float:
+def held_out_loss(model: Any, tokenizer: Any, texts: list[str], length: int, tokens: int) -> float:
     """Mean loss of texts in nats per token, in fp32, over evenly spaced pieces of 2,048 tokens, `tokens` in all.
 
     A piece is read `length` tokens at a time, so that losses at two lengths are over the same tokens.
@@ -221,21 +219,16 @@ def held_out_loss(
             piece = torch.tensor(flat[i * stride : i * stride + 2049])
             for start in range(0, len(piece) - 1, length):
                 ids = piece[start : start + length + 1][None]
-                total += float(loss(model, ids)) * (ids.shape[1] - 1)
+                total += float(loss_of(model, ids)) * (ids.shape[1] - 1)
                 count += ids.shape[1] - 1
     return total / count
 
 
 def write_folder(
-    model: Any,
-    tokenizer: Any,
-    out: Path,
-    record: dict[str, Any],
-    says: Callable[[dict[str, Any]], str] | None = None,
-    marks: Mapping[str, str] | None = None,
+    model: Any, tokenizer: Any, out: Path, record: dict[str, Any], says: Callable[[dict[str, Any]], str] | None = None
 ) -> None:
     """Write model (as bf16), tokenizer, what `says` makes of the record (default: nano's card) and training.json to `out`, whole or not
-    at all. marks: what special tokens are for, where it is not all BOS (pad_token, mask_token)."""
+    at all."""
     import copy
 
     import torch
@@ -252,7 +245,7 @@ def write_folder(
             tokenizer_object=tokenizer,
             bos_token=BOS,
             eos_token=BOS,
-            **{"pad_token": BOS, **(marks or {})},
+            pad_token=BOS,
             model_max_length=_context(model, 2048),
             clean_up_tokenization_spaces=False,
         ).save_pretrained(new)
@@ -357,22 +350,6 @@ PyYAML, typer, rich, highspy and others). Short passages of it may be repeated b
 """
 
 
-def _autocast() -> torch.dtype:
-    """The faster of bf16 and fp32 for a matrix product of nano's sizes on one core here."""
-    import torch
-
-    took = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(768, 256, dtype=dtype)
-        times = []
-        for _ in range(20):
-            began = time.perf_counter()
-            x @ w.T
-            times.append(time.perf_counter() - began)
-        took[dtype] = sorted(times)[10]
-    return min(took, key=lambda dtype: took[dtype])
-
-
 @contextmanager
 def _one_core() -> Iterator[None]:
     import torch
@@ -398,11 +375,10 @@ def fit(
     compiled: bool = True,
     every: float = 240,
     save_every: float = 300,
-    hidden: str = r".*\.layers\..*",
-    loss: Callable[[Any, torch.Tensor], torch.Tensor] = loss_of,
+    hidden: str = ".*",
 ) -> tuple[int, float]:
-    """Train model in place; return the tokens seen and the minutes taken. Matrices whose names the regular expression `hidden` matches
-    learn by Muon, all other parameters by AdamW. loss: (model, ids [b, t + 1]) -> nats a prediction.
+    """Train model in place; return the tokens seen and the minutes taken. Matrices of the layers whose names the regular expression
+    `hidden` matches learn by Muon, all other parameters by AdamW.
 
     Each thread runs whole micro-batches through its own view of the weights: on two cores this is three times as
     fast as both cores on every operation, and a core that is busy elsewhere holds a step up less.
@@ -411,30 +387,31 @@ def fit(
 
     import torch
 
-    dtype = _autocast()
+    from laconic.kernels.pairs import narrowly, pairs
+
     views = [model]
     for _ in range(threads - 1):
         view = copy.deepcopy(model)
         for mine, theirs in zip(model.parameters(), view.parameters(), strict=True):
             theirs.data = mine.data
         views.append(view)
-    named = model.named_parameters()
-    matrices = sorted((p for name, p in named if p.ndim == 2 and re.fullmatch(hidden, name)), key=lambda p: p.numel())
+    inside = model.base_model.layers.named_parameters()
+    matrices = sorted((p for name, p in inside if p.ndim == 2 and re.fullmatch(hidden, name)), key=lambda p: p.numel())
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     shares = [matrices[i::threads] for i in range(threads) if matrices[i::threads]]
     muons = [torch.optim.Muon(share, lr=recipe.muon, weight_decay=recipe.weight_decay) for share in shares]
     adam = torch.optim.AdamW(others, lr=recipe.adamw, betas=(0.9, 0.95), weight_decay=0.0)
     long = _context(model, recipe.short)
-    forward = loss
+    forward = loss_of
     if compiled:
         # both lengths are compiled here, in one thread, before the clock starts
-        forward = torch.compile(loss, dynamic=False)
+        forward = torch.compile(loss_of, dynamic=False)
         for length in {recipe.short, long}:
             for view in views:
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                with narrowly():
                     forward(view, torch.zeros(max(1, recipe.micro // length), length + 1, dtype=torch.int64)).backward()
                 view.zero_grad()
-    say(f"{threads} threads, {dtype}, {'compiled' if compiled else 'eager'}")
+    say(f"{threads} threads, {'bf16' if pairs() else 'fp32'}, {'compiled' if compiled else 'eager'}")
 
     began = evaluated = saved = time.monotonic()
     seen = step = 0
@@ -447,10 +424,10 @@ def fit(
         # two micro-batches a thread at least, or a slow core holds the other up
         number = max(1, recipe.batch // (rows * length)) if length == recipe.short else max(2 * threads, recipe.batch // length)
         queue = [stream.take(rows, length) for _ in range(number)]
-        now_lost, norm = _step(forward, views, queue, muons, adam, rate(progress, step, recipe), recipe, dtype)
+        loss, norm = _step(forward, views, queue, muons, adam, rate(progress, step, recipe), recipe)
         seen += number * rows * length
         step += 1
-        mean = now_lost if step == 1 else 0.95 * mean + 0.05 * now_lost
+        mean = loss if step == 1 else 0.95 * mean + 0.05 * loss
 
         now = time.monotonic()
         if finish is None and progress < recipe.decay_at and (scratch / "FINISH").exists():
@@ -501,10 +478,11 @@ def _step(
     adam: torch.optim.Optimizer,
     scale: float,
     recipe: Recipe,
-    dtype: torch.dtype,
 ) -> tuple[float, float]:
     """One update from the micro-batches in queue, which is emptied; return mean loss and gradient norm before clipping."""
     import torch
+
+    from laconic.kernels.pairs import narrowly
 
     number = len(queue)
     losses: list[float] = []
@@ -515,7 +493,7 @@ def _step(
                 ids = queue.pop()
             except IndexError:
                 return
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with narrowly():
                 loss = forward(view, ids)
             (loss / number).backward()
             losses.append(loss.item())
@@ -550,16 +528,15 @@ def encode(sources: list[corpus.Source], tokenizer: Any, epochs: int) -> list[tu
     return out
 
 
-def load(folder: Path, auto: str = "CausalLM") -> tuple[Any, Any, dict[str, Any]]:
-    """Return the fp32 model, its `tokenizers.Tokenizer` and the training record of a folder that `write_folder` wrote. auto: by which of
-    transformers' AutoModelFor classes it is read."""
+def load(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the fp32 model, its `tokenizers.Tokenizer` and the training record of a folder that `write_folder` wrote."""
     import torch
-    import transformers
     from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
 
     if not (folder / "training.json").is_file():
         raise UserError(f"{folder} holds no training.json; give a folder that this script wrote, or leave --resume out")
-    model = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return model, tokenizer, json.loads((folder / "training.json").read_text(encoding="utf-8"))
 

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
-from laconic.claims.lab import (
-    ONE,
-    SEEDS,
-    Bench,
-    Duel,
-    Found,
-    Watched,
-    duel,
-    gathered,
-    held,
-    judged,
-    measure,
-    on,
-    seen,
-    spread,
-    taught,
-    tuned,
-)
+from torch import Tensor
+
+from laconic.claims.lab import ONE, SEEDS, Bench, Duel, Found, duel, gathered, held, judged, measure, on, seen, spread, taught, tuned
 from laconic.claims.quantize.flexround import small
 from laconic.core.claim import Claim, Lab, Paper, Verdict
+from laconic.core.packed import Packed, Soft
 from laconic.core.transform import Lesson
 from laconic.methods.quantize.round.vptq import VPTQ, Codebooks
 from laconic.methods.quantize.train.pv import PV, Revised
@@ -71,6 +57,20 @@ def _against(rival: Lesson, name: str, astray: bool, seeds: Sequence[int], quick
 
 def _on(name: str, rival: Lesson, other: str, astray: bool, seeds: Sequence[int], lab: Lab) -> Verdict:
     return on(lab, name, partial(_against, rival, other, astray, seeds, lab.quick))
+
+
+@dataclass(frozen=True)
+class Watched(Lesson):
+    """V steps alone, of a lesson whose forms stay in sight."""
+
+    inner: PV = field(default_factory=PV)
+    forms: list[Soft] = field(default_factory=list, compare=False)
+
+    def soften(self, held: Packed, target: Tensor) -> Soft | None:
+        soft = self.inner.soften(held, target)
+        if soft is not None:
+            self.forms.append(soft)
+        return soft
 
 
 def _alone(inner: PV, rate: float, seeds: Sequence[int], quick: bool, bench: Bench) -> Verdict:

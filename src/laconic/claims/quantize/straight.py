@@ -41,9 +41,7 @@ class Noise(Straight):
 
 
 @gathered
-def _against(bench: Bench, rival: str, levels: Sequence[Grid], seeds: Sequence[int], astray: bool) -> Iterator[Duel]:
-    # what is broken of the text is the text, else what is learned from it
-    lesson, astray = (Noise(replaced=1.0), False) if astray and rival == "the text alone" else (Straight(), astray)
+def _against(bench: Bench, lesson: Lesson, rival: str, levels: Sequence[Grid], seeds: Sequence[int], astray: bool) -> Iterator[Duel]:
     for level in levels:
         ours = [_after(bench, level, lesson, seed, astray) for seed in seeds]
         if rival == "GPTQ":
@@ -53,12 +51,15 @@ def _against(bench: Bench, rival: str, levels: Sequence[Grid], seeds: Sequence[i
         yield duel(f"{level.bits} bits, groups of {level.group}", ours, theirs, names=("tuned", rival))
 
 
-def _on(name: str, rival: str, seeds: Sequence[int], astray: bool, lab: Lab) -> Verdict:
+def _on(name: str, lesson: Lesson, rival: str, seeds: Sequence[int], astray: bool, lab: Lab) -> Verdict:
     levels = [Grid(3, 64)] if lab.quick else [Grid(4, 64), Grid(3, 64), Grid(2, 64)]
     # one draw is what a quick check of minutes has room for
-    return on(lab, name, lambda bench: _against(bench, rival, levels, seeds[:1] if lab.quick else seeds, astray))
+    return on(lab, name, lambda bench: _against(bench, lesson, rival, levels, seeds[:1] if lab.quick else seeds, astray))
 
 
+OURS, NOISE = Straight(), Noise(replaced=1.0)
+HOW = f"all matrices of the blocks, 4, 3 and 2 bits (quick: 3), {STEPS}, 3 draws of the calibration rows (quick: 1)"
+SCALES = {"nano": f"nano, {HOW}", "stories260k": f"stories260k on TinyStories, {HOW}"}
 LSQ = Paper("Esser et al.", 2020, "arXiv:1902.08153", "section 3.4, table 1")
 SAMPLED = Paper("Bengio et al.", 2015, "arXiv:1506.03099", "section 2.4")
 QAT = Paper("Liu et al.", 2023, "arXiv:2305.17888", "section 3.2, table 1")
@@ -67,40 +68,37 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         says="Tuning a GPTQ model whole lowers its KL and its perplexity in the same bytes.",
         where=QAT,
-        scale=f"nano, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), {STEPS}, 3 draws of the calibration rows (quick: 1)",
-        check=partial(_on, "nano", "GPTQ", SEEDS, False),
-        broken=partial(_on, "nano", "GPTQ", ONE, True),
+        scale=SCALES["nano"],
+        check=partial(_on, "nano", OURS, "GPTQ", SEEDS, False),
+        broken=partial(_on, "nano", OURS, "GPTQ", ONE, True),
     ),
     Claim(
         says="Tuning a GPTQ model whole lowers its KL and its perplexity in the same bytes, on a model trained by others.",
         where=QAT,
-        scale=f"stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), {STEPS}, 3 draws of the "
-        "calibration rows (quick: 1)",
-        check=partial(_on, "stories260k", "GPTQ", SEEDS, False),
-        broken=partial(_on, "stories260k", "GPTQ", ONE, True),
+        scale=SCALES["stories260k"],
+        check=partial(_on, "stories260k", OURS, "GPTQ", SEEDS, False),
+        broken=partial(_on, "stories260k", OURS, "GPTQ", ONE, True),
     ),
     Claim(
         says="In equal steps and bytes, learning codes and step sizes has the lower KL and perplexity than learning step sizes alone.",
         where=LSQ,
-        scale=f"stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), {STEPS}, 3 draws of the "
-        "calibration rows (quick: 1)",
-        check=partial(_on, "stories260k", "step sizes alone", SEEDS, False),
-        broken=partial(_on, "stories260k", "step sizes alone", ONE, True),
+        scale=SCALES["stories260k"],
+        check=partial(_on, "stories260k", OURS, "step sizes alone", SEEDS, False),
+        broken=partial(_on, "stories260k", OURS, "step sizes alone", ONE, True),
     ),
     Claim(
         says="In equal steps and bytes, copies of the text in the original's own words give a lower KL and perplexity than the text alone.",
         where=SAMPLED,
-        scale=f"nano, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), {STEPS}, 3 draws of the calibration rows (quick: 1)",
-        check=partial(_on, "nano", "the text alone", SEEDS, False),
-        broken=partial(_on, "nano", "the text alone", ONE, True),
+        scale=SCALES["nano"],
+        check=partial(_on, "nano", OURS, "the text alone", SEEDS, False),
+        broken=partial(_on, "nano", NOISE, "the text alone", ONE, False),
     ),
     Claim(
         says="In equal steps and bytes, copies of the text in the original's own words give a lower KL and perplexity than the text "
         "alone, on a model trained by others.",
         where=SAMPLED,
-        scale=f"stories260k on TinyStories, all matrices of the blocks, 4, 3 and 2 bits (quick: 3), {STEPS}, 3 draws of the "
-        "calibration rows (quick: 1)",
-        check=partial(_on, "stories260k", "the text alone", SEEDS, False),
-        broken=partial(_on, "stories260k", "the text alone", ONE, True),
+        scale=SCALES["stories260k"],
+        check=partial(_on, "stories260k", OURS, "the text alone", SEEDS, False),
+        broken=partial(_on, "stories260k", NOISE, "the text alone", ONE, False),
     ),
 )

@@ -1,7 +1,6 @@
 """Some columns of a matrix in a form of their own: outliers, say, that are held more finely than the rest.
 
-Stored: both forms, of the chosen columns (n, c) and of all others (n, m - c), and which they are: listed (c,) int32, rising, or where it
-is shorter a bit for each, mask (ceil(m / 8),) uint8.
+Stored: both forms, of the chosen columns (n, c) and of all others (n, m - c), and columns (c,) int32, rising.
 Sibling: quantize.grid.vectors (one form for all columns)."""
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from torch import Tensor
 from typing_extensions import Self
 
 from laconic.core.packed import Packed, Soft, Way, below, restore
-from laconic.kernels.bits import pack, packed_width, unpack
 
 
 def others(columns: Tensor, m: int) -> Tensor:
@@ -28,32 +26,12 @@ class Apart(Packed):
     """A matrix view of `shape`, `few` for its `columns` and `rest` for the others."""
 
     form = "quantize.grid.apart.Apart"
+    columns: Tensor
 
-    def __init__(self, shape: tuple[int, ...], rest: Packed, few: Packed, columns: Tensor, *, masked: bool = False) -> None:
-        """columns: as they are, or as the mask that is stored."""
+    def __init__(self, shape: tuple[int, ...], rest: Packed, few: Packed, columns: Tensor) -> None:
         super().__init__()
         self.shape, self.rest, self.few = tuple(shape), rest, few
-        m = self.matrix[1]
-        if masked:
-            self.register_buffer("mask", columns)
-        elif 4 * len(columns) <= packed_width(m, 1):
-            self.register_buffer("listed", columns.to(torch.int32))
-        else:
-            chosen = torch.zeros(1, m, dtype=torch.uint8)
-            chosen[0, columns.long()] = 1
-            self.register_buffer("mask", pack(chosen, 1)[0])
-
-    @staticmethod
-    def bytes_of(count: int, m: int) -> int:
-        """Stored bytes of which `count` of m columns are apart."""
-        return min(4 * count, packed_width(m, 1))
-
-    @property
-    def columns(self) -> Tensor:
-        """(c,) int32, rising."""
-        if "listed" in self._buffers:
-            return self._buffers["listed"]  # type: ignore[return-value]
-        return unpack(self._buffers["mask"][None], 1, self.matrix[1])[0].nonzero()[:, 0].to(torch.int32)  # type: ignore[index]
+        self.register_buffer("columns", columns.to(torch.int32))
 
     def _joined(self, rest: Tensor, few: Tensor) -> Tensor:
         out = rest.new_empty(rest.shape[0], self.matrix[1])
@@ -82,8 +60,7 @@ class Apart(Packed):
     @classmethod
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         rest, few = (restore(described[name], below(tensors, name)) for name in ("rest", "few"))
-        which = "mask" if "mask" in tensors else "listed"
-        return cls(tuple(described["shape"]), rest, few, tensors[which], masked=which == "mask")
+        return cls(tuple(described["shape"]), rest, few, tensors["columns"])
 
 
 class SoftApart(Soft):

@@ -139,7 +139,7 @@ class VPTQ(Transform):
         n, m = site.matrix
         few = level.apart(m)
         rest = Vectored.bytes_of(n, m - few, level.vectors)
-        return rest + Vectored.bytes_of(n, few, level.finer) + Apart.bytes_of(few, m) if few else rest
+        return rest + Vectored.bytes_of(n, few, level.finer) + 4 * few if few else rest
 
 
 def _scales(weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar, Literal
 
 import torch
@@ -36,11 +37,6 @@ def rewritten(tokens: Tensor, logits: Tensor, count: int, share: float, generato
     drawn = torch.multinomial(logits[:-1].float().softmax(-1), count, replacement=True, generator=generator).T
     new = torch.rand(drawn.shape, generator=generator) < share
     return torch.cat([tokens[:1].expand(count, 1), torch.where(new, drawn.to(tokens.dtype), tokens[1:])], 1)
-
-
-def _one_by_one(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    for batch in batches:
-        yield from batch
 
 
 @dataclass(frozen=True)
@@ -69,6 +65,6 @@ class Straight(Lesson):
             return inputs
         # every row gets its first copy before one gets its second
         counts = [wanted // len(inputs) + (i < wanted % len(inputs)) for i in range(len(inputs))]
-        made = [rewritten(inputs[i], logits, count, self.replaced, generator)
-                for (i, count), logits in zip(enumerate(counts), _one_by_one(predictions()), strict=True) if count]  # fmt: skip
+        rows = zip(inputs, counts, chain.from_iterable(predictions()), strict=True)
+        made = [rewritten(row, logits, count, self.replaced, generator) for row, count, logits in rows if count]
         return torch.cat([inputs, *made])
