@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from laconic.core.packed import Held, Packed
 from laconic.core.site import Anatomy, Conv, Embedding, Segment, Site, Stage
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Seen, Statistic
+from laconic.kernels.pairs import narrowly
 
 # a head with more weights than this is never held in fp32
 WIDE = 64 * 1024 * 1024
@@ -112,7 +113,7 @@ def fed(layer: nn.Module, form: Packed | None) -> None:
         hook.remove()
     feed = None if form is None or isinstance(layer, nn.Embedding) else form.feed
     if feed is not None:
-        layer.__dict__["_fed"] = layer.register_forward_pre_hook(lambda layer, args: (feed(args[0]), *args[1:]))
+        layer.__dict__["_fed"] = layer.register_forward_pre_hook(lambda layer, args: (feed(args[0].float()), *args[1:]))
 
 
 def as_held(layer: nn.Module, form: Packed) -> None:
@@ -348,10 +349,14 @@ class _Memo:
 
 
 class Walk:
-    """A model over inputs, segment by segment. `inputs` (count, ...) are run in batches of `batch`; compute is fp32."""
+    """A model over inputs, segment by segment. `inputs` (count, ...) are run in batches of `batch`; compute is fp32. narrow: products of
+    layers and head may be in bf16 where the processor is faster so."""
 
-    def __init__(self, source: Opened, inputs: Tensor, *, batch: int = 8, shelf: Path | None = None, whole: bool = False) -> None:
+    def __init__(
+        self, source: Opened, inputs: Tensor, *, batch: int = 8, shelf: Path | None = None, whole: bool = False, narrow: bool = False
+    ) -> None:
         self.source = source
+        self.narrow = narrow
         self.inputs = inputs
         self.batches = list(inputs.split(batch))
         self.model = source.skeleton()
@@ -506,7 +511,8 @@ class Walk:
             return answer_of(module(self.hidden[i], **self._plain))
         number = self._number(segment)
         args, kwargs = self.handed[i][number]
-        out = module(self.hidden[i], *args, **kwargs)
+        with narrowly(self.narrow):
+            out = module(self.hidden[i], *args, **kwargs)
         if not isinstance(out, tuple):
             return out  # type: ignore[no-any-return]
         if segment.gives > 1:
@@ -753,7 +759,8 @@ class Walk:
         with self._answers(i, hidden):
             if i is not None:
                 self.ready(i)
-            return answer_of(self.model(batch, **self._plain))
+            with narrowly(self.narrow):
+                return answer_of(self.model(batch, **self._plain))
 
     def backward(
         self, wants: Sequence[Statistic], generator: torch.Generator, log: Callable[[int, int], None]

@@ -5,8 +5,8 @@ Each arrow is a function of values, and each value is journalled, so a killed ru
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -620,6 +620,11 @@ def batch_of(source: Any) -> int:
     return 8 if source.parameters < 100_000_000 else 1
 
 
+def in_bf16(source: Any) -> bool:
+    """Whether every matrix of a model is stored in bf16: inputs of products are then worth no more digits while methods look at them."""
+    return all(source.infos[site.tensors["weight"].name].dtype == torch.bfloat16 for site in source.anatomy.sites())
+
+
 def apply_plan(
     source: Any, inputs: Tensor, plan: Mapping[str, Any], *, work: Any, progress: Progress = quiet, prefix: str = "apply"
 ) -> Applied:
@@ -654,7 +659,7 @@ def apply_plan(
             work.finish(key, value, tensors)
             del weight, tensors
         take_in(key, value)
-    walk = Walk(view, walk_inputs, batch=batch_of(source))
+    walk = Walk(view, walk_inputs, batch=batch_of(source), narrow=in_bf16(source))
     table = view.packed(tables[0].tensors["weight"].name) if tables else None
     walk.begin(table.rows if table is not None else None)
     del table
@@ -903,13 +908,16 @@ def _table_stats(source: Any, inputs: Tensor, site: Site, chosen: Mapping[str, O
 TUNABLE = 200_000_000
 # of a lesson over the whole model, at once: its loss and gradient take some six times as much
 LOGITS = 64 * 1024**2
+# of a lesson over the whole model, at once: gradients, a set for each thread
+GRADIENTS = 256 * 1024**2
 # of a lesson over the whole model, in all: predictions to meet, on disk
 TARGETS = 2 * 1024**3
 
 
-def filed(shelf: Shelf, logits: Iterator[Tensor]) -> Shelved:
-    """The original's predictions for each batch, in half precision, in memory up to a limit and on disk beyond it."""
-    count = 0
+def filed(shelf: Shelf, logits: Iterator[Tensor], after: int = 0) -> Shelved:
+    """The original's predictions for each batch, in half precision, in memory up to a limit and on disk beyond it. after: so many batches
+    are there already."""
+    count = after
     for batch in logits:
         shelf.put(str(count), batch.half())
         count += 1
@@ -964,21 +972,27 @@ def _whole(
     # images are small: a step sees as many as a batch of the walk
     batch = lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source))
     rows = at_once(source, inputs, batch)
+    lanes = abreast(source, rows)
+    rows //= lanes
     progress("tuning", 0, lesson.steps, "the original's predictions")
-    if source.task == "text":
-        # predictions are kept in half precision
-        room = max(len(inputs), TARGETS // (2 * inputs[0].numel() * int(getattr(source.config, "vocab_size", 1))))
-        predicted = partial(finished_logits, teacher, inputs, rows)
-        inputs = lesson.varied(inputs, predicted, room, torch.Generator().manual_seed(seed))
     batches = inputs.split(rows)
     shelf = Shelf(work.folder / "tuning", 256 * 1024**2)
-    targets = filed(shelf, finished_logits(teacher, inputs, batches[0].shape[0]))
+    targets = filed(shelf, finished_logits(teacher, inputs, rows, narrow=lesson.narrow))
+    if source.task == "text":
+        # predictions are kept in half precision
+        room = max(0, TARGETS // (2 * inputs[0].numel() * int(getattr(source.config, "vocab_size", 1))) - len(inputs))
+        more = lesson.varied(inputs, lambda: map(targets.__getitem__, range(len(targets))), room, torch.Generator().manual_seed(seed))
+        if len(more):
+            targets = filed(shelf, finished_logits(teacher, more, rows, narrow=lesson.narrow), len(targets))
+            batches = (*batches, *more.split(rows))
     model = applied.view.skeleton()
     applied.view.fill(model, "", torch.float32)
     held = {name: packed for name in applied.forms if (packed := applied.view.packed(name)) is not None}
     if lesson.entire:
         held |= {name: Dense(kept_tensor(applied.view.read(name))) for name in stored_paths(source, model) if name not in held}
-    forms, losses = learn(source, model, held, batches, targets, lesson, seed=seed, together=batch // rows, progress=progress)
+    forms, losses = learn(
+        source, model, held, batches, targets, lesson, seed=seed, together=batch // rows, lanes=lanes, progress=progress
+    )  # fmt: skip
     shelf.clear()
     return forms.get, f"tuned over {lesson.steps} steps: {lesson.objective.name} {_first_and_last(losses)}"
 
@@ -987,6 +1001,15 @@ def at_once(source: Any, inputs: Tensor, batch: int) -> int:
     """How many rows of a step of `batch` are in memory together, a divisor of it: as many as keep their logits within LOGITS bytes."""
     wide = 4 * inputs[0].numel() * getattr(source.config, "vocab_size", 1) if source.task == "text" else 0
     return max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * wide <= LOGITS))
+
+
+def abreast(source: Any, rows: int) -> int:
+    """By how many threads the rows that are in memory together are shared, a divisor of them: no more than there are cores, and only
+    where the gradients that each thread makes of all weights are small."""
+    if source.task != "text":
+        return 1
+    most = min(torch.get_num_threads(), GRADIENTS // (4 * max(source.parameters, 1)))
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n <= most))
 
 
 def _by_parts(source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, seed: int, work: Any, progress: Progress) -> tuple[Forms, str]:
@@ -1008,11 +1031,12 @@ def learn(
     *,
     seed: int,
     together: int = 1,
+    lanes: int = 1,
     progress: Progress = quiet,
 ) -> tuple[dict[str, Packed], list[float]]:
     """What can be learned of the forms, by stored name, learned together; and the objective of each step. model: filled with the weights
-    that stay; targets: the outputs that each of the batches must meet; together: batches that make a step. Where a lesson asks for the
-    first slices of what is joined, a narrower module around the same tensors computes with them."""
+    that stay; targets: the outputs that each of the batches must meet; together: batches that make a step; lanes: those of them that run at
+    once. Where a lesson asks for the first slices of what is joined, a narrower module around the same tensors computes with them."""
     path = stored_paths(source, model)
     softs: dict[str, Soft] = {}
     for name, packed in held.items():
@@ -1020,20 +1044,21 @@ def learn(
         if soft is not None:
             softs[name] = soft
 
-    twins: dict[tuple[tuple[int, ...], ...], nn.Module] = {}
+    # a call puts weights into a module while it runs, so that each thread needs its own
+    twins: dict[tuple[int, tuple[tuple[int, ...], ...]], nn.Module] = {}
 
     def run(i: int, weights: Mapping[str, Tensor]) -> Tensor:
         own = {path[name]: weight for name, weight in weights.items()}
-        shapes = tuple(tuple(weight.shape) for weight in own.values())
-        if shapes not in twins:
+        key = (threading.get_ident(), tuple(tuple(weight.shape) for weight in own.values()))
+        if key not in twins:
             smaller = {at: weight.detach() for at, weight in own.items() if weight.shape != model.get_parameter(at).shape}
-            twins[shapes] = narrowed(model, smaller) if smaller else model
+            twins[key] = narrowed(model, smaller) if smaller or lanes > 1 else model
         with narrowly(lesson.narrow):
-            return answer_of(torch.func.functional_call(twins[shapes], own, (batches[i],)))
+            return answer_of(torch.func.functional_call(twins[key], own, (batches[i],)))
 
     losses = tune(
         run, targets, softs, lesson,
-        generator=torch.Generator().manual_seed(seed), together=together,
+        generator=torch.Generator().manual_seed(seed), together=together, lanes=lanes,
         progress=lambda done, total: progress("tuning", done, total, "all layers together"),
     )  # fmt: skip
     return {name: soft.harden() for name, soft in softs.items()}, losses
@@ -1206,9 +1231,9 @@ def _first_and_last(losses: Sequence[float]) -> str:
     return f"on calibration rows {sum(losses[:tenth]) / tenth:.4g} -> {sum(losses[-tenth:]) / tenth:.4g}"
 
 
-def finished_logits(opened: Any, inputs: Tensor, batch: int) -> Iterator[Tensor]:
-    """Logits of a model over inputs, batch by batch, one segment in memory at a time."""
-    walk = Walk(opened, inputs, batch=batch)
+def finished_logits(opened: Any, inputs: Tensor, batch: int, *, narrow: bool = False) -> Iterator[Tensor]:
+    """Logits of a model over inputs, batch by batch, one segment in memory at a time. narrow: as of a Walk."""
+    walk = Walk(opened, inputs, batch=batch, narrow=narrow)
     walk.begin()
     for segment in walk.layers:
         module = walk.take(segment)

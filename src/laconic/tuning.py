@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from laconic.core.router import Routed
 from laconic.core.transform import Lesson
 
 Run = Callable[[int, Mapping[str, Tensor]], Tensor]
+Found = TypeVar("Found")
 
 
 class Targets(Protocol):
@@ -54,13 +57,15 @@ def tune(
     *,
     generator: torch.Generator,
     together: int = 1,
+    lanes: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
     """Learns the forms in place, all together; returns the objective of each step, a mean over its passes, without the penalties of forms
     and routers. run(i, weights): output for batch i with these dense weights, by the names of the forms that are Soft, smaller ones where
     the lesson asks for the first slices (any other module is learned as it is, and `run` calls it itself); targets[i]: what it must
     meet. together: neighbouring batches that make a step, their gradients added one after another, so that one batch's activations are in
-    memory; the objective is then their mean."""
+    memory; the objective is then their mean. lanes: where all forms are Soft, so many of these batches are run at once, in threads of
+    their own that share the cores; `run` must allow it."""
     named = [(name.rpartition(".")[2], p) for form in forms.values() for name, p in form.named_parameters()]
     groups: list[dict[str, Any]] = [{"params": [p for name, p in named if name == learned], "lr": rate} for learned, rate in lesson.rates]
     groups = [group for group in groups if group["params"]]
@@ -74,6 +79,7 @@ def tune(
     learned, routed = [part for part in every if isinstance(part, Soft)], [part for part in every if isinstance(part, Routed)]
     soft = {name: form for name, form in forms.items() if isinstance(form, Soft)}
     most = max((form.parts for form in soft.values()), default=1)
+    abreast = Lanes(lanes) if lanes > 1 and len(soft) == len(forms) else None
     order = shuffled(-(-len(targets) // together), generator)
     found = []
     for step in range(lesson.steps):
@@ -87,11 +93,14 @@ def tune(
             weights = {name: (form.first(count) if count < form.parts else form).dense() for name, form in soft.items()}
             # the forms' own graph is gone through once, with what all batches say of the dense weights
             leaves = {name: weight.detach().requires_grad_(weight.requires_grad) for name, weight in weights.items()}
-            for i in batches:
-                loss = lesson.objective(run(i, leaves), targets[i], None)
-                losses.append(float(loss.detach()))
-                # one pass after another, so that no two graphs are in memory
-                sum(_penalties(routed, step, lesson) if not number else [], loss).div(len(batches)).backward()
+            if abreast is not None:
+                losses += _slopes(abreast, partial(_missed, run, targets, lesson, leaves), batches, list(leaves.values()))
+            else:
+                for i in batches:
+                    loss = _missed(run, targets, lesson, leaves, i)
+                    losses.append(float(loss.detach()))
+                    # one pass after another, so that no two graphs are in memory
+                    sum(_penalties(routed, step, lesson) if not number else [], loss).div(len(batches)).backward()
             asked = [name for name, leaf in leaves.items() if leaf.grad is not None]
             penalties = _penalties(learned, step, lesson) if not number else []
             if asked or penalties:
@@ -103,6 +112,44 @@ def tune(
         found.append(sum(losses) / len(losses))
         progress(step + 1, lesson.steps)
     return found
+
+
+def _missed(run: Run, targets: Targets, lesson: Lesson, weights: Mapping[str, Tensor], i: int) -> Tensor:
+    return lesson.objective(run(i, weights), targets[i], None)
+
+
+class Lanes:
+    """Calls that run at once, each in a thread of its own with its share of torch's: small products gain more so than divided."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.pool = count, ThreadPoolExecutor(count)
+
+    def __call__(self, job: Callable[[int], Found], items: Sequence[int]) -> Iterator[Found]:
+        """What the job gives for each item, in their order."""
+        cores = torch.get_num_threads()
+        torch.set_num_threads(max(1, cores // self.count))
+        try:
+            yield from self.pool.map(job, items)
+        finally:
+            torch.set_num_threads(cores)
+
+
+def _slopes(lanes: Lanes, loss_of: Callable[[int], Tensor], batches: Sequence[int], leaves: Sequence[Tensor]) -> list[float]:
+    """The objective of each batch. Gradients of their mean are added up in the batches' order, whichever ends first, so that a run is
+    the same each time."""
+    asked = [leaf for leaf in leaves if leaf.requires_grad]
+
+    def job(i: int) -> tuple[float, Sequence[Tensor | None]]:
+        loss = loss_of(i)
+        return loss.item(), torch.autograd.grad(loss / len(batches), asked, allow_unused=True)
+
+    losses = []
+    for loss, slopes in lanes(job, batches):
+        losses.append(loss)
+        for leaf, slope in zip(asked, slopes, strict=True):
+            if slope is not None:
+                leaf.grad = slope if leaf.grad is None else leaf.grad + slope
+    return losses
 
 
 def _penalties(parts: Sequence[Soft | Routed], step: int, lesson: Lesson) -> list[Tensor]:

@@ -448,7 +448,7 @@ def taught(
     with torch.inference_mode():
         if bench.source.task == "text":
             predictions = lambda: (run(batch) for batch in rows.split(lesson.batch))  # noqa: E731
-            rows = lesson.varied(rows, predictions, ROOM, torch.Generator().manual_seed(seed))
+            rows = torch.cat([rows, lesson.varied(rows, predictions, ROOM - len(rows), torch.Generator().manual_seed(seed))])
         batches = rows.split(lesson.batch)
         made = [run(batch).half() for batch in batches]
     # outside of inference mode, so that losses may be taken of them

@@ -92,9 +92,9 @@ class Lesson(ABC):
         return held.soften(target)
 
     def varied(self, inputs: Tensor, predictions: Callable[[], Iterator[Tensor]], room: int, generator: torch.Generator) -> Tensor:
-        """What a lesson over a whole language model makes of the calibration tokens (count, length) before it begins: at most `room` rows,
-        as they are by default. predictions(): the original's logits for them, some rows at a time."""
-        return inputs
+        """Rows that a lesson over a whole language model adds to the calibration tokens (count, length) before it begins, at most `room`;
+        none by default. predictions(): the original's logits for what is there, some rows at a time."""
+        return inputs[:0]
 
 
 @dataclass(frozen=True)

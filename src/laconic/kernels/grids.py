@@ -153,6 +153,10 @@ def fit_range(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return _scale_zero(*_ends(weight, grid), grid)
 
 
+# how many numbers a search for scales works on at a time
+_TRIED = 2**20
+
+
 def fit_clipped(
     weight: Tensor, grid: Grid, importance: Tensor | None = None, *, least: float = 0.4, steps: int = 16
 ) -> tuple[Tensor, Tensor]:
@@ -161,20 +165,19 @@ def fit_clipped(
     low, high = _ends(weight, grid)
     weigh = None if importance is None else grouped(importance[None, :].clamp(min=0), grid)
     runs = grouped(weight, grid)
-    best = torch.full(low.shape, torch.inf)
-    scale, zero = _scale_zero(low, high, grid)
-    top = 2**grid.bits - 1
-    for i in range(steps):
-        shrink = 1.0 - (1.0 - least) * i / max(steps - 1, 1)
-        s, z = _scale_zero(low * shrink, high * shrink, grid)
-        whole, over = parted(z)
-        codes = (runs / s[..., None]).add_(over[..., None]).round_().add_(whole[..., None]).clamp_(0, top)
-        error = (codes.sub_(z[..., None]).mul_(s[..., None]) - runs).square_()
-        loss = (error if weigh is None else error * weigh).sum(-1)
-        better = loss < best
-        best = torch.where(better, loss, best)
-        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
-    return scale, zero
+    shrink = torch.tensor([1.0 - (1.0 - least) * i / max(steps - 1, 1) for i in range(steps)])[:, None, None]
+    scales, zeros = _scale_zero(low * shrink, high * shrink, grid)
+    wholes, overs = parted(zeros)
+    losses = torch.empty_like(scales)
+    # many small groups are tried with all factors at once, few large ones with one after another
+    some = max(1, _TRIED // max(runs.numel(), 1))
+    for at in range(0, steps, some):
+        s, z, whole, over = (x[at : at + some, ..., None] for x in (scales, zeros, wholes, overs))
+        codes = (runs / s).add_(over).round_().add_(whole).clamp_(0, 2**grid.bits - 1)
+        error = codes.sub_(z).mul_(s).sub_(runs).square_()
+        losses[at : at + some] = (error if weigh is None else error.mul_(weigh)).sum(-1)
+    best = losses.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
 def fit_by_output(weight: Tensor, grid: Grid, gram: Tensor, *, least: float = 0.5, steps: int = 10) -> tuple[Tensor, Tensor]:

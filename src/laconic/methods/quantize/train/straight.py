@@ -41,14 +41,14 @@ def rewritten(tokens: Tensor, logits: Tensor, count: int, share: float, generato
 
 @dataclass(frozen=True)
 class Straight(Lesson):
-    """Defaults: 192 steps of 4 sequences by Adam, rates falling to zero along a cosine; position in grid steps, step in logarithms, table
+    """Defaults: 160 steps of 4 sequences by Adam, rates falling to zero along a cosine; position in grid steps, step in logarithms, table
     (of vectors) in sizes of its entries. Most of the gain is that of the steps; positions of 0.01 and more move codes faster than so few
     sequences can tell good from bad. copies: at most so many varied rows of each calibration row, and no more rows than the steps see;
     replaced: share of their tokens that is drawn anew."""
 
     objective: Objective = KL
     rates: tuple[tuple[str, float], ...] = (("position", 5e-3), ("step", 3e-3), ("table", 1e-2))
-    steps: int = 192
+    steps: int = 160
     batch: int = 4
     decay: Literal["constant", "linear", "cosine"] = "cosine"
     narrow: ClassVar[bool] = True
@@ -60,11 +60,11 @@ class Straight(Lesson):
             raise ValueError(f"copies={self.copies}, replaced={self.replaced}: copies are counted, and the share of new tokens is 0 to 1")
 
     def varied(self, inputs: Tensor, predictions: Callable[[], Iterator[Tensor]], room: int, generator: torch.Generator) -> Tensor:
-        wanted = min(self.copies * len(inputs), self.steps * self.batch - len(inputs), room - len(inputs))
+        wanted = min(self.copies * len(inputs), self.steps * self.batch - len(inputs), room)
         if wanted <= 0 or not self.replaced:
-            return inputs
+            return inputs[:0]
         # every row gets its first copy before one gets its second
         counts = [wanted // len(inputs) + (i < wanted % len(inputs)) for i in range(len(inputs))]
         rows = zip(inputs, counts, chain.from_iterable(predictions()), strict=True)
         made = [rewritten(row, logits, count, self.replaced, generator) for row, count, logits in rows if count]
-        return torch.cat([inputs, *made])
+        return torch.cat(made)
