@@ -162,7 +162,7 @@ def _optimiser(groups: list[dict[str, Any]], lesson: Lesson) -> torch.optim.Opti
     if lesson.optimiser == "momentum":
         # a rate for each group
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    return torch.optim.Adam(groups, betas=(0.9, 0.95))
+    return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
 
 
 def _decayed(lesson: Lesson, step: int) -> float:

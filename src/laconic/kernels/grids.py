@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from laconic.kernels.native import native
+
 # scales of 8 bits: steps of an octave, and how many of them a matrix can store
 NOTCHES, SPAN = 32, 256
 # 2^(i/32) as bf16 knows it
@@ -153,8 +155,39 @@ def fit_range(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return _scale_zero(*_ends(weight, grid), grid)
 
 
+def reference_errors(runs: Tensor, weigh: Tensor | None, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
+    """Squared errors of runs (n, g, width), each column weighted by weigh (1, g, width), rounded with each of some scales and zeros
+    (steps, n, g) -> (steps, n, g)."""
+    wholes, overs = parted(zeros)
+    losses = torch.empty_like(scales)
+    # many small groups are tried with all scales at once, few large ones with one after another
+    some = max(1, _TRIED // max(runs.numel(), 1))
+    for at in range(0, len(scales), some):
+        s, z, whole, over = (x[at : at + some, ..., None] for x in (scales, zeros, wholes, overs))
+        codes = (runs / s).add_(over).round_().add_(whole).clamp_(0, top)
+        error = codes.sub_(z).mul_(s).sub_(runs).square_()
+        losses[at : at + some] = (error if weigh is None else error.mul_(weigh)).sum(-1)
+    return losses
+
+
 # how many numbers a search for scales works on at a time
 _TRIED = 2**20
+# fewer are one thread's work
+ALONE = 2**16
+
+
+def _errors(runs: Tensor, weigh: Tensor | None, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
+    there = native()
+    given = [runs, scales, zeros, *([] if weigh is None else [weigh])]
+    if there is None or any(x.dtype != torch.float32 or x.device.type != "cpu" for x in given):
+        return reference_errors(runs, weigh, scales, zeros, top)
+    tried = [x.contiguous() for x in (scales, *parted(zeros), zeros)]
+    runs, weigh, losses = runs.contiguous(), None if weigh is None else weigh.contiguous(), torch.empty_like(tried[0])
+    there.module.clip_losses(
+        runs.data_ptr(), 0 if weigh is None else weigh.data_ptr(), [x.data_ptr() for x in tried], [*runs.shape, len(scales)], top,
+        losses.data_ptr(), torch.get_num_threads() if runs.numel() * len(scales) > ALONE else 1, there.level,
+    )  # fmt: skip
+    return losses
 
 
 def fit_clipped(
@@ -167,15 +200,7 @@ def fit_clipped(
     runs = grouped(weight, grid)
     shrink = torch.tensor([1.0 - (1.0 - least) * i / max(steps - 1, 1) for i in range(steps)])[:, None, None]
     scales, zeros = _scale_zero(low * shrink, high * shrink, grid)
-    wholes, overs = parted(zeros)
-    losses = torch.empty_like(scales)
-    # many small groups are tried with all factors at once, few large ones with one after another
-    some = max(1, _TRIED // max(runs.numel(), 1))
-    for at in range(0, steps, some):
-        s, z, whole, over = (x[at : at + some, ..., None] for x in (scales, zeros, wholes, overs))
-        codes = (runs / s).add_(over).round_().add_(whole).clamp_(0, 2**grid.bits - 1)
-        error = codes.sub_(z).mul_(s).sub_(runs).square_()
-        losses[at : at + some] = (error if weigh is None else error.mul_(weigh)).sum(-1)
+    losses = _errors(runs, weigh, scales, zeros, 2**grid.bits - 1)
     best = losses.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 

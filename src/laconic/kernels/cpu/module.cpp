@@ -1,9 +1,12 @@
 // The door to Python: addresses, shapes and strides, no headers of torch. What is handed in was checked by kernels/linear.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <string>
+#include <vector>
 
+#include "clip.h"
 #include "linear.h"
 #include "skip.h"
 
@@ -79,6 +82,21 @@ void skip_of(uintptr_t a, uintptr_t x, uintptr_t up, uintptr_t bias, uintptr_t d
           reinterpret_cast<const void*>(down), narrow, rows, m, h, n, reinterpret_cast<float*>(out), threads});
 }
 
+// how much runs of weights err with each of several scales
+void clip_losses(uintptr_t runs, uintptr_t weigh, const std::vector<uintptr_t>& tried, const std::vector<int64_t>& sizes, float top, uintptr_t out,
+                 int threads, const std::string& with) {
+    nb::gil_scoped_release free;
+    const auto of = [](uintptr_t at) { return reinterpret_cast<const float*>(at); };
+    const Clip p{of(runs), of(weigh), of(tried[0]), of(tried[1]), of(tried[2]), of(tried[3]), sizes[0], sizes[1], sizes[2], sizes[3], top,
+                 reinterpret_cast<float*>(out), threads};
+#if defined(LACONIC_X86)
+    if (with == "avx512") return clip_avx512(p);
+    if (with == "avx2") return clip_avx2(p);
+#endif
+    (void)with;
+    clip_plain(p);
+}
+
 } // namespace
 
 NB_MODULE(_native, module) {
@@ -89,6 +107,7 @@ NB_MODULE(_native, module) {
     module.def("linear_int8", &linear_int8);
     module.def("dense", &dense_of);
     module.def("skip", &skip_of);
+    module.def("clip_losses", &clip_losses);
     bind_attention(module);
     bind_lookup(module);
     bind_sparse(module);

@@ -52,7 +52,7 @@ class Straight(Lesson):
     batch: int = 4
     decay: Literal["constant", "linear", "cosine"] = "cosine"
     narrow: ClassVar[bool] = True
-    copies: int = 3
+    copies: int = 2
     replaced: float = 0.3
 
     def __post_init__(self) -> None:
