@@ -167,7 +167,7 @@ def test_the_divergence_is_that_of_torch_and_masks_count_nothing():
 
 
 def test_defaults_are_those_of_the_docstring():
-    assert (Straight().steps, Straight().batch, dict(Straight().rates)) == (160, 4, {"position": 5e-3, "step": 3e-3, "table": 1e-2})
+    assert (Straight().steps, Straight().batch, dict(Straight().rates)) == (128, 4, {"position": 5e-3, "step": 3e-3, "table": 1e-2})
 
 
 def test_copies_hold_what_the_original_would_have_written():

@@ -41,14 +41,14 @@ def rewritten(tokens: Tensor, logits: Tensor, count: int, share: float, generato
 
 @dataclass(frozen=True)
 class Straight(Lesson):
-    """Defaults: 160 steps of 4 sequences by Adam, rates falling to zero along a cosine; position in grid steps, step in logarithms, table
+    """Defaults: 128 steps of 4 sequences by Adam, rates falling to zero along a cosine; position in grid steps, step in logarithms, table
     (of vectors) in sizes of its entries. Most of the gain is that of the steps; positions of 0.01 and more move codes faster than so few
     sequences can tell good from bad. copies: at most so many varied rows of each calibration row, and no more rows than the steps see;
     replaced: share of their tokens that is drawn anew."""
 
     objective: Objective = KL
     rates: tuple[tuple[str, float], ...] = (("position", 5e-3), ("step", 3e-3), ("table", 1e-2))
-    steps: int = 160
+    steps: int = 128
     batch: int = 4
     decay: Literal["constant", "linear", "cosine"] = "cosine"
     narrow: ClassVar[bool] = True
