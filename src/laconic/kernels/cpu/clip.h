@@ -1,4 +1,5 @@
-// How much each run of weights errs when it is rounded to a grid with one of several scales. The reference is kernels/grids.py: fit_clipped.
+// How much each run of weights errs when it is rounded to a grid with one of several scales. The reference is kernels/grids.py:
+// reference_errors.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,5 @@
-// The door to Python: addresses, shapes and strides, no headers of torch. What is handed in was checked by kernels/linear.py.
+// The door to Python: addresses, shapes and strides, no headers of torch. What is handed in was checked by kernels/linear.py,
+// skipping.py and grids.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
