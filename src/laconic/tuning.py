@@ -17,6 +17,7 @@ from laconic.core.errors import UserError
 from laconic.core.packed import Soft
 from laconic.core.router import Routed
 from laconic.core.transform import Lesson
+from laconic.kernels.threads import threads
 
 Run = Callable[[int, Mapping[str, Tensor]], Tensor]
 Found = TypeVar("Found")
@@ -126,12 +127,8 @@ class Lanes:
 
     def __call__(self, job: Callable[[int], Found], items: Sequence[int]) -> Iterator[Found]:
         """What the job gives for each item, in their order."""
-        cores = torch.get_num_threads()
-        torch.set_num_threads(max(1, cores // self.count))
-        try:
+        with threads(max(1, torch.get_num_threads() // self.count)):
             yield from self.pool.map(job, items)
-        finally:
-            torch.set_num_threads(cores)
 
 
 def _slopes(lanes: Lanes, loss_of: Callable[[int], Tensor], batches: Sequence[int], leaves: Sequence[Tensor]) -> list[float]:

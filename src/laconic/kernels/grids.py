@@ -172,8 +172,6 @@ def reference_errors(runs: Tensor, weigh: Tensor | None, scales: Tensor, zeros: 
 
 # how many numbers a search for scales works on at a time
 _TRIED = 2**20
-# fewer are one thread's work
-ALONE = 2**16
 
 
 def _errors(runs: Tensor, weigh: Tensor | None, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
@@ -185,7 +183,7 @@ def _errors(runs: Tensor, weigh: Tensor | None, scales: Tensor, zeros: Tensor, t
     runs, weigh, losses = runs.contiguous(), None if weigh is None else weigh.contiguous(), torch.empty_like(tried[0])
     there.module.clip_losses(
         runs.data_ptr(), 0 if weigh is None else weigh.data_ptr(), [x.data_ptr() for x in tried], [*runs.shape, len(scales)], top,
-        losses.data_ptr(), torch.get_num_threads() if runs.numel() * len(scales) > ALONE else 1, there.level,
+        losses.data_ptr(), torch.get_num_threads(), there.level,
     )  # fmt: skip
     return losses
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -12,13 +12,17 @@ SMALL = 1024 * 1024
 
 
 @contextmanager
-def suited(weights: int) -> Iterator[None]:
-    """One thread for work on a matrix of few `weights`: waking a second thread costs more than it saves, far more on a busy machine.
-    torch's thread count is as before on leaving."""
+def threads(count: int) -> Iterator[None]:
+    """torch with so many threads; as many as before on leaving."""
     before = torch.get_num_threads()
-    if weights < SMALL:
-        torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def suited(weights: int) -> AbstractContextManager[None]:
+    """One thread for work on a matrix of few `weights`: waking a second thread costs more than it saves, far more on a busy machine.
+    torch's thread count is as before on leaving."""
+    return threads(1) if weights < SMALL else nullcontext()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
@@ -17,6 +16,7 @@ from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.state import Ragged, Run, State
 from laconic.kernels.attention import Plain, attention, held_attention
 from laconic.kernels.native import native
+from laconic.kernels.threads import threads
 from laconic.methods.attention.exact.lean import Lean
 from laconic.methods.cache.store.full import Full
 from laconic.runtime import StateCache
@@ -43,17 +43,6 @@ def fixed_split(tiles: Sequence[int], workers: int) -> list[Run]:
 def forgetful(tiles: Sequence[int], workers: int) -> list[Run]:
     """A stand-in: whoever begins within a pair begins a tile late."""
     return [run._replace(first=run.first + bool(run.first)) for run in Lean()(tiles, workers)]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- exactness

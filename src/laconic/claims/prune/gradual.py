@@ -17,6 +17,7 @@ from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.kernels.bits import pack
 from laconic.kernels.native import native
 from laconic.kernels.sparse import sparse_pixels
+from laconic.kernels.threads import threads
 from laconic.methods.prune.cut.drop import Drop, Sparsity
 from laconic.methods.prune.schedule.gradual import Gradual
 from laconic.methods.prune.score.magnitude import Magnitude
@@ -72,9 +73,7 @@ def _faster(product: Product, rival: str, factor: float, lab: Lab) -> Verdict:
         return Verdict("cannot be checked here", {}, "the native kernels were not built here")
     numbers: dict[str, Measurement] = {}
     wrong: list[str] = []
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         for side, channels in MAPS:
             ahead = []
             for zeros in ZEROS:
@@ -94,8 +93,6 @@ def _faster(product: Product, rival: str, factor: float, lab: Lab) -> Verdict:
                     wrong.append(f"at {side} x {side} and {zeros:.0%} zeros it is {statistics.median(ratios):.2f} times as fast")
             if ahead:
                 numbers[f"{side} x {side}: ahead of {rival} from so many zeros"] = Measurement(min(ahead), "", 1)
-    finally:
-        torch.set_num_threads(before)
     return judged(wrong, numbers)
 
 
