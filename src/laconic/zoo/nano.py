@@ -352,14 +352,10 @@ PyYAML, typer, rich, highspy and others). Short passages of it may be repeated b
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    import torch
+    from laconic.kernels.threads import threads
 
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         yield
-    finally:
-        torch.set_num_threads(cores)
 
 
 @_one_core()
