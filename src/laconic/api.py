@@ -233,10 +233,12 @@ def plan(
     seed: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    device: str = "cpu",
     progress: Progress = quiet,
     log: Log = say,
 ) -> dict[str, Any]:
     """What would be done where, at which level, at what price: plan.json's content, written to `out` where that is given."""
+    _usable(device)
     opened = _open_job(model, data, data_certify, _words(budget), None, recipe, seed, log)
     with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
         # without a file to write there is nothing to resume, so the journal may go
@@ -244,10 +246,19 @@ def plan(
         if target.is_dir():
             raise UserError(f"{target} is a folder; name a file for the plan, such as -o plan.json")
         source, split, chosen, words, seed = opened
-        made = job.plan(source, split, chosen, words, target, seed=seed, overwrite=overwrite, progress=progress, log=log)
+        made = job.plan(source, split, chosen, words, target, seed=seed, overwrite=overwrite, device=device, progress=progress, log=log)
         if out is not None:
             _write(target, made)
     return made
+
+
+def _usable(device: str) -> None:
+    """UserError where torch cannot compute on a device of this name."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"device {device!r} cannot be used here ({reason[:120]}); use cpu, or cuda where torch finds a GPU") from error
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -270,6 +281,7 @@ def command(
     certify: str | Path | None,
     seed: int,
     plan: str | Path | None,
+    device: str = "cpu",
 ) -> str:
     """The command line that replays a job."""
     parts = ["laconic", "compress", *([str(model)] if isinstance(model, (str, Path)) and str(model) else [])]
@@ -279,6 +291,7 @@ def command(
         parts += [part for word in words for part in ("--budget", word)] + ["--recipe", str(recipe)]
     parts += ["--data", str(data)] if data is not None else []
     parts += ["--data-certify", str(certify)] if certify is not None else []
+    parts += ["--device", device] if device != "cpu" else []
     return shlex.join([*parts, "--seed", str(seed), "-o", str(out)])
 
 
@@ -293,12 +306,14 @@ def compress(
     data_certify: str | Path | None = None,
     seed: int | None = None,
     overwrite: bool = False,
+    device: str = "cpu",
     progress: Progress = quiet,
     log: Log = say,
 ) -> Result:
     """The main job: the best smaller model within the budget, written to `out` with its certificate.
 
     Killed at any moment, the same call goes on where it stood. Raises UserError (nothing half-written) or BrokenPromise."""
+    _usable(device)
     given = None if plan is None else _plan(plan)
     target = Path(out)
     if vectors.is_file(model):
@@ -318,9 +333,10 @@ def compress(
         seed=opened.seed,
         plan=given,
         overwrite=overwrite,
+        device=device,
         progress=progress,
         log=log,
-        command=command(model, out, opened.words, named, data, data_certify, opened.seed, at),
+        command=command(model, out, opened.words, named, data, data_certify, opened.seed, at, device),
     )
     return Result(target, {key: value for key, value in made.items() if key != "measurements"}, made["measurements"])
 

@@ -28,6 +28,7 @@ from laconic.core.site import Anatomy
 from laconic.encoders import feed
 from laconic.experts import split_experts
 from laconic.journal import sha256_of
+from laconic.kernels.place import here
 from laconic.models import (
     NOTHING,
     Source,
@@ -305,9 +306,9 @@ class Artifact(Source):
     def _tensor(self, name: str) -> Tensor:
         assert self.path is not None
         info = self.stored[name]
-        value = torch.empty(info.shape, dtype=info.dtype)
+        value = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         _pread(self.path / info.file, value, info.start)
-        return value
+        return here(value)
 
     def packed(self, name: str) -> Packed | None:
         """The form of a stored tensor, read now; None where no form holds it."""
@@ -325,7 +326,7 @@ class Artifact(Source):
     def _computed_in(self, bare: nn.Module) -> nn.Module:
         for name, value in self._computed.items():
             owner, _, leaf = name.rpartition(".")
-            bare.get_submodule(owner)._buffers[leaf] = value.clone()
+            bare.get_submodule(owner)._buffers[leaf] = here(value.clone())
         return bare
 
     def skeleton(self) -> nn.Module:

@@ -20,6 +20,7 @@ from laconic.core.packed import Held, Packed
 from laconic.core.site import Anatomy, Conv, Embedding, Segment, Site, Stage
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Seen, Statistic
 from laconic.kernels.pairs import narrowly
+from laconic.kernels.place import device, here, on
 
 # a head with more weights than this is never held in fp32
 WIDE = 64 * 1024 * 1024
@@ -169,6 +170,7 @@ class Shelf:
     def put(self, key: str, value: Tensor) -> None:
         """Keep a tensor, replacing what was there."""
         self.drop(key)
+        value = value.cpu()
         size = value.numel() * value.element_size()
         if self.bytes + size <= self.limit:
             self.held[key] = value
@@ -181,8 +183,8 @@ class Shelf:
     def get(self, key: str) -> Tensor:
         """The tensor again."""
         if key in self.held:
-            return self.held[key]
-        return torch.load(self.folder / f"{key}.pt", mmap=False, weights_only=True)  # type: ignore[no-any-return]
+            return here(self.held[key])
+        return here(torch.load(self.folder / f"{key}.pt", mmap=False, weights_only=True))
 
     def drop(self, key: str) -> None:
         """Forget a tensor."""
@@ -279,7 +281,12 @@ class Observer:
             sequences = x.shape[0] if x.dim() > 2 else 1
             self._offer(site, "x", Seen(x=x if table else rows_of(site, x, module), routing=mark, sequences=sequences))
             if gradient and output.requires_grad:
-                output.register_hook(lambda grad: self._offer(site, "grad", Seen(grad=columns_of(site, grad.detach()), routing=mark)))
+                output.register_hook(backward)
+
+        def backward(grad: Tensor) -> None:
+            # gradients of another device come in a thread of their own
+            with on(device()):
+                self._offer(site, "grad", Seen(grad=columns_of(site, grad.detach()), routing=mark))
 
         return [module.register_forward_hook(forward)]
 
@@ -357,8 +364,8 @@ class Walk:
     ) -> None:
         self.source = source
         self.narrow = narrow
-        self.inputs = inputs
-        self.batches = list(inputs.split(batch))
+        self.inputs = here(inputs)
+        self.batches = list(self.inputs.split(batch))
         self.model = source.skeleton()
         segments = source.anatomy.segments()
         if whole:

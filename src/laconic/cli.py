@@ -159,18 +159,6 @@ def _next(*commands: str) -> None:
         print(f"  {command}")
 
 
-def _device(device: str) -> None:
-    if device == "cpu":
-        return
-    if device != "cuda":
-        raise UserError(f"unknown device {device!r}; use cpu or cuda")
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no GPU that torch can use; leave --device out")
-    raise UserError("--device cuda: not yet, everything is computed on the processor; leave --device out")
-
-
 def _later(flag: str, value: object) -> None:
     if value is not None:
         raise UserError(f"{flag} {value}: not yet; leave it out")
@@ -275,8 +263,6 @@ def compress(
     _later("--max-memory", max_memory)
     if not budget and plan is None and recipe is None:
         raise UserError("no budget given; add --budget size=25% (or size=120MB, or bits=4.25), or --plan plan.json")
-    if device != "cpu":
-        _device(device)
     from laconic import api
 
     with Voice() as voice:
@@ -290,6 +276,7 @@ def compress(
             data_certify=data_certify,
             seed=seed,
             overwrite=overwrite,
+            device=device,
             progress=voice.progress,
             log=voice.log,
         )
@@ -417,8 +404,6 @@ def plan(
     _later("--max-memory", max_memory)
     if not budget and recipe is None:
         raise UserError("no budget given; add --budget size=25% (or size=120MB, or bits=4.25)")
-    if device != "cpu":
-        _device(device)
     from laconic import api
 
     with Voice() as voice:
@@ -431,6 +416,7 @@ def plan(
             seed=seed,
             out=out,
             overwrite=overwrite,
+            device=device,
             progress=voice.progress,
             log=voice.log,
         )

@@ -21,6 +21,7 @@ from laconic.core.errors import UserError
 from laconic.core.score import Everywhere, keep_top
 from laconic.core.site import Anatomy, Embedding, Group, Member, Scan, Segment, Site
 from laconic.core.transform import Cut
+from laconic.kernels.place import CPU, here, on
 from laconic.kernels.threads import suited
 from laconic.models import Derived, Source
 from laconic.narrow import Shape, narrow, narrowed
@@ -467,7 +468,7 @@ def moments(module: nn.Module, inputs: Tensor, batch: int) -> dict[str, Moments]
         inner.momentum = None  # type: ignore[assignment]
         inner.train()
     with torch.no_grad():
-        for rows in inputs.split(batch):
+        for rows in here(inputs).split(batch):
             module(rows)
     return {name: Moments(inner.running_mean, inner.running_var) for name, inner in norms.items()}  # type: ignore[arg-type]
 
@@ -528,7 +529,8 @@ class Reduced(Derived):
         if self._anatomy is None:
             before = self.original.anatomy
             if isinstance(before, TracedAnatomy):
-                self._anatomy = traced_anatomy(self.load(torch.float32), before.example)
+                with torch.inference_mode(False), on(CPU):
+                    self._anatomy = traced_anatomy(self.load(torch.float32), before.example)
             else:
                 assert isinstance(before, DecoderAnatomy)
                 names = [name for name, _ in self.original.skeleton().named_parameters(remove_duplicate=False)]
@@ -541,7 +543,7 @@ class Reduced(Derived):
             return self.original.read_rows(name, start, stop)
         if self.cached[0] != key:
             self.cached = (key, self.work.tensors(key))
-        value = self.cached[1][name]
+        value = here(self.cached[1][name])
         return value[start:stop].clone() if value.dim() else value.clone()
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, *, skip: Any = ()) -> None:

@@ -53,7 +53,8 @@ class Feed:
         if len(args) != 1:
             return None
         (x,) = args
-        fed = {**self.fixed, **{k: v.expand(len(x), *v.shape[1:]) if len(v) == 1 else v for k, v in self.given.items()}, **kwargs}
+        given = {name: value.to(x.device) for name, value in self.given.items()}
+        fed = {**self.fixed, **{k: v.expand(len(x), *v.shape[1:]) if len(v) == 1 else v for k, v in given.items()}, **kwargs}
         fed[self.main] = x.to(module.dtype) if x.is_floating_point() else x
         if self.pad is not None and "attention_mask" not in fed and bool((x == self.pad).any()):
             fed["attention_mask"] = x.ne(self.pad).long()

@@ -25,6 +25,7 @@ from laconic.cutting import Reduced, asked, config_of, drawn, recorded, remove, 
 from laconic.data import Samples, Split
 from laconic.elastic import Cut, Stacks, arrange, index_of, refuse_stacks, spread_over, stacks_of
 from laconic.journal import Work
+from laconic.kernels.place import CPU, here, on
 from laconic.measurement import compare, hardware, load_of, peak_memory, said, sizes, summarize, watch
 from laconic.models import Source
 from laconic.nesting import nest
@@ -69,7 +70,7 @@ def versions() -> dict[str, str]:
 
 
 def identity_of(
-    source: Source, split: Split, recipe: Recipe, budget: Sequence[str], seed: int, plan: Mapping[str, Any] | None
+    source: Source, split: Split, recipe: Recipe, budget: Sequence[str], seed: int, plan: Mapping[str, Any] | None, device: str
 ) -> dict[str, Any]:
     """All that a run's result depends on; a work folder of another identity is refused."""
     return {
@@ -80,6 +81,7 @@ def identity_of(
         "plan": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest() if plan is not None else None,
         "seed": seed,
         "threads": torch.get_num_threads(),
+        **({"device": device} if device != "cpu" else {}),
         "versions": versions(),
     }
 
@@ -88,13 +90,16 @@ def quality_of(original: Any, compressed: Any, samples: Samples, *, metric: str,
     """The measured keys over `samples`, both models walked segment by segment."""
     first, second = finished_logits(original, samples.inputs, batch), finished_logits(compressed, samples.inputs, batch)
     found = compare(lambda _: next(first).float(), lambda _: next(second).float(), samples, batch=batch)
-    return summarize(found, metric=metric, seed=seed)
+    # numbers alone: there is nothing to gain on another device
+    with on(CPU):
+        return summarize(found, metric=metric, seed=seed)
 
 
 def plan(source: Source, split: Split, recipe: Recipe, budget: Sequence[str], out: Path, *, seed: int = 0, overwrite: bool = False,
-         progress: Progress = quiet, log: Log = print) -> dict[str, Any]:  # fmt: skip
+         device: str = "cpu", progress: Progress = quiet, log: Log = print) -> dict[str, Any]:  # fmt: skip
     """The price list and the plan alone; `out` is the file that plan.json goes to."""
-    with Work(out, identity_of(source, split, recipe, budget, seed, None), overwrite=overwrite, log=log) as work:
+    identity = identity_of(source, split, recipe, budget, seed, None, device)
+    with on(device), Work(out, identity, overwrite=overwrite, log=log) as work:
         try:
             source = _aligned(_cut(source, split, budget, recipe, seed, None, work, progress, log), split, recipe, work, progress, log)
             made = make_plan(source, split, recipe, budget, seed=seed, work=work, progress=progress, log=log)
@@ -115,18 +120,21 @@ def compress(
     seed: int = 0,
     plan: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    device: str = "cpu",
     progress: Progress = quiet,
     log: Log = print,
     command: str = "",
 ) -> dict[str, Any]:
-    """Runs everything and returns the certificate. Raises UserError (nothing is left half-written) or BrokenPromise (the work stays)."""
+    """Runs everything and returns the certificate. device: what computes, as torch names it. Raises UserError (nothing is left
+    half-written) or BrokenPromise (the work stays)."""
     refuse_target(source, out)
     # a number that is not one of the budget is found before anything is hashed or written
     parse_budget(budget, source, needed=recipe.chooses)
     if recipe.order is not None:
         refuse_stacks(source.anatomy)
     started = time.monotonic()
-    with Work(out, identity_of(source, split, recipe, budget, seed, plan), overwrite=overwrite, log=log) as work, watch() as peak:
+    identity = identity_of(source, split, recipe, budget, seed, plan, device)
+    with on(device), Work(out, identity, overwrite=overwrite, log=log) as work, watch() as peak:
         try:
             certificate = _run(source, split, budget, recipe, seed, plan, work, progress, log, command, started, peak)
         except UserError:
@@ -400,16 +408,18 @@ def _sizes_below(source: Source, split: Split, index: Mapping[str, Any], seed: i
 def multiplied(written: Any, split: Split) -> dict[str, Any]:
     """What a routed result, opened and run once, multiplies for one input, counted over the certify data."""
     model = written.load(torch.float32)
-    return said(*load_of(model, split.certify.inputs.split(batch_of(written)), written.task), written.task)
+    return said(*load_of(model, here(split.certify.inputs).split(batch_of(written)), written.task), written.task)
 
 
 def _written(work: Work, source: Source, split: Split, limit: int | None = None) -> Any:
     """What was assembled, opened as a stream of segments; an elastic result cut to `limit` bytes."""
     from laconic.artifact import stream
 
-    written = stream(work.assembled, limit=limit)
-    if source.traced:
-        written.trace(split.calibrate.inputs[:1], split.given)
+    # as whoever opens it will: by the processor
+    with on(CPU):
+        written = stream(work.assembled, limit=limit)
+        if source.traced:
+            written.trace(split.calibrate.inputs[:1], split.given)
     return written
 
 
@@ -532,7 +542,7 @@ def _files(source: Source, plan: Mapping[str, Any], recipe: Recipe, applied: App
         held["placed"] = placed_parts
     if recipe.decode is not None:
         held["decoder"] = recipe.decode
-        files[PLACED] = save(dict(placed))
+        files[PLACED] = save({name: tensor.cpu() for name, tensor in placed.items()})
     shapes = {name: list(shape) for name, shape in sorted(source.shapes.items())} if isinstance(source, Reduced) else {}
     if source.path is not None:
         config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))

@@ -29,6 +29,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from laconic.core.errors import UserError
+from laconic.kernels.place import here
 from laconic.models import is_artifact
 
 CHUNK = 8 * 1024 * 1024
@@ -90,7 +91,7 @@ def stored(path: Path) -> dict[str, Stored]:
 
 def fetch(entry: Stored) -> Tensor:
     """The tensor by pread into fresh memory: nothing stays mapped."""
-    raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8, device="cpu")
     view = raw.numpy().data
     with entry.file.open("rb", buffering=0) as f:
         done = 0
@@ -422,7 +423,7 @@ class Work:
     def tensors(self, key: str) -> dict[str, Tensor]:
         """The tensors of a finished stage, read back into fresh memory."""
         entry = self._entries[key]
-        return {} if entry.file is None else {name: fetch(at) for name, at in stored(self.folder / "parts" / entry.file).items()}
+        return {} if entry.file is None else {name: here(fetch(at)) for name, at in stored(self.folder / "parts" / entry.file).items()}
 
     def discard(self) -> None:
         """Remove the work folder: for input that turned out bad before anything useful was done."""

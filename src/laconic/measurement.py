@@ -29,6 +29,7 @@ from laconic.core.packed import Held
 from laconic.core.router import Load, Routed
 from laconic.encoders import feed
 from laconic.kernels import divergence
+from laconic.kernels.place import device, here
 from laconic.stepping import Steps, steps_of
 
 if TYPE_CHECKING:
@@ -73,17 +74,17 @@ def compare(
     kept: list[Quality] = []
     with torch.inference_mode():
         for start in range(0, total, batch):
-            inputs = samples.inputs[start : start + batch]
+            inputs = here(samples.inputs[start : start + batch])
             p, q = original(inputs), compressed(inputs)
             if p.shape != q.shape:
                 shapes = f"{tuple(p.shape)} and {tuple(q.shape)}"
                 raise UserError(f"the models answer in different shapes, {shapes}: compare a model with the one it was made from")
-            kept.append(_text(inputs, p, q) if targets is None else _classes(targets[start : start + batch], p, q))
+            kept.append(_text(inputs, p, q) if targets is None else _classes(here(targets[start : start + batch]), p, q))
             # not kept while the next are made: logits over a large vocabulary are wide
             del p, q
             if progress is not None:
                 progress(min(start + batch, total), total)
-    return Quality(*(torch.cat(column) for column in zip(*kept, strict=True)))
+    return Quality(*(torch.cat(column).cpu() for column in zip(*kept, strict=True)))
 
 
 def _finite(found: divergence.Pointwise, p: Tensor) -> None:
@@ -559,6 +560,7 @@ def hardware() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()}",
+        **({"gpu": torch.cuda.get_device_name()} if device().type == "cuda" else {}),
     }
 
 

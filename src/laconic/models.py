@@ -30,6 +30,7 @@ from laconic.core.errors import UserError, nearest
 from laconic.core.site import Anatomy
 from laconic.encoders import class_of, feed
 from laconic.experts import single, split_experts
+from laconic.kernels.place import here
 
 # names of safetensors, and what torch calls them
 DTYPES: Mapping[str, torch.dtype] = {
@@ -163,7 +164,7 @@ class Source(ABC):
                 if name in skip or stored in skip:
                     continue
                 # computed buffers keep their own dtype: frequencies in bf16 would be wrong
-                owner._buffers[leaf] = self._computed[name].clone() if name in self._computed else _as(self.read(stored), dtype)
+                owner._buffers[leaf] = here(self._computed[name].clone()) if name in self._computed else _as(self.read(stored), dtype)
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The whole original in memory."""
@@ -357,7 +358,7 @@ class FolderSource(_Folder):
         model = self._build()
         for name, value in self._computed.items():
             owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._buffers[leaf] = value.clone()
+            model.get_submodule(owner)._buffers[leaf] = here(value.clone())
         return model  # type: ignore[no-any-return]
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -368,9 +369,9 @@ class FolderSource(_Folder):
             raise IndexError(f"rows {start} to {stop} of {name}, which has {rows}")
         width = (info.stop - info.start) // max(rows, 1)
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
-        value = torch.empty(shape, dtype=info.dtype)
+        value = torch.empty(shape, dtype=info.dtype, device="cpu")
         _pread(self.path / info.file, value, info.start + start * width)
-        return _finite(value, name, info.file)
+        return here(_finite(value, name, info.file))
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -737,7 +738,7 @@ class ModuleSource(Source):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         value = self._values[name]
         value = value[start:stop].clone() if value.dim() else value.clone()
-        return _finite(value.contiguous(), name, self.spec)
+        return here(_finite(value.contiguous(), name, self.spec))
 
     def skeleton(self) -> nn.Module:
         # copies the module around its weights: what is stored goes to meta without being copied
@@ -748,7 +749,11 @@ class ModuleSource(Source):
                 continue
             empty = torch.empty_like(value, device="meta")
             memo[id(value)] = nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty
-        return copy.deepcopy(self.module, memo).eval().requires_grad_(False)
+        made = copy.deepcopy(self.module, memo).eval().requires_grad_(False)
+        for buffer in made.buffers():
+            if not buffer.is_meta:
+                buffer.data = here(buffer.data)
+        return made
 
     def tokenizer(self) -> Any:
         raise UserError(f"{self.spec} has no tokenizer: text commands need a Hugging Face folder")

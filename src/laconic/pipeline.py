@@ -43,6 +43,7 @@ from laconic.core.transform import Change, Lesson, Model, Objective, Transform, 
 from laconic.decoding import body_of
 from laconic.kernels.obs import predicted_loss
 from laconic.kernels.pairs import narrowly
+from laconic.kernels.place import CPU, device, here
 from laconic.kernels.threads import suited
 from laconic.measurement import outputs
 from laconic.models import Source, stored_paths
@@ -429,7 +430,7 @@ def make_plan(
 def trials(source: Any, inputs: Tensor, objective: Objective, work: Any) -> Trials:
     """A judge of plans over inputs (count, ...) from the forms that pricing kept. A row of it is a sequence of tokens; elsewhere a sample
     says far less, and a row is as many as are run at once."""
-    rows = inputs.split(1 if source.task == "text" else batch_of(source))
+    rows = here(inputs).split(1 if source.task == "text" else batch_of(source))
 
     def original() -> Targets:
         logits = (found for row in rows for found in finished_logits(source, row, row.shape[0]))
@@ -971,6 +972,7 @@ def _whole(
     """All that can be learned, together, against the teacher's outputs, and a sentence on it."""
     # images are small: a step sees as many as a batch of the walk
     batch = lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source))
+    inputs = here(inputs)
     rows = at_once(source, inputs, batch)
     lanes = abreast(source, rows)
     rows //= lanes
@@ -1006,7 +1008,7 @@ def at_once(source: Any, inputs: Tensor, batch: int) -> int:
 def abreast(source: Any, rows: int) -> int:
     """By how many threads the rows that are in memory together are shared, a divisor of them: no more than there are cores, and only
     where the gradients that each thread makes of all weights are small."""
-    if source.task != "text":
+    if source.task != "text" or device() != CPU:
         return 1
     most = min(torch.get_num_threads(), GRADIENTS // (4 * max(source.parameters, 1)))
     return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n <= most))
@@ -1130,7 +1132,7 @@ def learn_routed(
 ) -> tuple[nn.Module, dict[str, Routed], str]:
     """The opened model in memory with routed parts that have learned, and a sentence on it. The whole learns together, against the
     predictions of the source; where nothing is learned by steps, parts look at the inputs."""
-    lesson = router.lesson
+    lesson, inputs = router.lesson, here(inputs)
     if lesson is None:
         model = opened.skeleton()
         opened.fill(model, "", torch.float32)

@@ -12,6 +12,7 @@ from laconic.artifact import put
 from laconic.core.errors import UserError
 from laconic.core.router import Routed, Router, asking
 from laconic.core.site import Conv, Site, Sublayer
+from laconic.kernels.place import here
 from laconic.measurement import load_of, outputs, said
 
 # rows of text, or images, that a cost is counted on before anything has learned
@@ -67,7 +68,7 @@ def install(model: nn.Module, parts: Mapping[str, Routed]) -> None:
 
 def foreseen(source: Any, inputs: Tensor, router: Router, batch: int) -> dict[str, Any]:
     """What the routed model will take, counted before anything has learned: the original runs with labels in place of routers' words."""
-    model = source.load(torch.float32)
+    model, inputs = source.load(torch.float32), here(inputs)
     parts, notes = parts_of(source, router, model, inputs[:2])
     install(model, parts)
     begin(parts, 0)

@@ -112,7 +112,7 @@ def test_show() -> None:
         (("compress",), "no budget given"),
         (("plan",), "no budget given"),
         (("compress", "--budget", "bits=4", "--max-memory", "8GB"), "not yet"),
-        (("compress", "--budget", "bits=4", "--device", "tpu"), "use cpu or cuda"),
+        (("compress", "--budget", "bits=4", "--device", "tpu"), "use cpu, or cuda where"),
         (("compress", "nowhere", "--budget", "bits=4"), "nowhere"),
         (("compress", "--plan", "nowhere.json"), "does not exist"),
         (("generate", "nowhere", "--prompt", "a"), "nowhere"),

@@ -7,11 +7,12 @@ known, or none at all: there it is Hartley's matrix of the odd factor, orthogona
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
+
+from laconic.kernels.place import kept
 
 
 def _residues(q: int) -> Tensor:
@@ -42,7 +43,7 @@ def paley(n: int) -> Tensor | None:
     return None
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def _base(n: int) -> Tensor:
     """The small factor of width n's transform, orthonormal, fp64: what is left of n is a power of two."""
     odd = n // (n & -n)

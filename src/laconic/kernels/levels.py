@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from laconic.kernels.grids import grouped, ungrouped
+from laconic.kernels.place import kept
 
 # bits of the exponent and of the mantissa; codes at the end of the positive half that are no numbers
 FLOATS = {
@@ -104,11 +104,9 @@ class Levels:
         return -(-m // self.width(m)) if m else 0
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@kept
 def values(table: str) -> Tensor:
-    """The values of a float format in the order of its codes, (2^bits,) bf16; NaN for codes that are no numbers. Kept, and not to be
-    written to."""
+    """The values of a float format in the order of its codes, (2^bits,) bf16; NaN for codes that are no numbers."""
     exponent, mantissa, odd = FLOATS[table]
     bias, steps = 2 ** (exponent - 1) - 1, 2**mantissa
     half = []
@@ -119,8 +117,7 @@ def values(table: str) -> Tensor:
     return torch.tensor([*half, *(-value for value in half)]).bfloat16()
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@kept
 def _order(table: str) -> tuple[Tensor, Tensor]:
     """Of a float format: its codes by rising value, without a negative zero, and the bounds between neighbours, where what lies in the
     middle goes to the even one of them."""

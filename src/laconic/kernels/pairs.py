@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import torch
 
+from laconic.kernels.place import device
+
 
 @lru_cache(maxsize=1)
 def pairs() -> bool:
@@ -17,4 +19,6 @@ def pairs() -> bool:
 
 def narrowly(wanted: bool = True) -> AbstractContextManager[object]:
     """Products and convolutions of modules in bf16, all else in their own dtype, where that is wanted and faster; else as they are."""
-    return torch.autocast("cpu", torch.bfloat16) if wanted and pairs() else nullcontext()
+    kind = device().type
+    faster = wanted and (pairs() if kind == "cpu" else kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(kind, torch.bfloat16) if faster else nullcontext()

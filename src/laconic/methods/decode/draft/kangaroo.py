@@ -24,6 +24,7 @@ from laconic.core.decoder import Body, Decoder, Draw, Round, Stack
 from laconic.core.errors import UserError
 from laconic.core.transform import Change, Lesson
 from laconic.kernels.losses import Divergence
+from laconic.kernels.place import device
 from laconic.kernels.rotary import rotated
 from laconic.kernels.speculation import verdict
 
@@ -99,7 +100,7 @@ class Kangaroo(Decoder):
         with torch.device("meta"):
             adapter = Adapter(body.width, heads)
         if generator is not None:
-            adapter = adapter.to_empty(device="cpu")
+            adapter = adapter.to_empty(device=device())
             adapter.begin(generator)
         return Change(place={PART: adapter})
 

@@ -1,0 +1,130 @@
+"""All is computed on the device that is asked for: on one that shares nothing with the processor a job runs, and comes to the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from laconic.core.errors import UserError
+from laconic.data import open_data
+from laconic.job import compress
+from laconic.kernels.place import device, here, on
+from laconic.models import open_model
+from laconic.recipe import load_recipe
+from laconic.zoo import mamba
+from tests import twin
+
+RECIPES = {"gptq": "bits=6", "auto": "bits=6"}
+MORE = {
+    "awq": "bits=6", "bitstack": "size=90%", "evopress": "bits=6", "factorllm": "size=100%", "finercut": "size=90%", "flexround": "bits=6",
+    "llm-fp4": "bits=6", "lloyd": "bits=6", "mxfp4": "bits=6", "obspa": "size=90%", "vptq": "bits=6", "w8a8": "bits=15",
+}  # fmt: skip
+
+NET = """
+import torch
+from laconic.claims.lab import ResNet
+
+def make():
+    torch.manual_seed(1)
+    return ResNet().eval()
+
+def data():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        yield torch.randn(16, 3, 32, 32, generator=g), torch.randint(0, 10, (16,), generator=g)
+
+data.metric = "accuracy"
+"""
+
+
+@pytest.fixture(scope="module")
+def other() -> str:
+    return twin.started()
+
+
+def run(small: tuple[Path | str, Path | str], out: Path, recipe: str, where: str, budget: str = "bits=6") -> dict[str, Any]:
+    source = open_model(small[0])
+    split = open_data(str(small[1]), source, seed=0, length=32, limits=(8, 4, 8))
+    if source.traced:
+        source.trace(split.calibrate.inputs[:1], split.given)
+    return compress(source, split, budget=[budget], recipe=load_recipe(recipe), out=out, device=where, log=lambda _: None)
+
+
+def test_tensors_are_made_where_they_are_asked_for(other: str) -> None:
+    assert device().type == "cpu"
+    with on(other):
+        made = torch.zeros(3)
+        assert made.device.type == other
+        assert torch.zeros(3, device="cpu").device.type == "cpu"
+        assert (made + here(torch.ones(3))).sum() == 3
+        with pytest.raises(RuntimeError, match="two devices"):
+            made + torch.ones(3, device="cpu")
+        with on("cpu"):
+            assert torch.zeros(3).device.type == device().type == "cpu"
+        assert torch.zeros(3).device.type == other
+    assert torch.zeros(3).device.type == device().type == "cpu"
+
+
+def test_a_seed_draws_the_same_on_every_device(other: str) -> None:
+    def drawn() -> list[torch.Tensor]:
+        g = torch.Generator().manual_seed(0)
+        odds = torch.arange(1.0, 6.0)
+        filled = torch.zeros(4).normal_(generator=g)
+        return [torch.rand(3, generator=g), torch.randperm(5, generator=g), torch.multinomial(odds, 2, generator=g), filled]
+
+    plain = drawn()
+    with on(other):
+        there = drawn()
+    assert all(one.device.type == other for one in there)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(plain, there, strict=True))
+
+
+def test_a_device_that_is_not_there_is_refused(small: tuple[Path, Path], tmp_path: Path) -> None:
+    from laconic import api
+
+    for name in ("tpu", "cuda" if not torch.cuda.is_available() else "cuda:99"):
+        with pytest.raises(UserError, match="use cpu"):
+            api.compress(small[0], small[1], budget="bits=6", out=tmp_path / "out", device=name)
+
+
+def test_rounding_comes_to_the_same_bytes_elsewhere(small: tuple[Path, Path], tmp_path: Path, other: str) -> None:
+    found = [run(small, tmp_path / where, "rtn", where) for where in ("cpu", other)]
+    assert found[0]["files"]["model.safetensors"] == found[1]["files"]["model.safetensors"]
+    assert found[0]["quality"] == found[1]["quality"]
+
+
+def same(small: tuple[Path | str, Path | str], out: Path, other: str, recipe: str, budget: str) -> None:
+    """The processor has kernels of its own, which add up in another order: what comes out is as good, not the same to the last bit."""
+    here, there = (run(small, out / where, recipe, where, budget)["quality"] for where in ("cpu", other))
+    assert here["bytes"] == pytest.approx(there["bytes"], rel=0.01)
+    assert here["kl_mean"] == pytest.approx(there["kl_mean"], rel=0.1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_job_runs_elsewhere(small: tuple[Path, Path], tmp_path: Path, other: str, recipe: str) -> None:
+    same(small, tmp_path, other, recipe, RECIPES[recipe])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", MORE)
+def test_every_kind_of_recipe_runs_elsewhere(small: tuple[Path, Path], tmp_path: Path, other: str, recipe: str) -> None:
+    same(small, tmp_path, other, recipe, MORE[recipe])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["auto", "obspa", "adaround", "ftwt"])
+def test_a_traced_network_runs_elsewhere(tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    (tmp_path / "net_of_test.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    same(
+        ("net_of_test:make", "net_of_test:data"), tmp_path, other, recipe, {"ftwt": "size=100%", "obspa": "size=80%"}.get(recipe, "bits=5")
+    )
+
+
+@pytest.mark.long
+def test_a_mamba_runs_elsewhere(small: tuple[Path, Path], tmp_path: Path, other: str) -> None:
+    same((mamba.path(), small[1]), tmp_path, other, "mambaquant", "bits=8.25")
