@@ -29,6 +29,7 @@ from laconic.core.score import Score
 from laconic.core.state import Pattern, State
 from laconic.data import Split, Texts, open_data
 from laconic.decoding import Layers, body_of
+from laconic.kernels.memory import give_back
 from laconic.models import Source, is_artifact, open_model
 from laconic.pipeline import Log, Progress, batch_of, quiet
 from laconic.recipe import Recipe, build, load_recipe
@@ -238,7 +239,7 @@ def plan(
     log: Log = say,
 ) -> dict[str, Any]:
     """What would be done where, at which level, at what price: plan.json's content, written to `out` where that is given."""
-    _usable(device)
+    _ready(device)
     opened = _open_job(model, data, data_certify, _words(budget), None, recipe, seed, log)
     with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
         # without a file to write there is nothing to resume, so the journal may go
@@ -252,8 +253,9 @@ def plan(
     return made
 
 
-def _usable(device: str) -> None:
-    """UserError where torch cannot compute on a device of this name."""
+def _ready(device: str) -> None:
+    """Makes ready for a job; UserError where torch cannot compute on a device of this name."""
+    give_back()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -313,7 +315,7 @@ def compress(
     """The main job: the best smaller model within the budget, written to `out` with its certificate.
 
     Killed at any moment, the same call goes on where it stood. Raises UserError (nothing half-written) or BrokenPromise."""
-    _usable(device)
+    _ready(device)
     given = None if plan is None else _plan(plan)
     target = Path(out)
     if vectors.is_file(model):
