@@ -83,7 +83,7 @@ def test_a_trial_is_the_model_with_those_forms(small, tmp_path, recipe, monkeypa
     """Of plans that begin alike, that differ in the table, and on part of the rows: as the whole model says that holds them."""
     source, split = opened(small)
     wanted = load_recipe(recipe)
-    with Work(tmp_path / "out", identity_of(source, split, wanted, ["bits=5"], 0, None)) as work:
+    with Work(tmp_path / "out", identity_of(source, split, wanted, ["bits=5"], 0, None, "cpu")) as work:
         rows, _ = price(source, split.calibrate.inputs, wanted, seed=0, work=work, progress=quiet, batch=8, keep=True)
         by_site: dict[str, list] = {}
         for row in rows:
@@ -121,7 +121,7 @@ def test_a_trial_is_the_model_with_those_forms(small, tmp_path, recipe, monkeypa
 def test_what_begins_alike_is_run_once(small, tmp_path, recipe, monkeypatch):
     source, split = opened(small)
     wanted = load_recipe(recipe)
-    with Work(tmp_path / "out", identity_of(source, split, wanted, ["bits=5"], 0, None)) as work:
+    with Work(tmp_path / "out", identity_of(source, split, wanted, ["bits=5"], 0, None, "cpu")) as work:
         rows, _ = price(source, split.calibrate.inputs, wanted, seed=0, work=work, progress=quiet, batch=8, keep=True)
         by_site: dict[str, list] = {}
         for row in rows:
@@ -177,7 +177,7 @@ def test_killed_between_generations_it_ends_the_same(small, tmp_path, recipe, mo
 def test_a_search_that_does_not_ask_keeps_no_forms(small, tmp_path):
     source, split = opened(small)
     wanted = load_recipe("auto")
-    with Work(tmp_path / "out", identity_of(source, split, wanted, ["bits=5"], 0, None)) as work:
+    with Work(tmp_path / "out", identity_of(source, split, wanted, ["bits=5"], 0, None, "cpu")) as work:
         make_plan(source, split, wanted, ["bits=5"], seed=0, work=work, log=lambda _: None)
         assert not [key for key in work._entries if key.startswith(("form/", "search/"))]
 
@@ -185,7 +185,7 @@ def test_a_search_that_does_not_ask_keeps_no_forms(small, tmp_path):
 def test_a_damaged_form_is_made_again(small, tmp_path, recipe):
     source, split = opened(small)
     wanted = load_recipe(recipe)
-    identity = identity_of(source, split, wanted, ["bits=5"], 0, None)
+    identity = identity_of(source, split, wanted, ["bits=5"], 0, None, "cpu")
     with Work(tmp_path / "out", identity, log=lambda _: None) as work:
         plan = make_plan(source, split, wanted, ["bits=5"], seed=0, work=work, log=lambda _: None)
         key = next(key for key in work._entries if key.startswith("form/"))
