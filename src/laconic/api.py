@@ -256,11 +256,14 @@ def plan(
 def _ready(device: str) -> None:
     """Makes ready for a job; UserError where torch cannot compute on a device of this name."""
     give_back()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"device {device!r} cannot be used here ({reason[:120]}); use cpu, or cuda where torch finds a GPU") from error
+    reason = "it is neither cpu nor cuda"
+    if device.partition(":")[0] in ("cpu", "cuda"):
+        try:
+            torch.empty(0, device=device)
+            return
+        except (RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:120]
+    raise UserError(f"device {device!r} cannot be used here ({reason}); use cpu, or cuda where torch finds a GPU")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -319,6 +322,8 @@ def compress(
     given = None if plan is None else _plan(plan)
     target = Path(out)
     if vectors.is_file(model):
+        if device != "cpu":
+            raise UserError(f"{model} is a file of vectors, which the processor shortens; leave the device out")
         return _shorten(model, data, _words(budget), given, recipe, target, seed, overwrite, progress, log)
     # the cheap refusal comes before the data is read
     if (target.exists() or target.is_symlink()) and not overwrite:

@@ -89,7 +89,7 @@ def test_a_seed_draws_the_same_on_every_device(other: str) -> None:
 def test_a_device_that_is_not_there_is_refused(small: tuple[Path, Path], tmp_path: Path) -> None:
     from laconic import api
 
-    for name in ("tpu", "cuda" if not torch.cuda.is_available() else "cuda:99"):
+    for name in ("tpu", "meta", "mps", "cuda" if not torch.cuda.is_available() else "cuda:99"):
         with pytest.raises(UserError, match="use cpu"):
             api.compress(small[0], small[1], budget="bits=6", out=tmp_path / "out", device=name)
 
