@@ -36,7 +36,6 @@ from laconic.models import (
     _compute,
     _headers,
     _json,
-    _pread,
     _quiet,
     _short,
     _transformers_config,
@@ -45,6 +44,7 @@ from laconic.models import (
     header,
     is_artifact,
     open_model,
+    read_stored,
     stored_name,
     traced_class,
 )
@@ -298,17 +298,14 @@ class Artifact(Source):
             self._original.trace(example, given)
         elif self._class is not None and self._anatomy is None:
             # as the original was: dense, since a trace looks for torch's own layers
-            dense = self._computed_in(self._narrow(self._build()))
+            dense = self._with_computed(self._narrow(self._build()))
             super().fill(dense, "", torch.float32)
             self._given = given
             self._anatomy = traced_class(dense, example, given)
 
     def _tensor(self, name: str) -> Tensor:
         assert self.path is not None
-        info = self.stored[name]
-        value = torch.empty(info.shape, dtype=info.dtype, device="cpu")
-        _pread(self.path / info.file, value, info.start)
-        return here(value)
+        return here(read_stored(self.path, self.stored[name]))
 
     def packed(self, name: str) -> Packed | None:
         """The form of a stored tensor, read now; None where no form holds it."""
@@ -323,15 +320,9 @@ class Artifact(Source):
         value = self._tensor(name)
         return value[start:stop].clone() if value.dim() else value
 
-    def _computed_in(self, bare: nn.Module) -> nn.Module:
-        for name, value in self._computed.items():
-            owner, _, leaf = name.rpartition(".")
-            bare.get_submodule(owner)._buffers[leaf] = here(value.clone())
-        return bare
-
     def skeleton(self) -> nn.Module:
         assert self.path is not None
-        bare = self._computed_in(self._narrow(self._build() if self._original is None else self._original.skeleton()))
+        bare = self._with_computed(self._narrow(self._build() if self._original is None else self._original.skeleton()))
         if self._given is not None:
             feed(bare, self._given)
         forms = blank(self.forms, self.stored, self.path)
@@ -526,11 +517,7 @@ def decoder_of(path: str | Path) -> tuple[str, dict[str, Tensor]] | None:
         return None
     if not (folder / PLACED).is_file():
         raise UserError(f"{folder} lacks {PLACED}, which its decoder {method} needs: take a complete copy of the folder")
-    found = {}
-    for name, info in _beside(folder).items():
-        found[name] = torch.empty(info.shape, dtype=info.dtype)
-        _pread(folder / info.file, found[name], info.start)
-    return str(method), found
+    return str(method), {name: read_stored(folder, info) for name, info in _beside(folder).items()}
 
 
 def config_with(config: Path, forms: Mapping[str, Any]) -> bytes:

@@ -164,7 +164,18 @@ class Source(ABC):
                 if name in skip or stored in skip:
                     continue
                 # computed buffers keep their own dtype: frequencies in bf16 would be wrong
-                owner._buffers[leaf] = here(self._computed[name].clone()) if name in self._computed else _as(self.read(stored), dtype)
+                owner._buffers[leaf] = self._own(name) if name in self._computed else _as(self.read(stored), dtype)
+
+    def _own(self, name: str) -> Tensor:
+        """A computed buffer, for one module to keep."""
+        return here(self._computed[name].clone())
+
+    def _with_computed(self, module: nn.Module) -> nn.Module:
+        """The module, its computed buffers filled."""
+        for name in self._computed:
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = self._own(name)
+        return module
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The whole original in memory."""
@@ -355,11 +366,7 @@ class FolderSource(_Folder):
             )
 
     def skeleton(self) -> nn.Module:
-        model = self._build()
-        for name, value in self._computed.items():
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._buffers[leaf] = here(value.clone())
-        return model  # type: ignore[no-any-return]
+        return self._with_computed(self._build())
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         assert self.path is not None
@@ -367,11 +374,7 @@ class FolderSource(_Folder):
         rows = info.shape[0] if info.shape else 1
         if not 0 <= start <= stop <= rows:
             raise IndexError(f"rows {start} to {stop} of {name}, which has {rows}")
-        width = (info.stop - info.start) // max(rows, 1)
-        shape = (stop - start, *info.shape[1:]) if info.shape else ()
-        value = torch.empty(shape, dtype=info.dtype, device="cpu")
-        _pread(self.path / info.file, value, info.start + start * width)
-        return here(_finite(value, name, info.file))
+        return here(_finite(read_stored(self.path, info, slice(start, stop)), name, info.file))
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -607,10 +610,16 @@ def header(file: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _pread(file: Path, into: Tensor, offset: int) -> None:
-    """Reads exactly as many bytes as `into` has, from `offset`."""
+def read_stored(folder: Path, info: TensorInfo, rows: slice = slice(None)) -> Tensor:
+    """A tensor of a safetensors file, or some of its rows, on the processor; exactly their bytes are read. A scalar has no rows."""
+    file, shape, offset = folder / info.file, info.shape, info.start
+    if shape:
+        start, stop, _ = rows.indices(shape[0])
+        offset += (info.stop - info.start) // max(shape[0], 1) * start
+        shape = (stop - start, *shape[1:])
+    into = torch.empty(shape, dtype=info.dtype, device="cpu")
     if not into.numel():
-        return
+        return into
     view = memoryview(into.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     try:
         handle = os.open(file, os.O_RDONLY)
@@ -626,6 +635,7 @@ def _pread(file: Path, into: Tensor, offset: int) -> None:
             done += got
     finally:
         os.close(handle)
+    return into
 
 
 def _sha256(file: Path) -> str:

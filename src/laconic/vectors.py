@@ -25,7 +25,7 @@ from laconic.job import versions
 from laconic.journal import Work, sha256_of
 from laconic.kernels.divergence import bootstrap_mean
 from laconic.kernels.retrieval import funnel, nearest, overlap
-from laconic.models import _pread, header
+from laconic.models import header, read_stored
 from laconic.recipe import Recipe, Vectors, build
 from laconic.tuning import tune
 
@@ -80,11 +80,7 @@ def opened(path: str | Path) -> Tensor:
 
 def _arrays(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
-        found = {}
-        for name, info in header(file).items():
-            found[name] = torch.empty(info.shape, dtype=info.dtype)
-            _pread(file, found[name], info.start)
-        return found
+        return {name: read_stored(file.parent, info) for name, info in header(file).items()}
     import numpy as np
 
     loaded = np.load(file, allow_pickle=False)
@@ -398,11 +394,7 @@ def load(path: str | Path, budget: Sequence[str] = ()) -> ShortVectors:
                     f"{path} reaches no recall of {bound.recall:g} in this budget (whole: {best:.4f}); ask for less, or compress again"
                 )
             dims = min(reached)
-    made = {}
-    for name in ("projection", "columns"):
-        made[name] = torch.empty((dims, *infos[name].shape[1:]), dtype=infos[name].dtype)
-        _pread(folder / FILE, made[name], infos[name].start)
-    return ShortVectors(**made).eval()
+    return ShortVectors(**{name: read_stored(folder, infos[name], slice(dims)) for name in ("projection", "columns")}).eval()
 
 
 def _certificate(path: str | Path) -> dict[str, Any]:
