@@ -16,7 +16,7 @@ OUT ?= demo-out
 help:
 	@echo "make demo   compress the embedded model to 4.25 bits a weight and write its report"
 	@echo "make test   the test suite, at most 15 minutes on 2 cores"
-	@echo "make check  the long suite too: kills, fuzz, browser"
+	@echo "make check  the long suite too: kills, fuzz, installed peers, browser"
 	@echo "make lint   ruff and mypy"
 	@echo "make size   how large the house is"
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from bench import panel, quality
+from laconic.models import open_model
 from laconic.sources import code_of
+from laconic.zoo import nano
 
 MODEL, TEXT = "stories260k", "text/tinystories_1000.jsonl.gz"
 
@@ -220,3 +225,24 @@ def test_a_wrong_peer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         quality.main(["--make", "ours,awq"])
     assert stopped.value.code == 2
     assert "unknown tool awq in --make" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", quality.TABLE)
+def test_an_installed_peer_quantizes_nano(tmp_path: Path, name: str) -> None:
+    """The tool itself, in its own environment: what it writes is nano in fewer bytes, and near to it."""
+    peer = quality.TABLE[name]
+    if not peer.python().exists():
+        pytest.skip(f"{name} is not installed; bench/peers/install.sh {name} does it")
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(0, 4096, (16, 128)))
+    found = quality.run_peer(peer, peer.runs(["a"], quick=True)[0], nano.path(), tokens, tmp_path / "out", 1)
+    assert "reason" not in found, found
+    original = open_model(None, default=nano.path())
+    linears = [site.tensors["weight"].name for segment in original.anatomy.segments() if segment.name for site in segment.sites]
+    dense = sum(math.prod(original.infos[weight].shape) * 2 for weight in linears)
+    assert 0.2 * dense < found["bytes_linears"] < 0.35 * dense
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    for weight in linears:
+        was = original.read(weight).float()
+        assert 0 < (made[weight].float() - was).norm() < 0.2 * was.norm()
