@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import verdicts
 from laconic import api, catalogue
 from laconic.claims.lab import judged, open_bench, spread
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Result, Verdict
@@ -135,3 +136,11 @@ def test_a_verdict_stands_on_code_and_model() -> None:
     }
     assert len(grounds) == 6
     assert catalogue.ground("quantize.round.rtn", "nano, as above") == catalogue.ground("quantize.round.rtn", "nano")
+
+
+def test_the_page_of_verdicts_is_what_was_recorded() -> None:
+    def known(text: str) -> str:
+        # on which code a verdict was found changes with every edit of a method; what it was does not
+        return text.replace(verdicts.EARLIER, "")
+
+    assert known(verdicts.PAGE.read_text(encoding="utf-8")) == known(verdicts.page()), "run python -m bench.verdicts"
