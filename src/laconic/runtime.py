@@ -28,9 +28,12 @@ from laconic.core.packed import Packed
 from laconic.core.state import Pattern, Ragged, State
 from laconic.kernels.attention import MOST
 from laconic.kernels.blocks import block_attention
+from laconic.kernels.memory import trim
 from laconic.kernels.native import native
 
 OURS, THEIRS = "laconic", "sdpa"
+# tokens after which freed memory is given back at the earliest
+OFTEN = 512
 # what attention is told besides, and what changes nothing of what it computes
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict", "logits_to_keep"}
 
@@ -124,6 +127,7 @@ class StateLayer(CacheLayerMixin):
         direct = cache.ours and self.direct and not first and key_states.shape[2] <= MOST and (mask is None or bool(mask.all()))
         state.stage(self.index, (key_states, value_states), positions, mask)
         self.columns += key_states.shape[2]
+        cache.tidy(self.columns)
         if not direct:
             keys, values = (key_states, value_states) if first else self.dense()
             self.settle()
@@ -175,6 +179,8 @@ class StateCache(Cache):
         self.judged: tuple[Tensor, bool] | None = None
         # whether the forward pass under way attends by `attend`
         self.ours = False
+        # tokens that were held when freed memory was last given back
+        self.tidied = 0
         hook(model.get_decoder())  # type: ignore[operator]
 
     @property
@@ -189,6 +195,12 @@ class StateCache(Cache):
             for i in self.mine:
                 if any(waiting := self.state.waiting(i)):
                     self.state.commit(torch.tensor(waiting), i)
+
+    def tidy(self, columns: int) -> None:
+        """Gives freed memory back once enough has come: pages stay, and what attention makes of them goes, larger each time."""
+        if columns >= self.tidied + OFTEN:
+            self.tidied = columns
+            trim()
 
     def look(self, past: int, new: Tensor) -> tuple[Tensor | None, Tensor]:
         """Which of the new columns are tokens (None: all), and the place of each in its row."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import cast
 
 # blocks from this size on are the system's own again as soon as they are freed
 LARGE = 16 * 1024**2
@@ -15,8 +17,20 @@ def give_back() -> bool:
 
     Left to itself glibc raises that size to 32 MiB and keeps what is below it in one heap, where a few small blocks on top of large free
     ones hold gigabytes."""
+    switch = _glibc("mallopt")
+    return switch is not None and bool(switch(_THRESHOLD, LARGE))
+
+
+def trim() -> bool:
+    """What lies free between blocks that are held leaves the process now: milliseconds. False where there is no such call.
+
+    For whoever makes many small tensors that stay among larger ones that go: the holes fit nothing that comes later, and grow."""
+    call = _glibc("malloc_trim")
+    return call is not None and bool(call(0))
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
     try:
-        switch = ctypes.CDLL(None).mallopt
+        return cast(Callable[..., int], getattr(ctypes.CDLL(None), name))
     except (AttributeError, OSError, TypeError):
-        return False
-    return bool(switch(_THRESHOLD, LARGE))
+        return None
