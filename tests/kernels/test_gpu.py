@@ -400,6 +400,20 @@ def test_nothing_is_put_in_place_without_a_gpu() -> None:
     assert not gpu._REGISTERED
 
 
+def test_the_bench_has_equal_kernels_and_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import gpu as bench
+
+    with torch.inference_mode(), torch.device(HERE):
+        for made in (bench.products(48, 300, 3), bench.decoding(256, 4, 2, 32), bench.prompts(2, 1, 32, 96, 16), bench.turned(96, 3)):
+            for pair in made:
+                assert pair.theirs().shape == pair.ours().shape
+                assert bench.equal(pair), pair.label
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench.gpu"])
+    with pytest.raises(SystemExit, match="torch finds no GPU here"):
+        bench.main()
+
+
 IN_PLACE = """
 import sys, torch
 from laconic.kernels import gpu, linear

@@ -8,6 +8,7 @@ named in a warning and left out."""
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -38,7 +39,9 @@ _REGISTERED: list[torch.library.Library] = []
 
 
 def possible() -> bool:
-    """Whether kernels can be compiled and put in place here."""
+    """Whether kernels can be compiled and put in place here, and LACONIC_KERNELS does not choose torch alone."""
+    if os.environ.get("LACONIC_KERNELS") == "reference":
+        return False
     if not torch.cuda.is_available() or torch.version.cuda is None or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability() >= (8, 0) and "allow_override" in inspect.signature(torch.library.Library.impl).parameters
