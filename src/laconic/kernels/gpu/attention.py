@@ -22,8 +22,8 @@ from laconic.kernels.bits import packed_width
 from laconic.kernels.gpu.numbers import launched, product, rounded, wide
 
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# tokens of a tile, the most parts of a row, the most channels
-TILE, SPLITS, CHANNELS = 64, 64, 256
+# tokens of a tile, the most parts of a row, the most channels, and the most numbers of a program's queries: what shared memory holds
+TILE, SPLITS, CHANNELS, QUERIES = 64, 64, 256, 1 << 14
 
 
 @triton.jit
@@ -233,9 +233,11 @@ def _reads(query: Tensor, keys: Sequence[Part], values: Sequence[Part]) -> bool:
         return False
     first = [reference._first(part) for part in halves]
     plain = all(one.dtype in TYPES for one, part in zip(first, halves, strict=True) if isinstance(part, Plain))
+    queries = max(16, triton.next_power_of_2(max(1, query.shape[1] // max(1, first[0].shape[1]) * query.shape[2])))
+    wide_d = max(16, triton.next_power_of_2(max(part.width for part in halves)))
     return (
         any(isinstance(part, Grouped) for part in halves) and plain and query.dtype in TYPES and query.numel() > 0
-        and query.shape[2] <= MOST and max(part.width for part in halves) <= CHANNELS and min(part.width for part in halves) > 0
+        and query.shape[2] <= MOST and wide_d <= CHANNELS and queries * wide_d <= QUERIES and min(part.width for part in halves) > 0
         and all(one.device == query.device for one in first) and not (query.requires_grad and torch.is_grad_enabled())
     )  # fmt: skip
 
@@ -285,7 +287,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, blo
     order = kept.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices.to(torch.int32).to(query.device).contiguous()
     counts = kept.sum(-1, dtype=torch.int32).to(query.device).contiguous()
     out = query.new_empty(b, h, t, e)
-    most = 32 if query.dtype == torch.float32 else 64
+    most = (32 if query.dtype == torch.float32 else 64) // (2 if max(d, e) > 128 else 1)
     m = n = min(most, max(16, triton.next_power_of_2(block)))
     over = triton.cdiv(block, m)
     sizes = {"D": max(16, triton.next_power_of_2(d)), "E": max(16, triton.next_power_of_2(e)), "WIDTH": d, "V_WIDTH": e, "M": m, "N": n}
