@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
+# for the tests alone: hundreds of megabytes that nothing else needs
+GPU := $(VENV)/.gpu
 OUT ?= demo-out
 
 .PHONY: help setup demo test check lint size clean
@@ -27,16 +29,20 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/laconic/k
 	$(PIP) --constraint constraints.txt --editable ".[dev]"
 	@touch $(READY)
 
+$(GPU): $(READY)
+	$(PIP) --constraint constraints.txt "triton; platform_system == 'Linux'"
+	@touch $(GPU)
+
 setup: $(READY)
 
 demo: $(READY)
 	$(BIN)/laconic compress --budget bits=4.25 -o $(OUT) --overwrite
 	$(BIN)/laconic report $(OUT)
 
-test: $(READY)
+test: $(GPU)
 	$(PYTEST) -m "not long"
 
-check: $(READY)
+check: $(GPU)
 	$(PYTEST)
 
 lint: $(READY)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # `bench` is no part of the installed package
 sys.path.insert(0, str(ROOT))
+
+
+def _interpreted() -> None:
+    """Without a GPU, Triton's kernels run in its interpreter, which has to be asked for before anything imports triton."""
+    import torch
+
+    if find_spec("triton") is not None and not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+_interpreted()
 
 
 @pytest.fixture(scope="session")

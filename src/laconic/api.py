@@ -29,6 +29,7 @@ from laconic.core.score import Score
 from laconic.core.state import Pattern, State
 from laconic.data import Split, Texts, open_data
 from laconic.decoding import Layers, body_of
+from laconic.kernels.gpu import load as load_kernels
 from laconic.kernels.memory import give_back
 from laconic.models import Source, is_artifact, open_model
 from laconic.pipeline import Log, Progress, batch_of, quiet
@@ -260,6 +261,7 @@ def _ready(device: str) -> None:
     if device.partition(":")[0] in ("cpu", "cuda"):
         try:
             torch.empty(0, device=device)
+            load_kernels()
             return
         except (RuntimeError, AssertionError) as error:
             reason = " ".join(str(error).split())[:120]

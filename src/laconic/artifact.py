@@ -28,6 +28,7 @@ from laconic.core.site import Anatomy
 from laconic.encoders import feed
 from laconic.experts import split_experts
 from laconic.journal import sha256_of
+from laconic.kernels.gpu import load as load_kernels
 from laconic.kernels.place import here
 from laconic.models import (
     NOTHING,
@@ -75,6 +76,8 @@ def by_form(names: Iterable[str], forms: Collection[str]) -> dict[str, dict[str,
 
 def blank(forms: Mapping[str, Any], infos: Mapping[str, TensorInfo], where: Path) -> dict[str, Packed]:
     """Every form with its tensors on meta: all of its structure, none of its bytes."""
+    # the model may be moved to a GPU
+    load_kernels()
     made = {}
     for name, keys in by_form(infos, forms).items():
         empty = {key: torch.empty(infos[full].shape, dtype=infos[full].dtype, device="meta") for key, full in keys.items()}

@@ -27,9 +27,10 @@ from laconic.core.errors import UserError
 from laconic.core.packed import Packed
 from laconic.core.state import Pattern, Ragged, State
 from laconic.kernels.attention import MOST
-from laconic.kernels.blocks import block_attention
+from laconic.kernels.gpu import block_attention
 from laconic.kernels.memory import trim
 from laconic.kernels.native import native
+from laconic.kernels.place import on
 
 OURS, THEIRS = "laconic", "sdpa"
 # tokens after which freed memory is given back at the earliest
@@ -358,7 +359,11 @@ def _by_blocks(
     else:
         wanted = torch.ones(t, s, dtype=torch.bool, device=mask.device).tril(s - t)
         causal = mask.dtype == torch.bool and mask.shape[-2:] == (t, s) and torch.equal(mask, wanted.expand(mask.shape))
-    return block_attention(query, key, value, pattern(query, key, scale), pattern.block, scale) if causal else None
+    if not causal:
+        return None
+    with on(query.device):
+        kept = pattern(query, key, scale)
+    return block_attention(query, key, value, kept, pattern.block, scale)
 
 
 def attend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,20 @@ def test_import_brings_no_torch() -> None:
     code = "import laconic, sys; print(sorted({'torch', 'transformers', 'rich', 'typer'} & set(sys.modules)), laconic.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split(" ")[0] == "[]"
+
+
+def test_triton_is_imported_by_the_kernels_for_gpus_alone() -> None:
+    found = {path for path in HOME.rglob("*.py") if re.search(r"^\s*(import|from) triton", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    assert found
+    assert {path.parent for path in found} == {HOME / "kernels" / "gpu"}
+    # its modules are reached by name, once there is something to compute
+    inside = {f"kernels.gpu.{path.stem}" for path in (HOME / "kernels" / "gpu").glob("*.py")}
+    assert [(a, b) for a, targets in GRAPH.items() for b in targets & inside if not a.startswith("kernels.gpu.")] == []
+
+
+def test_kernels_know_nothing_of_those_for_gpus() -> None:
+    low = {name for name in GRAPH if _part(name) in {"core", "kernels", "methods"} and not name.startswith("kernels.gpu")}
+    assert [(a, b) for a in low for b in GRAPH[a] if b.startswith("kernels.gpu")] == []
 
 
 def test_the_top_level_exports_what_it_names() -> None:
