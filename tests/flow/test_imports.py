@@ -36,6 +36,7 @@ LAYERS = [
     ("zoo",),
     (
         "aligning",
+        "restoring",
         "budget",
         "decoding",
         "stepping",
