@@ -141,7 +141,8 @@ ANALYTIC = partial(plain, OURS, LEVEL)
 QUIETEST = partial(plain, Chosen("quietest"), LEVEL)
 # of all that PTQ1.61 is, one bit alone: the rival of the first of these claims, and the stand-in of all
 ONE_BIT = partial(plain, OURS, Salient(share=0.0))
-ASTRAY = partial(lesson, replace(LEARNED, objective=Elsewhere()))
+ELSEWHERE = replace(LEARNED, objective=Elsewhere())
+ASTRAY = partial(lesson, ELSEWHERE)
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
