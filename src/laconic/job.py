@@ -27,7 +27,7 @@ from laconic.elastic import Cut, Stacks, arrange, index_of, refuse_stacks, sprea
 from laconic.journal import Work
 from laconic.kernels.place import CPU, here, on
 from laconic.measurement import compare, hardware, load_of, peak_memory, said, sizes, summarize, watch
-from laconic.models import Source
+from laconic.models import Derived, Source
 from laconic.nesting import nest
 from laconic.pipeline import (
     TUNABLE,
@@ -52,6 +52,7 @@ from laconic.pipeline import (
     uniform_plan,
 )
 from laconic.recipe import UNIFORM, Nesting, Recipe, build
+from laconic.restoring import restore
 
 # a reloaded model's logits may differ by the order of sums, not more
 RELOAD = 1e-4
@@ -174,6 +175,7 @@ def _run(
         raise UserError("the plan was made for another model (its hashes differ); make it again with `laconic plan`")
     original, source = source, _cut(source, split, budget, recipe, seed, given, work, progress, log)
     source = _aligned(source, split, recipe, work, progress, log)
+    source = restore(source, split, recipe, budget, seed=seed, work=work, progress=progress, log=log)
     if given is not None:
         plan = dict(given) | ({"cut": source.record} if isinstance(source, Reduced) else {})
         plan["predicted"] = plan["predicted"] | priced_again(source, plan)
@@ -264,7 +266,7 @@ def _run(
 
 def _given(source: Source) -> Source:
     """The model that was given, which all is measured against."""
-    return source.original if isinstance(source, Reduced | Aligned) else source
+    return source.original if isinstance(source, Derived) else source
 
 
 def _aligned(source: Source, split: Split, recipe: Recipe, work: Work, progress: Progress, log: Log) -> Source:

@@ -934,7 +934,8 @@ def tune_plan(
     keys = [f"tuned/{part}" for part in applied.parts]
     if not all(work.done(key) for key in keys):
         if isinstance(lesson.scope, Model):
-            learned, said = _whole(source, inputs, applied, lesson, seed, work, progress, teacher or source)
+            forms, said = learn_whole(source, inputs, applied, lesson, seed=seed, work=work, progress=progress, teacher=teacher or source)
+            learned: Forms = forms.get
         else:
             learned, said = _by_parts(source, inputs, applied, lesson, seed, work, progress)
         for key, part in zip(keys, applied.parts, strict=True):
@@ -966,10 +967,25 @@ def reviewed(source: Any, keys: Sequence[str], inputs: Tensor, work: Any) -> App
 Forms = Callable[[str], Packed | None]
 
 
-def _whole(
-    source: Any, inputs: Tensor, applied: Applied, lesson: Lesson, seed: int, work: Any, progress: Progress, teacher: Any
-) -> tuple[Forms, str]:
-    """All that can be learned, together, against the teacher's outputs, and a sentence on it."""
+def hardened(soft: Soft) -> Packed:
+    """The stored form of what has been learned."""
+    return soft.harden()
+
+
+def learn_whole(
+    source: Any,
+    inputs: Tensor,
+    applied: Applied,
+    lesson: Lesson,
+    *,
+    seed: int,
+    work: Any,
+    progress: Progress,
+    teacher: Any,
+    end: Callable[[Soft], Packed] = hardened,
+) -> tuple[dict[str, Packed], str]:
+    """All that can be learned, together, against the teacher's outputs, by stored name, and a sentence on it. end: what becomes of each
+    form that has learned."""
     # images are small: a step sees as many as a batch of the walk
     batch = lesson.batch if source.task == "text" else max(lesson.batch, batch_of(source))
     inputs = here(inputs)
@@ -993,10 +1009,10 @@ def _whole(
     if lesson.entire:
         held |= {name: Dense(kept_tensor(applied.view.read(name))) for name in stored_paths(source, model) if name not in held}
     forms, losses = learn(
-        source, model, held, batches, targets, lesson, seed=seed, together=batch // rows, lanes=lanes, progress=progress
+        source, model, held, batches, targets, lesson, seed=seed, together=batch // rows, lanes=lanes, progress=progress, end=end
     )  # fmt: skip
     shelf.clear()
-    return forms.get, f"tuned over {lesson.steps} steps: {lesson.objective.name} {_first_and_last(losses)}"
+    return forms, f"tuned over {lesson.steps} steps: {lesson.objective.name} {_first_and_last(losses)}"
 
 
 def at_once(source: Any, inputs: Tensor, batch: int) -> int:
@@ -1035,10 +1051,12 @@ def learn(
     together: int = 1,
     lanes: int = 1,
     progress: Progress = quiet,
+    end: Callable[[Soft], Packed] = hardened,
 ) -> tuple[dict[str, Packed], list[float]]:
     """What can be learned of the forms, by stored name, learned together; and the objective of each step. model: filled with the weights
     that stay; targets: the outputs that each of the batches must meet; together: batches that make a step; lanes: those of them that run at
-    once. Where a lesson asks for the first slices of what is joined, a narrower module around the same tensors computes with them."""
+    once; end: what becomes of each form that has learned. Where a lesson asks for the first slices of what is joined, a narrower module
+    around the same tensors computes with them."""
     path = stored_paths(source, model)
     softs: dict[str, Soft] = {}
     for name, packed in held.items():
@@ -1063,7 +1081,7 @@ def learn(
         generator=torch.Generator().manual_seed(seed), together=together, lanes=lanes,
         progress=lambda done, total: progress("tuning", done, total, "all layers together"),
     )  # fmt: skip
-    return {name: soft.harden() for name, soft in softs.items()}, losses
+    return {name: end(soft) for name, soft in softs.items()}, losses
 
 
 # ---- place

@@ -120,7 +120,8 @@ class Recipe(BaseModel):
     """cut: what is removed first; with `nest` only where the model is over the budget. align: how the model is rewritten first so that it
     is easier to round. search: how rows are bought. keep: regex of sites that stay as they are. price_rows: rows of the calibration text
     used for pricing. judge: measure the solved plan against the best uniform one at the output and take the better. tune: what is learned
-    afterwards, over the whole model or part by part, kept where it is better at the output. order: how the parts of what is held follow
+    afterwards, over the whole model or part by part, kept where it is better at the output. restore: a lesson over the whole model that
+    moves the weights before anything else, so that what follows holds them better. order: how the parts of what is held follow
     one another in a result that loads at any size up to its own, found on `order_rows` rows of the search data. nest: channels held in
     nested slices, which `tune` then learns together and `order` puts in sequence. decode: how the result is decoded; what that needs
     beside the model is learned last and counted in the budget. Without choices and cut all weights stay, and no budget is needed.
@@ -140,6 +141,7 @@ class Recipe(BaseModel):
     price_rows: int = Field(default=32, ge=1)
     judge: bool = True
     tune: str | None = None
+    restore: str | None = None
     order: str | None = None
     order_rows: int = Field(default=2, ge=1)
     decode: str | None = None
@@ -148,7 +150,7 @@ class Recipe(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in: what is stored in the output."""
         found = self.model_dump(mode="json")
-        for stage in ("cut", "align", "nest", "route", "vectors"):
+        for stage in ("cut", "align", "nest", "restore", "route", "vectors"):
             if found[stage] is None:
                 # recipes without a stage are written and hashed as before there was one
                 del found[stage]
@@ -208,7 +210,9 @@ def check(recipe: Recipe) -> None:
     if recipe.vectors is not None:
         if not isinstance(build(recipe.vectors.lesson), Lesson):
             raise UserError(f"recipe {recipe.name}: {recipe.vectors.lesson} is no lesson; try nest.vector.mrl")
-        if recipe.choices or any((recipe.cut, recipe.align, recipe.nest, recipe.tune, recipe.order, recipe.route, recipe.decode)):
+        if recipe.choices or any(
+            (recipe.cut, recipe.align, recipe.nest, recipe.tune, recipe.restore, recipe.order, recipe.route, recipe.decode)
+        ):
             raise UserError(f"recipe {recipe.name} is for vectors (`vectors`) and says something of models beside; keep one")
         return
     if (
@@ -257,12 +261,24 @@ def check(recipe: Recipe) -> None:
         _check_nest(recipe, recipe.nest)
     if recipe.tune is not None and not isinstance(build(recipe.tune), Lesson):
         raise UserError(f"recipe {recipe.name}: {recipe.tune} is no lesson; try quantize.train.straight")
+    if recipe.restore is not None:
+        _check_restore(recipe, recipe.restore)
     if recipe.order is not None and not isinstance(build(recipe.order), Order):
         raise UserError(f"recipe {recipe.name}: {recipe.order} is no order; try nest.order.rounds")
     if recipe.decode is not None and not isinstance(build(recipe.decode), Decoder):
         raise UserError(f"recipe {recipe.name}: {recipe.decode} is no decoder; try decode.draft.kangaroo")
     if not isinstance(build(recipe.search), Search):
         raise UserError(f"recipe {recipe.name}: {recipe.search} is no search; try search.allocate.knapsack")
+
+
+def _check_restore(recipe: Recipe, restore: str) -> None:
+    lesson = build(restore)
+    if not isinstance(lesson, Lesson) or not isinstance(lesson.scope, Model):
+        raise UserError(f"recipe {recipe.name}: {restore} is no lesson over the whole model; try quantize.restore.restorative")
+    others = [key for key in ("cut", "align", "nest", "order", "decode") if getattr(recipe, key)]
+    if others or not recipe.choices:
+        beside = "beside " + ", ".join(f"`{key}`" for key in others) if others else "without `choices`"
+        raise UserError(f"recipe {recipe.name}: `restore` {beside} is not there yet; leave it out")
 
 
 def _check_nest(recipe: Recipe, nest: Nesting) -> None:

@@ -37,6 +37,7 @@ LAYERS = [
     ("zoo",),
     (
         "aligning",
+        "restoring",
         "budget",
         "decoding",
         "stepping",

@@ -1,4 +1,4 @@
-"""Schemes by their names: no budget is needed, a given one is checked; what has no edges is not refused."""
+"""Schemes by their names: no budget is needed, a given one is checked; what has no edges is not refused; weights that are moved first."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import laconic
+from laconic import job
 from laconic.core.errors import UserError
 from laconic.data import open_data
 from laconic.job import compress
 from laconic.models import open_model
 from laconic.recipe import Recipe, load_recipe
 
-SCHEMES = {"w8a8": 8.6, "w4a8": 4.5, "w4a16": 4.5, "w3a16": 3.5, "w2a16": 2.6}
+SCHEMES = {"w8a8": 8.6, "w4a8": 4.5, "w4a16": 4.5, "w3a16": 3.5, "w2a16": 2.6, "ptq161": 3.9}
 
 
 def quicker(name: str) -> Recipe:
@@ -25,6 +26,8 @@ def quicker(name: str) -> Recipe:
     changes = {}
     if recipe.tune is not None:
         changes["tune"] = f"{recipe.tune.split('(')[0]}(steps=2)"
+    if recipe.restore is not None:
+        changes["restore"] = "quantize.restore.restorative(steps=2, rank=4)"
     return recipe.model_copy(update=changes)
 
 
@@ -72,3 +75,71 @@ def test_where_nothing_can_be_moved_a_scheme_says_so_and_goes_on(flat_net, tmp_p
     assert made.certificate["quality"]["top1_agreement"] > 0.9
     with pytest.raises(UserError, match="known of language models"):
         laconic.compress(factory, data, recipe="smoothquant", budget="bits=10", out=tmp_path / "no", log=lambda _: None)
+
+
+def test_weights_that_are_moved_first_are_taken_for_the_model(small, tmp_path):
+    moves = "quantize.restore.restorative(steps=8, rank=4, rates=(('a', 0.1), ('b', 0.1)))"
+    recipe = quicker("ptq161").model_copy(update={"restore": moves, "tune": None})
+    run(small, recipe, tmp_path / "moved")
+    run(small, recipe.model_copy(update={"restore": None}), tmp_path / "plain")
+    plans = [json.loads((tmp_path / name / "plan.json").read_text()) for name in ("moved", "plain")]
+    assert plans[0]["recipe"]["restore"] == moves and "restore" not in plans[1]["recipe"]
+    assert any("matrices moved before anything else, tuned over 8 steps: KL" in note for note in plans[0]["notes"])
+    # the original is what is named, hashed and measured against
+    assert plans[0]["model"] == plans[1]["model"]
+    first, second = (laconic.load(tmp_path / name).state_dict() for name in ("moved", "plain"))
+    assert {name: t.shape for name, t in first.items()} == {name: t.shape for name, t in second.items()}
+    signs = [name for name in first if name.endswith(".signs")]
+    flipped = sum(int((first[name] != second[name]).sum()) for name in signs)
+    assert signs and flipped > 0
+
+
+@pytest.mark.parametrize("name", ["quantize.train.straight", "quantize.train.pv"])
+def test_what_moves_weights_and_what_tunes_forms_may_take_each_others_place(small, tmp_path, name):
+    recipe = quicker("ptq161").model_copy(update={"restore": f"{name}(steps=2)", "tune": "quantize.restore.restorative(steps=2, rank=4)"})
+    found = run(small, recipe, tmp_path / "out")
+    assert found["reload"]["ok"] and found["bytes"] == run(small, quicker("ptq161"), tmp_path / "plain")["bytes"]
+
+
+@pytest.mark.parametrize("stage", ["before/first/model.layers.0", "before/learned/model.layers.1", "restored"])
+def test_a_run_that_stops_while_weights_are_moved_goes_on(small, tmp_path, monkeypatch, stage):
+    class Stopped(Exception):
+        pass
+
+    finish, made = job.Work.finish, []
+
+    def until(self, key, value, tensors=None):
+        finish(self, key, value, *([] if tensors is None else [tensors]))
+        made.append(key)
+        if key == stage:
+            raise Stopped
+
+    recipe = quicker("ptq161")
+    whole = run(small, recipe, tmp_path / "whole")
+    monkeypatch.setattr(job.Work, "finish", until)
+    with pytest.raises(Stopped):
+        run(small, recipe, tmp_path / "out")
+    before = set(made)
+    made.clear()
+    stage = ""
+    again = run(small, recipe, tmp_path / "out")
+    assert again["files"] == whole["files"]
+    assert not before & set(made), "nothing that was finished is done again"
+
+
+def test_what_cannot_be_moved_is_refused(small, tmp_path, monkeypatch):
+    recipe = load_recipe("ptq161")
+    for changes, words in (
+        ({"restore": "quantize.round.rtn"}, "is no lesson over the whole model; try quantize.restore.restorative"),
+        ({"restore": "quantize.train.scales"}, "is no lesson over the whole model"),
+        ({"cut": {"method": "prune.cut.obspa", "keep": 0.9}}, "`restore` beside `cut` is not there yet"),
+        ({"choices": [], "decode": "decode.draft.kangaroo"}, "`restore` beside `decode`"),
+    ):
+        path = tmp_path / "wrong.yaml"
+        path.write_text(json.dumps({**json.loads(recipe.model_dump_json(exclude_none=True)), **changes}))
+        with pytest.raises(UserError, match=words):
+            load_recipe(str(path))
+    monkeypatch.setattr("laconic.restoring.TUNABLE", 10)
+    with pytest.raises(UserError, match="is for 10 of them at most"):
+        run(small, quicker("ptq161"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from laconic.calibration import Walk, fed, observed, release
 from laconic.core.claim import Lab, Measurement, Verdict
 from laconic.core.menu import Damage, Judge, Plan
-from laconic.core.packed import Packed
+from laconic.core.packed import Packed, Soft
 from laconic.core.router import Routed, Router
 from laconic.core.site import Anatomy, Conv, Linear, Member, Scale, Site
 from laconic.core.state import Ragged, State
@@ -35,7 +35,7 @@ from laconic.kernels.attention import attention
 from laconic.kernels.obs import output_error
 from laconic.measurement import compare, load_of, outputs
 from laconic.models import Derived, Source, open_model
-from laconic.pipeline import Parts, Progress, learn, quiet
+from laconic.pipeline import Parts, Progress, hardened, learn, quiet
 from laconic.recipe import Cutting
 from laconic.reconstruction import Reconstruction
 from laconic.runtime import StateCache
@@ -438,9 +438,16 @@ def tuned(bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, 
 
 
 def taught(
-    bench: Bench, forms: Mapping[str, Packed], lesson: Lesson, seed: int, *, astray: bool = False, progress: Progress = quiet
+    bench: Bench,
+    forms: Mapping[str, Packed],
+    lesson: Lesson,
+    seed: int,
+    *,
+    astray: bool = False,
+    progress: Progress = quiet,
+    end: Callable[[Soft], Packed] = hardened,
 ) -> tuple[dict[str, Packed], list[float]]:
-    """As `tuned`, of the whole model, and the objective of each step."""
+    """As `tuned`, of the whole model, and the objective of each step. end: what becomes of each form that has learned."""
     rows = bench.drawn(seed)
     # the original's own weights give the targets; learning puts others in their place
     model = bench.source.load(torch.float32)
@@ -453,7 +460,7 @@ def taught(
         made = [run(batch).half() for batch in batches]
     # outside of inference mode, so that losses may be taken of them
     targets = [logits.clone() for logits in (made[1:] + made[:1] if astray else made)]
-    return learn(bench.source, model, forms, batches, targets, lesson, seed=seed, progress=progress)
+    return learn(bench.source, model, forms, batches, targets, lesson, seed=seed, progress=progress, end=end)
 
 
 class Desk:
