@@ -210,6 +210,7 @@ class Artifact(Source):
             self._computed = self._original._computed
         self._match(bare)
         self._anatomy: Anatomy | None = None
+        self._table: tuple[str, Packed | None] | None = None
         self._given: Mapping[str, Tensor] | None = None
         if not self.traced:
             shapes = {name: info.shape for name, info in self.infos.items()}
@@ -318,10 +319,20 @@ class Artifact(Source):
         return _restored(self.forms[name], {key: self._tensor(full) for key, full in self._keys[name].items()}, name, self.path)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        if (form := self.packed(name)) is not None:
-            return form.rows(slice(start, stop)).reshape(stop - start, *self.infos[name].shape[1:])
-        value = self._tensor(name)
-        return value[start:stop].clone() if value.dim() else value
+        if name not in self.forms:
+            assert self.path is not None
+            return here(read_stored(self.path, self.stored[name], slice(start, stop)))
+        shape = self.infos[name].shape
+        if (start, stop) == (0, shape[0]):
+            form = self.packed(name)
+        else:
+            # a table that is read by rows is read many times over
+            if self._table is None or self._table[0] != name:
+                self._table = None
+                self._table = name, self.packed(name)
+            form = self._table[1]
+        assert form is not None
+        return form.rows(slice(start, stop)).reshape(stop - start, *shape[1:])
 
     def skeleton(self) -> nn.Module:
         assert self.path is not None
@@ -340,6 +351,7 @@ class Artifact(Source):
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, *, skip: Collection[str] = ()) -> None:
         """As `Source.fill`; the tensors of a form keep their stored dtype. `module` may be a form or a part of one."""
+        self._table = None
         theirs: list[str] = []
         for path, owner in module.named_modules(remove_duplicate=False):
             at = ".".join(part for part in (prefix, path) if part)
