@@ -275,12 +275,14 @@ class Observer:
         mark = torch.empty(0) if table else None
         gradient = any("grad" in statistic.needs for statistic in self.wants)
 
-        def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
             # tokens that were routed to an expert have no sequences any more
             sequences = x.shape[0] if x.dim() > 2 else 1
             self._offer(site, "x", Seen(x=x if table else rows_of(site, x, module), routing=mark, sequences=sequences))
-            if gradient and output.requires_grad:
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if output.requires_grad:
                 output.register_hook(backward)
 
         def backward(grad: Tensor) -> None:
@@ -288,7 +290,8 @@ class Observer:
             with on(device()):
                 self._offer(site, "grad", Seen(grad=columns_of(site, grad.detach()), routing=mark))
 
-        return [module.register_forward_hook(forward)]
+        hooks: list[Any] = [module.register_forward_pre_hook(before)]
+        return [*hooks, module.register_forward_hook(after)] if gradient else hooks
 
     def finish(self, site: Site) -> dict[Statistic, Tensor]:
         """All statistics of one site."""
@@ -569,35 +572,37 @@ class Walk:
     def observe(
         self, module: nn.Module, segment: Segment, sites: Sequence[Site], wants: Sequence[Statistic]
     ) -> dict[str, dict[Statistic, Tensor]]:
-        """Statistics of some sites of one stage, or of stages beside one another, over all batches; a pass is cut short once the last of
-        them has run.
+        """Statistics of some sites of one stage, or of stages beside one another, over all batches; a pass is cut short once what they read
+        has been seen, before their own products where nothing has to be learned of these.
 
         What comes before a stage does not change any more once the stage is reached. Where a sub-module gives back just what its last
         site computes (attention and its output projection, say), that site's inputs are kept, and later passes over the segment start
         from them; `advance` forgets them."""
         names = {site.name for site in sites}
         observer = Observer([Stage(tuple(s for s in stage.sites if s.name in names)) for stage in segment.stages], wants)
+        # what the first of a stage reads, all of it read
+        first = [site for site in sites if observer.first[site.name] == site.name]
         pending: set[str] = set()
         hooks = []
 
         def done(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
+            def hook(module: nn.Module, args: Any) -> None:
                 pending.discard(name)
                 if not pending:
                     raise Stop
 
             return hook
 
-        for site in sites:
+        for site in first:
             hooks += observer.attach(site, self.site_module(module, segment, site))
         memo = self._memo(module, segment, sites)
         if memo is not None:
             hooks += memo.hooks()
         else:
-            hooks += [self.site_module(module, segment, site).register_forward_hook(done(site.name)) for site in sites]
+            hooks += [self.site_module(module, segment, site).register_forward_pre_hook(done(site.name)) for site in first]
         try:
             for i in range(len(self.hidden)):
-                pending.update(site.name for site in sites)
+                pending.update(site.name for site in first)
                 with torch.no_grad(), contextlib.suppress(Stop):
                     self._through(module, segment, i)
         finally:
