@@ -1,6 +1,6 @@
 """GPTQ of a large model: laconic beside GPTQModel, on the same weights and calibration tokens, one after the other.
 
-    python -m bench.gptq [--folder DIR] [--layers 16] [--threads 2]
+    python -m bench.gptq [--folder DIR] [--layers 1] [--threads 2]
 
 A randomly initialised Llama of 1.2 billion parameters (time and memory do not depend on the values), the matrices of its blocks to 4 bits
 in groups of 128, 64 x 512 tokens. Ours is the whole command: opening, calibration, writing, the reload check and the measurement; of
@@ -46,6 +46,7 @@ print("\\n" + json.dumps({"quantizing": seconds}))
 
 
 def told(code: int, seconds: float, peak: int, **more: Any) -> dict[str, Any]:
+    """A run as it is printed."""
     return {"exit": code, "seconds": round(seconds, 1), "peak_memory_bytes": peak, **more}
 
 
@@ -75,7 +76,7 @@ def ours(folder: Path, threads: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.gptq", "--folder", str(folder), "--ours"]
     code, _, seconds, peak = watched(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     made = code == 0 and json.loads((folder / "ours" / "certificate.json").read_text())
-    return told(code, seconds, peak, **({"bits_per_weight": made["bits_per_weight"], "stages": made.get("seconds")} if made else {}))
+    return told(code, seconds, peak, **({"bits_per_weight": made["bits_per_weight"]} if made else {}))
 
 
 def theirs(folder: Path, tokens: Path, threads: int) -> dict[str, Any]:

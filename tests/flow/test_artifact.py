@@ -152,6 +152,25 @@ def test_stream_is_a_source(case: tuple[Path, Any, dict[str, Tensor]]) -> None:
     assert torch.equal(model.lm_head.weight.dense(), dense[head])
 
 
+def test_rows_cost_what_they_are(case: tuple[Path, Any, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run after run of a table: of one that no form holds the rows alone are read, a form is read once."""
+    out, _, dense = case
+    opened, read = artifact.stream(out), []
+    stored = artifact.read_stored
+
+    def counted(*args: Any) -> Tensor:
+        read.append((found := stored(*args)).nbytes)
+        return found
+
+    monkeypatch.setattr(artifact, "read_stored", counted)
+    plain, held = "model.layers.0.self_attn.k_proj.weight", "model.embed_tokens.weight"
+    for name in (plain, held):
+        read.clear()
+        for start in (0, 4, 9):
+            torch.testing.assert_close(opened.read_rows(name, start, start + 2).float(), dense[name][start : start + 2])
+        assert sum(read) == (3 * 2 * 32 * 2 if name == plain else 96 * 32 * 2)
+
+
 def test_walk_through_an_artifact(case: tuple[Path, Any, dict[str, Tensor]]) -> None:
     calibration = pytest.importorskip("laconic.calibration")
     out, source, dense = case
