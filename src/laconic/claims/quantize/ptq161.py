@@ -72,7 +72,7 @@ def sized(bench: Bench, lesson: Lesson, quick: bool) -> Lesson:
     return replace(lesson, steps=(100 if bench.name == "stories260k" else 25) if quick else 400)
 
 
-def scaled(bench: Bench, lesson: Lesson, seed: int, quick: bool) -> Found:
+def scaled(lesson: Lesson, bench: Bench, seed: int, quick: bool) -> Found:
     """Signs whose scales the lesson has learned, block by block, on rows of 128 tokens; made once."""
 
     def make() -> Found:
@@ -82,7 +82,7 @@ def scaled(bench: Bench, lesson: Lesson, seed: int, quick: bool) -> Found:
     return found
 
 
-def _restored(bench: Bench, seed: int, quick: bool, astray: bool) -> Found:
+def whole(astray: bool, bench: Bench, seed: int, quick: bool) -> Found:
     """The weights moved before, then signs and learned scales of what they are now; measured against the original; made once."""
 
     def make() -> Found:
@@ -102,15 +102,8 @@ Made = Callable[[Bench, int, bool], Found]
 
 
 def plain(transform: Transform, level: Any, bench: Bench, seed: int, quick: bool) -> Found:
+    """A method by itself."""
     return seen(bench, transform, level, seed)
-
-
-def lesson(lesson: Lesson, bench: Bench, seed: int, quick: bool) -> Found:
-    return scaled(bench, lesson, seed, quick)
-
-
-def whole(astray: bool, bench: Bench, seed: int, quick: bool) -> Found:
-    return _restored(bench, seed, quick, astray)
 
 
 @gathered
@@ -138,48 +131,47 @@ SCALES = {
     "4 rows of 128 tokens (quick: 100), 3 draws of the rows",
 }
 ANALYTIC = partial(plain, OURS, LEVEL)
-QUIETEST = partial(plain, Chosen("quietest"), LEVEL)
+WHOLE = partial(whole, False)
+BY_WEIGHTS, BY_CHANCE, QUIETEST = (partial(plain, Chosen(what), LEVEL) for what in ("weights", "chance", "quietest"))
 # of all that PTQ1.61 is, one bit alone: the rival of the first of these claims, and the stand-in of all
 ONE_BIT = partial(plain, OURS, Salient(share=0.0))
 ELSEWHERE = replace(LEARNED, objective=Elsewhere())
-ASTRAY = partial(lesson, ELSEWHERE)
+ASTRAY = partial(scaled, ELSEWHERE)
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         says="Scales being as they are, columns chosen by what they are multiplied with give a lower KL than those of the largest weights.",
         where=paper("section 3.2, table 5"),
         scale=SCALES["nano"],
-        check=partial(check, "nano", ANALYTIC, partial(plain, Chosen("weights"), LEVEL), ("by inputs", "by weights"), SEEDS),
-        broken=partial(check, "nano", QUIETEST, partial(plain, Chosen("weights"), LEVEL), ("by inputs", "by weights"), ONE),
+        check=partial(check, "nano", ANALYTIC, BY_WEIGHTS, ("by inputs", "by weights"), SEEDS),
+        broken=partial(check, "nano", QUIETEST, BY_WEIGHTS, ("by inputs", "by weights"), ONE),
     ),
     Claim(
         says="Scales being as they are, columns chosen by what they are multiplied with give a lower KL than columns by chance.",
         where=paper("section 3.2, table 5"),
         scale=SCALES["nano"],
-        check=partial(check, "nano", ANALYTIC, partial(plain, Chosen("chance"), LEVEL), ("by inputs", "by chance"), SEEDS),
-        broken=partial(check, "nano", QUIETEST, partial(plain, Chosen("chance"), LEVEL), ("by inputs", "by chance"), ONE),
+        check=partial(check, "nano", ANALYTIC, BY_CHANCE, ("by inputs", "by chance"), SEEDS),
+        broken=partial(check, "nano", QUIETEST, BY_CHANCE, ("by inputs", "by chance"), ONE),
     ),
     Claim(
         says="The whole has a lower KL than all columns in one bit, by formula.",
         where=paper("section 4, table 1"),
         scale=SCALES["nano"],
-        check=partial(check, "nano", partial(whole, False), ONE_BIT, ("PTQ1.61", "one bit"), SEEDS),
+        check=partial(check, "nano", WHOLE, ONE_BIT, ("PTQ1.61", "one bit"), SEEDS),
         broken=partial(check, "nano", ONE_BIT, ONE_BIT, ("PTQ1.61", "one bit"), ONE),
     ),
     Claim(
         says="The whole has a lower KL than round to nearest in 2 bits and groups of 64, which takes more bytes.",
         where=paper("section 4, table 1"),
         scale=SCALES["nano"],
-        check=partial(
-            check, "nano", partial(whole, False), partial(plain, RTN(), Grid(2, 64)), ("PTQ1.61", "round to nearest in 2 bits"), SEEDS
-        ),
+        check=partial(check, "nano", WHOLE, partial(plain, RTN(), Grid(2, 64)), ("PTQ1.61", "round to nearest in 2 bits"), SEEDS),
         broken=partial(check, "nano", ONE_BIT, partial(plain, RTN(), Grid(2, 64)), ("PTQ1.61", "round to nearest in 2 bits"), ONE),
     ),
     Claim(
         says="The whole has a lower KL than GPTQ in 2 bits and groups of 64, which takes more bytes.",
         where=paper("section 4, table 1"),
         scale=SCALES["nano"],
-        check=partial(check, "nano", partial(whole, False), partial(plain, GPTQ(), Grid(2, 64)), ("PTQ1.61", "GPTQ in 2 bits"), SEEDS),
+        check=partial(check, "nano", WHOLE, partial(plain, GPTQ(), Grid(2, 64)), ("PTQ1.61", "GPTQ in 2 bits"), SEEDS),
         broken=partial(check, "nano", ONE_BIT, partial(plain, GPTQ(), Grid(2, 64)), ("PTQ1.61", "GPTQ in 2 bits"), ONE),
     ),
     Claim(
@@ -187,22 +179,22 @@ CLAIMS: tuple[Claim, ...] = (
         "largest weights, on a model trained by others.",
         where=paper("section 3.2, table 5"),
         scale=SCALES["stories260k"],
-        check=partial(check, "stories260k", ANALYTIC, partial(plain, Chosen("weights"), LEVEL), ("by inputs", "by weights"), SEEDS),
-        broken=partial(check, "stories260k", QUIETEST, partial(plain, Chosen("weights"), LEVEL), ("by inputs", "by weights"), ONE),
+        check=partial(check, "stories260k", ANALYTIC, BY_WEIGHTS, ("by inputs", "by weights"), SEEDS),
+        broken=partial(check, "stories260k", QUIETEST, BY_WEIGHTS, ("by inputs", "by weights"), ONE),
     ),
     Claim(
         says="Scales being as they are, columns chosen by what they are multiplied with give a lower KL than columns by "
         "chance, on a model trained by others.",
         where=paper("section 3.2, table 5"),
         scale=SCALES["stories260k"],
-        check=partial(check, "stories260k", ANALYTIC, partial(plain, Chosen("chance"), LEVEL), ("by inputs", "by chance"), SEEDS),
-        broken=partial(check, "stories260k", QUIETEST, partial(plain, Chosen("chance"), LEVEL), ("by inputs", "by chance"), ONE),
+        check=partial(check, "stories260k", ANALYTIC, BY_CHANCE, ("by inputs", "by chance"), SEEDS),
+        broken=partial(check, "stories260k", QUIETEST, BY_CHANCE, ("by inputs", "by chance"), ONE),
     ),
     Claim(
         says="The whole has a lower KL than all columns in one bit, by formula, on a model trained by others.",
         where=paper("section 4, table 1"),
         scale=SCALES["stories260k"],
-        check=partial(check, "stories260k", partial(whole, False), ONE_BIT, ("PTQ1.61", "one bit"), SEEDS),
+        check=partial(check, "stories260k", WHOLE, ONE_BIT, ("PTQ1.61", "one bit"), SEEDS),
         broken=partial(check, "stories260k", ONE_BIT, ONE_BIT, ("PTQ1.61", "one bit"), ONE),
     ),
     Claim(
@@ -213,7 +205,7 @@ CLAIMS: tuple[Claim, ...] = (
         check=partial(
             check,
             "stories260k",
-            partial(whole, False),
+            WHOLE,
             partial(plain, RTN(), Grid(2, 32)),
             ("PTQ1.61", "round to nearest in 2 bits"),
             SEEDS,
@@ -224,9 +216,7 @@ CLAIMS: tuple[Claim, ...] = (
         says="The whole has a lower KL than GPTQ in 2 bits and groups of 32, which takes more bytes, on a model trained by others.",
         where=paper("section 4, table 1"),
         scale=SCALES["stories260k"],
-        check=partial(
-            check, "stories260k", partial(whole, False), partial(plain, GPTQ(), Grid(2, 32)), ("PTQ1.61", "GPTQ in 2 bits"), SEEDS
-        ),
+        check=partial(check, "stories260k", WHOLE, partial(plain, GPTQ(), Grid(2, 32)), ("PTQ1.61", "GPTQ in 2 bits"), SEEDS),
         broken=partial(check, "stories260k", ONE_BIT, partial(plain, GPTQ(), Grid(2, 32)), ("PTQ1.61", "GPTQ in 2 bits"), ONE),
     ),
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from laconic.claims.lab import ONE, SEEDS, Bench, Duel, duel, gathered, on
-from laconic.claims.quantize.ptq161 import ANALYTIC, ASTRAY, ELSEWHERE, LEARNED, SCALES, check, lesson, paper, scaled
+from laconic.claims.quantize.ptq161 import ANALYTIC, ASTRAY, ELSEWHERE, LEARNED, SCALES, check, paper, scaled
 from laconic.core.claim import Claim, Lab, Verdict
 from laconic.core.transform import Lesson
 from laconic.kernels.angle import SquaredAndAngle
@@ -16,8 +16,8 @@ from laconic.kernels.angle import SquaredAndAngle
 @gathered
 def _harmless(ours: Lesson, seeds: Sequence[int], quick: bool, bench: Bench) -> Iterator[Duel]:
     draws = seeds if bench.name == "stories260k" or not quick else seeds[:1]
-    with_angle = [scaled(bench, ours, seed, quick) for seed in draws]
-    without = [scaled(bench, replace(LEARNED, objective=SquaredAndAngle(angle=0.0)), seed, quick) for seed in draws]
+    with_angle = [scaled(ours, bench, seed, quick) for seed in draws]
+    without = [scaled(replace(LEARNED, objective=SquaredAndAngle(angle=0.0)), bench, seed, quick) for seed in draws]
     _, numbers = duel("a fifth in 4 bits", with_angle, without, names=("with the angle", "squared error alone"))
     dear = any(a.kl > 1.02 * b.kl for a, b in zip(with_angle, without, strict=True))
     yield ["the angle costs more than 2 % of KL in a draw"] if dear else [], numbers
@@ -33,7 +33,7 @@ CLAIMS: tuple[Claim, ...] = (
         says="In the same bytes, learned scales give a lower KL than scales by formula.",
         where=paper("section 3.3, table 6"),
         scale=SCALES["nano"],
-        check=partial(check, "nano", partial(lesson, LEARNED), ANALYTIC, ("learned", "by formula"), SEEDS),
+        check=partial(check, "nano", partial(scaled, LEARNED), ANALYTIC, ("learned", "by formula"), SEEDS),
         broken=partial(check, "nano", ASTRAY, ANALYTIC, ("learned", "by formula"), ONE),
     ),
     Claim(
@@ -47,7 +47,7 @@ CLAIMS: tuple[Claim, ...] = (
         says="In the same bytes, learned scales give a lower KL than scales by formula, on a model trained by others.",
         where=paper("section 3.3, table 6"),
         scale=SCALES["stories260k"],
-        check=partial(check, "stories260k", partial(lesson, LEARNED), ANALYTIC, ("learned", "by formula"), SEEDS),
+        check=partial(check, "stories260k", partial(scaled, LEARNED), ANALYTIC, ("learned", "by formula"), SEEDS),
         broken=partial(check, "stories260k", ASTRAY, ANALYTIC, ("learned", "by formula"), ONE),
     ),
     Claim(
