@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.core.errors import UserError, nearest
-from laconic.sources import hash_of, reached
+from laconic.sources import definitions, hash_of_code
 
 HOME = Path(__file__).parent
 METHODS = HOME / "methods"
@@ -220,7 +220,7 @@ def record(name: str, verdict: Mapping[str, Any], order: Sequence[str]) -> None:
 
 
 def ground(name: str, scale: str) -> str:
-    """A hash of what a verdict of a method stands on: its file, its claims' file, what both import of core, methods and kernels, and the
-    embedded models that the claim's scale names. Not of what else moves data and models about."""
+    """A hash of what a verdict of a method stands on: its file, its claims' file, the definitions of core, methods and kernels that these
+    name and those name in turn, and the embedded models that the claim's scale names. Not of what else moves data and models about."""
     models = [folder / "model.safetensors" for folder in sorted(MODELS.iterdir()) if re.search(rf"\b{folder.name}\b", scale)]
-    return hash_of([*reached([METHODS.joinpath(*name.split(".")).with_suffix(".py"), claims_file(name)]), *models])
+    return hash_of_code(definitions([METHODS.joinpath(*name.split(".")).with_suffix(".py"), claims_file(name)]), models)
