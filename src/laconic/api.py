@@ -957,8 +957,10 @@ def verify(
     """A folder: its certificate measured again. A method, or all of a family: the claims of their papers.
 
     full: at full scale; each verdict is recorded as it comes, so that a run which was stopped goes on, and a claim whose verdict stands
-    on the present code and models is not run `again`. claim: one of a method's by its number, from 1. lab: folder of real data. The
-    answer's `ok` is false where a certificate was not reproduced, a claim fails, or a claim's broken stand-in did not fail."""
+    on the present code and models is not run `again`. Beside each verdict the numbers of the quick form are kept: where code that it
+    stands on has changed and the quick form still gives them, it stands too. claim: one of a method's by its number, from 1. lab: folder
+    of real data. The answer's `ok` is false where a certificate was not reproduced, a claim fails, or a claim's broken stand-in did not
+    fail."""
     if (name is None) == (family is None):
         raise UserError("verify needs one thing: a method (quantize.round.gptq), a folder (out), or --family quantize")
     if name is not None and Path(name).is_dir():
@@ -978,9 +980,11 @@ def verify(
                 f"--claim {claim}: name a method and one of its claims, 1 to {len(claims)}; `laconic show {entry.name}` lists them"
             )
         chosen = claims if claim is None else claims[claim - 1 : claim]
-        found.append(
-            {"name": entry.name, "quick": not full, "claims": [_verdict(entry, one, claims, data, full, again, log) for one in chosen]}
-        )
+        verdicts = [_verdict(entry, one, claims, data, full, again, log) for one in chosen]
+        if full:
+            # after all others, as the two scales do not fit into memory together
+            verdicts = [_witnessed(entry, one, had, claims, data, log) for one, had in zip(chosen, verdicts, strict=True)]
+        found.append({"name": entry.name, "quick": not full, "claims": verdicts})
     if not found:
         raise UserError(f"{name or f'family {family}'} has no claim to verify; see `laconic show` for what each method promises")
     ok = all(c["result"] != "fails" and c["broken"]["result"] != "holds" for answer in found for c in answer["claims"])
@@ -1013,8 +1017,13 @@ def _verdict(
     if not full:
         return _judge(entry.name, claim, data, full, log)
     ground = catalogue.ground(entry.name, claim.scale)
-    had = next((one for one in entry.verdicts if one["says"] == claim.says), None)
-    if had is not None and had.get("ground") == ground and not again:
+    had = None if again else next((one for one in entry.verdicts if one["says"] == claim.says), None)
+    if had is not None and had.get("ground") != ground and had["scale"] == claim.scale and "witness" in had:
+        log(f"{entry.name}: the quick form on the present code, for a verdict of earlier code: {claim.says}")
+        if _same(had["witness"], _witness(claim, data, log)):
+            had |= {"ground": ground, "confirmed": job.versions()}
+            catalogue.record(entry.name, had, [one.says for one in claims])
+    if had is not None and had.get("ground") == ground:
         log(f"{entry.name}: {had['result']}, as recorded (--again runs it anew): {claim.says}")
         return had
     verdict = _judge(entry.name, claim, data, full, log) | {"ground": ground}
@@ -1022,6 +1031,30 @@ def _verdict(
     if verdict["result"] != "cannot be checked here":
         catalogue.record(entry.name, verdict, [one.says for one in claims])
     return verdict
+
+
+def _witnessed(
+    entry: catalogue.Entry, claim: Claim, verdict: dict[str, Any], claims: Sequence[Claim], data: Path | None, log: Log
+) -> dict[str, Any]:
+    """A recorded verdict with the numbers of the quick form beside it."""
+    if "witness" in verdict or verdict["result"] == "cannot be checked here":
+        return verdict
+    log(f"{entry.name}: the quick form, as a witness: {claim.says}")
+    verdict = verdict | {"witness": _witness(claim, data, log)}
+    catalogue.record(entry.name, verdict, [one.says for one in claims])
+    return verdict
+
+
+def _witness(claim: Claim, data: Path | None, log: Log) -> dict[str, float]:
+    """Numbers of a claim's quick form, without its stand-in."""
+    with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
+        verdict = claim.check(Lab(data=data, quick=True, log=log, scratch=Path(scratch)))
+    return {key: float(one.value) for key, one in verdict.numbers.items()}
+
+
+def _same(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
+    """Whether two witnesses have the same numbers, to a thousandth; times hardly ever do."""
+    return bool(a) and a.keys() == b.keys() and all(math.isclose(a[key], b[key], rel_tol=1e-3) for key in a)
 
 
 def _judge(name: str, claim: Claim, data: Path | None, full: bool, log: Callable[[str], None]) -> dict[str, Any]:

@@ -91,37 +91,54 @@ def test_verdicts_are_recorded_as_they_come_and_not_found_twice(tmp_path: Path, 
 
     def claim(says: str, result: Result) -> Claim:
         def check(lab: Lab) -> Verdict:
-            runs.append(says)
+            runs.append(says if not lab.quick else f"{says} quick")
             if stopped and says == "Second.":
                 raise KeyboardInterrupt
-            return Verdict(result, {})
+            return Verdict(result, {"gain": Measurement(gain, "", 1)})
 
         return Claim(says, Paper("Somebody", 2020, "arXiv:2001.00001"), "nano", check, lambda lab: Verdict("fails", {}))
 
     claims = [claim("First.", "holds"), claim("Second.", "fails"), claim("Third.", "cannot be checked here")]
     monkeypatch.setattr(api, "claims_of", lambda _: tuple(claims))
     verify = partial(api.verify, name, lab=None, log=lambda _: None)
-    stopped = True
+    stopped, gain = True, 2.0
     with pytest.raises(KeyboardInterrupt):
         verify(full=True)
     assert [one["says"] for one in catalogue.verdicts(name)] == ["First."]
     stopped = False
     found = verify(full=True)
-    assert runs == ["First.", "Second.", "Second.", "Third."]
+    # the quick form of each comes after all, as its witness
+    assert runs == ["First.", "Second.", "Second.", "Third.", "First. quick", "Second. quick"]
     assert not found["ok"]
     recorded = catalogue.verdicts(name)
     assert [(one["says"], one["result"]) for one in recorded] == [("First.", "holds"), ("Second.", "fails")]
     assert {"seconds", "versions", "hardware", "broken", "ground"} <= set(recorded[0])
+    assert [one["witness"] for one in recorded] == [{"gain": 2.0}] * 2
+    del runs[:]
+    verify(full=True)
+    assert runs == ["Third."]
     # of one number, again
+    del runs[:]
     verify(full=True, again=True, claim=2)
-    assert runs[4:] == ["Second."]
+    assert runs == ["Second.", "Second. quick"]
     # what the quick form finds is not recorded, and what was found with other code is found anew
     verify()
     assert catalogue.verdicts(name)[0] == recorded[0]
+    # code has changed, which the witnesses do not notice
     monkeypatch.setattr(catalogue, "ground", lambda name, scale: "other")
     del runs[:]
     verify(full=True)
-    assert runs == ["First.", "Second.", "Third."]
+    assert runs == ["First. quick", "Second. quick", "Third."]
+    assert [one["ground"] for one in catalogue.verdicts(name)] == ["other"] * 2
+    assert "confirmed" in catalogue.verdicts(name)[0]
+    # and which they do
+    monkeypatch.setattr(catalogue, "ground", lambda name, scale: "another")
+    del runs[:]
+    gain = 2.1
+    verify(full=True, claim=1)
+    assert runs == ["First. quick", "First.", "First. quick"]
+    assert "confirmed" not in catalogue.verdicts(name)[0]
+    assert catalogue.verdicts(name)[0]["witness"] == {"gain": 2.1}
     # a claim that is no more goes with the next that is recorded
     del claims[0]
     verify(full=True, again=True)
