@@ -19,8 +19,8 @@ HEAD = """# Verdicts
 
 What the methods promise, and what was found when `laconic verify NAME --full` ran it here: several seeds, equal bytes or equal steps, a
 broken stand-in beside it that has to fail. A claim that fails is a paper's promise that does not hold at this scale, or that we did not
-reach. All figures: `laconic show NAME --json`, and [src/laconic/verdicts](../src/laconic/verdicts). *earlier code*: found before
-code that the verdict stands on, or the model, last changed, and not confirmed since by the quick form. Written by `python -m bench.verdicts`.
+reach. All figures: `laconic show NAME --json`, and [src/laconic/verdicts](../src/laconic/verdicts). *earlier code*: found before code
+that the verdict stands on, or the model, last changed, and not confirmed since by the quick form. Written by `python -m bench.verdicts`.
 """
 
 

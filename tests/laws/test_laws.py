@@ -17,7 +17,7 @@ from laconic.core.menu import Budget, Cost, Damage, Judge, Menu, Order, Row, Sea
 from laconic.core.packed import Dense, Held, Product, Scaled, Sum, Transposed, restore
 from laconic.core.score import Across, Everywhere, NofM, PerRow, Score, Unit, keep_top
 from laconic.core.site import Conv, Group, IndexMap, Linear, Member, Norm, Site, TensorId
-from laconic.core.statistic import Seen
+from laconic.core.statistic import Gram, Seen
 from laconic.core.transform import Cut
 from laconic.kernels.grids import Grid
 from laconic.methods.quantize.grid.grouped import Grouped
@@ -79,6 +79,17 @@ def test_statistic_two_halves_are_one_pass(statistic):
     seen = Seen(x=poisoned, grad=torch.where(mask[:, None], grad, 1e6), reference_x=reference, mask=mask, sequences=16)
     torch.testing.assert_close(statistic.finish(statistic.update(statistic.init(site), seen)), whole, rtol=1e-5, atol=atol)
     assert torch.isfinite(statistic.finish(statistic.init(site))).all()
+
+
+@pytest.mark.parametrize("m", [Gram.wide, Gram.wide + 70])
+def test_a_wide_gram_sums_one_half_and_gives_both(m):
+    x, mask = rows(40, m), torch.rand(40, generator=torch.Generator().manual_seed(2)) > 0.3
+    site = found.site(3, m)
+    first, second = (Gram().update(Gram().init(site), Seen(x=x[part], mask=mask[part])) for part in (slice(0, 12), slice(12, None)))
+    gram = Gram().finish(Gram().merge(first, second))
+    kept = x[mask].double()
+    torch.testing.assert_close(gram.double(), kept.T @ kept / len(kept), rtol=1e-4, atol=1e-5)
+    assert torch.equal(gram.triu(Gram.run), gram.tril(-Gram.run).T)
 
 
 # ---- score

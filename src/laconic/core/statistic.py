@@ -61,9 +61,13 @@ def _add(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
 @dataclass(frozen=True)
 class Gram(Statistic):
     """Mean of x xT over tokens, (m, m) in fp32: the Hessian of a layer's squared output error, up to a factor of 2. Of a convolution with
-    groups (g, m, m), one for each group, whose output rows see inputs of their own; x then has the groups of one position side by side."""
+    groups (g, m, m), one for each group, whose output rows see inputs of their own; x then has the groups of one position side by side.
+
+    From `wide` inputs on only the half on and above the diagonal is summed, `run` rows at a time, and mirrored at the end."""
 
     needs = frozenset({"x"})
+    wide: ClassVar[int] = 2048
+    run: ClassVar[int] = 512
 
     def init(self, site: Site) -> dict[str, Tensor]:
         m = int(site.context.get("gram_width", site.matrix[1]))
@@ -79,7 +83,10 @@ class Gram(Statistic):
             state["sum"].baddbmm_(apart.transpose(1, 2), apart)
             state["count"] += apart.shape[1]
             return state
-        state["sum"].addmm_(x.T, x)
+        m = x.shape[1]
+        run = self.run if m >= self.wide else m
+        for i in range(0, m, run):
+            state["sum"][i : i + run, i:].addmm_(x[:, i : i + run].T, x[:, i:])
         state["count"] += x.shape[0]
         return state
 
@@ -87,7 +94,11 @@ class Gram(Statistic):
         return _add(a, b)
 
     def finish(self, state: dict[str, Tensor]) -> Tensor:
-        return state["sum"] / float(state["count"].clamp(min=1))
+        gram = state["sum"] / float(state["count"].clamp(min=1))
+        if gram.dim() == 2 and gram.shape[0] >= self.wide:
+            for i in range(self.run, gram.shape[0], self.run):
+                gram[i:, i - self.run : i] = gram[i - self.run : i, i:].T
+        return gram
 
 
 def by_rows(gram: Tensor, n: int) -> list[tuple[slice, Tensor]]:

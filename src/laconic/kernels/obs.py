@@ -30,25 +30,29 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
     factorizations succeed. Entries that are not finite are refused."""
     if not bool(torch.isfinite(gram).all()):
         raise ValueError("the Gram matrix has entries that are not finite: an activation overflowed, calibrate in float32")
-    hessian = gram.double() if gram.shape[0] <= 2048 else gram.clone()
-    diagonal = hessian.diagonal()
+    m = gram.shape[0]
+    diagonal = gram.diagonal().to(torch.float64 if m <= 2048 else gram.dtype)
     dead = diagonal <= 0
-    if bool(dead.any()):
-        hessian = hessian.clone()
-        hessian[dead, :] = 0
-        hessian[:, dead] = 0
-    scale = hessian.diagonal()[~dead].mean() if bool((~dead).any()) else torch.ones((), dtype=hessian.dtype)
-    hessian = hessian / scale
-    hessian.diagonal()[dead] = 1.0
+    some = bool(dead.any())
+    scale = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones((), dtype=diagonal.dtype)
+    info = torch.empty((), dtype=torch.int32)
     used = damping
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(used)
-        lower, bad = torch.linalg.cholesky_ex(damped)
-        if not int(bad):
-            upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(bad) and bool(torch.isfinite(upper).all()):
-                return Factor(upper.float(), dead, used)
+        # columns lie one after another, as LAPACK wants them: then each step works in place, on the one copy that is held
+        held = torch.empty(m, m, dtype=diagonal.dtype).T
+        held.copy_(gram)
+        if some:
+            held[dead, :] = 0
+            held[:, dead] = 0
+        held.div_(scale)
+        held.diagonal()[dead] = 1.0
+        held.diagonal().add_(used)
+        torch.linalg.cholesky_ex(held, out=(held, info))
+        if not int(info):
+            torch.cholesky_inverse(held, out=held)
+            torch.linalg.cholesky_ex(held, upper=True, out=(held, info))
+            if not int(info) and bool(torch.isfinite(held).all()):
+                return Factor(held.float(), dead, used)
         used = max(used * 10, 1e-6)
 
 
