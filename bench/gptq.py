@@ -53,9 +53,11 @@ def told(code: int, seconds: float, peak: int, **more: Any) -> dict[str, Any]:
 def compressed(folder: Path) -> None:
     """Our run, in the process that is watched: everything that `laconic compress` does."""
     from laconic.job import compress
+    from laconic.kernels.memory import give_back
     from laconic.models import open_model
     from laconic.recipe import load_recipe
 
+    give_back()
     (folder / "gptq.yaml").write_text(RECIPE)
     source = open_model(folder / "model")
     recipe = load_recipe(str(folder / "gptq.yaml"))

@@ -253,6 +253,7 @@ class Observer:
         self.wants = tuple(wants)
         self.first = {site.name: stage.sites[0].name for stage in stages for site in stage.sites}
         self.state: dict[tuple[str, Statistic], Any] = {}
+        self.finished: dict[tuple[str, Statistic], Tensor] = {}
         # rows that passed the segment: an expert's Fisher information is a mean over all of them, as what it never saw had no gradient
         self.rows: int | None = None
 
@@ -294,15 +295,17 @@ class Observer:
         return [*hooks, module.register_forward_hook(after)] if gradient else hooks
 
     def finish(self, site: Site) -> dict[Statistic, Tensor]:
-        """All statistics of one site."""
+        """All statistics of one site; what sites of a stage share is one tensor for all of them."""
         found = {}
         for statistic in self.wants:
             key = (self.first[site.name] if statistic.needs == {"x"} else site.name, statistic)
             if key in self.state:
-                state = self.state[key]
+                state = self.state.pop(key)
                 if "expert" in site.context and self.rows is not None and isinstance(statistic, Fisher):
                     state = {**state, "count": torch.tensor(float(self.rows), dtype=torch.float64)}
-                found[statistic] = statistic.finish(state)
+                self.finished[key] = statistic.finish(state)
+            if key in self.finished:
+                found[statistic] = self.finished[key]
         return found
 
 

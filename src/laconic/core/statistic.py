@@ -47,7 +47,7 @@ class Statistic(ABC):
 
     @abstractmethod
     def finish(self, state: Any) -> Tensor:
-        """The statistic itself; zero tokens give zeros, never NaN."""
+        """The statistic itself; zero tokens give zeros, never NaN. May use the state up."""
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -94,7 +94,7 @@ class Gram(Statistic):
         return _add(a, b)
 
     def finish(self, state: dict[str, Tensor]) -> Tensor:
-        gram = state["sum"] / float(state["count"].clamp(min=1))
+        gram = state["sum"].div_(float(state["count"].clamp(min=1)))
         if gram.dim() == 2 and gram.shape[0] >= self.wide:
             for i in range(self.run, gram.shape[0], self.run):
                 gram[i:, i - self.run : i] = gram[i - self.run : i, i:].T

@@ -3,6 +3,7 @@ settled."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
 
     Dead columns (no input) get a unit diagonal. `damping` is a fraction of the mean diagonal; it is raised tenfold until both
     factorizations succeed. Entries that are not finite are refused."""
-    if not bool(torch.isfinite(gram).all()):
+    if not _finite(gram):
         raise ValueError("the Gram matrix has entries that are not finite: an activation overflowed, calibrate in float32")
     m = gram.shape[0]
     diagonal = gram.diagonal().to(torch.float64 if m <= 2048 else gram.dtype)
@@ -51,9 +52,14 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
         if not int(info):
             torch.cholesky_inverse(held, out=held)
             torch.linalg.cholesky_ex(held, upper=True, out=(held, info))
-            if not int(info) and bool(torch.isfinite(held).all()):
+            if not int(info) and _finite(held):
                 return Factor(held.float(), dead, used)
         used = max(used * 10, 1e-6)
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all entries are, told by the least and the greatest: NaN is both, and nothing of the size of x is made."""
+    return x.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(x))
 
 
 def remarks(name: str, factors: Sequence[Factor], damping: float, fate: str) -> tuple[str, ...]:
@@ -290,7 +296,7 @@ def removal_cost(weight: Tensor, gram: Tensor, damping: float = 0.01) -> Tensor:
 def without_columns(weight: Tensor, gram: Tensor, gone: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
     """weight (n, m), gram (m, m), gone (m,) bool -> weight with those columns zero and the others moved so that the output errs least,
     and the damping that was needed: with G gone and K kept, w_K - w_G ([H^-1]_GG)^-1 [H^-1]_GK = w_K + w_G H_GK (H_KK)^-1."""
-    if not bool(torch.isfinite(gram).all()):
+    if not _finite(gram):
         raise ValueError("the Gram matrix has entries that are not finite: an activation overflowed, calibrate in float32")
     out = weight.float().clone()
     out[:, gone] = 0.0
