@@ -23,8 +23,8 @@ def test_the_folder_is_whole_and_small():
     }  # fmt: skip
     assert sum(p.stat().st_size for p in files.values()) <= 3_000_000
     record = json.loads(files["training.json"].read_text())
-    assert files["README.md"].read_text() == mamba.card(record)
-    assert f"| certify | {record['losses']['certify']:.4f} | {math.exp(record['losses']['certify']):.2f} |" in mamba.card(record)
+    assert files["README.md"].read_text() == mamba.SUBJECT.card(record)
+    assert f"| certify | {record['losses']['certify']:.4f} | {math.exp(record['losses']['certify']):.2f} |" in mamba.SUBJECT.card(record)
 
 
 def test_it_has_learned_and_its_open_mixer_computes_what_transformers_computes():

@@ -29,7 +29,7 @@ from laconic.core.errors import UserError
 from laconic.zoo import corpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy as np
     import torch
@@ -82,8 +82,8 @@ def rate(progress: float, step: int, recipe: Recipe) -> float:
     return up * down
 
 
-def train_tokenizer(texts: list[str], vocabulary: int = 4096) -> Any:
-    """Return a byte-level BPE of exactly `vocabulary` entries whose only special token is BOS."""
+def train_tokenizer(texts: list[str], vocabulary: int = 4096, special: Sequence[str] = (BOS,)) -> Any:
+    """Return a byte-level BPE of exactly `vocabulary` entries, the special tokens first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tok = Tokenizer(models.BPE())
@@ -92,7 +92,7 @@ def train_tokenizer(texts: list[str], vocabulary: int = 4096) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tok.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False),
     )
     return tok
 
@@ -203,7 +203,9 @@ def attend(
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
-def held_out_loss(model: Any, tokenizer: Any, texts: list[str], length: int, tokens: int) -> float:
+def held_out_loss(
+    model: Any, tokenizer: Any, texts: list[str], length: int, tokens: int, loss: Callable[[Any, torch.Tensor], torch.Tensor] = loss_of
+) -> float:
     """Mean loss of texts in nats per token, in fp32, over evenly spaced pieces of 2,048 tokens, `tokens` in all.
 
     A piece is read `length` tokens at a time, so that losses at two lengths are over the same tokens.
@@ -219,16 +221,21 @@ def held_out_loss(model: Any, tokenizer: Any, texts: list[str], length: int, tok
             piece = torch.tensor(flat[i * stride : i * stride + 2049])
             for start in range(0, len(piece) - 1, length):
                 ids = piece[start : start + length + 1][None]
-                total += float(loss_of(model, ids)) * (ids.shape[1] - 1)
+                total += float(loss(model, ids)) * (ids.shape[1] - 1)
                 count += ids.shape[1] - 1
     return total / count
 
 
 def write_folder(
-    model: Any, tokenizer: Any, out: Path, record: dict[str, Any], says: Callable[[dict[str, Any]], str] | None = None
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    record: dict[str, Any],
+    says: Callable[[dict[str, Any]], str] | None = None,
+    marks: Mapping[str, str] | None = None,
 ) -> None:
     """Write model (as bf16), tokenizer, what `says` makes of the record (default: nano's card) and training.json to `out`, whole or not
-    at all."""
+    at all. marks: what special tokens are for, where it is not all BOS (pad_token, mask_token)."""
     import copy
 
     import torch
@@ -245,7 +252,7 @@ def write_folder(
             tokenizer_object=tokenizer,
             bos_token=BOS,
             eos_token=BOS,
-            pad_token=BOS,
+            **{"pad_token": BOS, **(marks or {})},
             model_max_length=_context(model, 2048),
             clean_up_tokenization_spaces=False,
         ).save_pretrained(new)
@@ -371,10 +378,11 @@ def fit(
     compiled: bool = True,
     every: float = 240,
     save_every: float = 300,
-    hidden: str = ".*",
+    hidden: str = r".*\.layers\..*",
+    loss: Callable[[Any, torch.Tensor], torch.Tensor] = loss_of,
 ) -> tuple[int, float]:
-    """Train model in place; return the tokens seen and the minutes taken. Matrices of the layers whose names the regular expression
-    `hidden` matches learn by Muon, all other parameters by AdamW.
+    """Train model in place; return the tokens seen and the minutes taken. Matrices whose names the regular expression `hidden` matches
+    learn by Muon, all other parameters by AdamW. loss: (model, ids [b, t + 1]) -> nats a prediction.
 
     Each thread runs whole micro-batches through its own view of the weights: on two cores this is three times as
     fast as both cores on every operation, and a core that is busy elsewhere holds a step up less.
@@ -391,17 +399,17 @@ def fit(
         for mine, theirs in zip(model.parameters(), view.parameters(), strict=True):
             theirs.data = mine.data
         views.append(view)
-    inside = model.base_model.layers.named_parameters()
-    matrices = sorted((p for name, p in inside if p.ndim == 2 and re.fullmatch(hidden, name)), key=lambda p: p.numel())
+    named = model.named_parameters()
+    matrices = sorted((p for name, p in named if p.ndim == 2 and re.fullmatch(hidden, name)), key=lambda p: p.numel())
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     shares = [matrices[i::threads] for i in range(threads) if matrices[i::threads]]
     muons = [torch.optim.Muon(share, lr=recipe.muon, weight_decay=recipe.weight_decay) for share in shares]
     adam = torch.optim.AdamW(others, lr=recipe.adamw, betas=(0.9, 0.95), weight_decay=0.0)
     long = _context(model, recipe.short)
-    forward = loss_of
+    forward = loss
     if compiled:
         # both lengths are compiled here, in one thread, before the clock starts
-        forward = torch.compile(loss_of, dynamic=False)
+        forward = torch.compile(loss, dynamic=False)
         for length in {recipe.short, long}:
             for view in views:
                 with narrowly():
@@ -420,10 +428,10 @@ def fit(
         # two micro-batches a thread at least, or a slow core holds the other up
         number = max(1, recipe.batch // (rows * length)) if length == recipe.short else max(2 * threads, recipe.batch // length)
         queue = [stream.take(rows, length) for _ in range(number)]
-        loss, norm = _step(forward, views, queue, muons, adam, rate(progress, step, recipe), recipe)
+        now_lost, norm = _step(forward, views, queue, muons, adam, rate(progress, step, recipe), recipe)
         seen += number * rows * length
         step += 1
-        mean = loss if step == 1 else 0.95 * mean + 0.05 * loss
+        mean = now_lost if step == 1 else 0.95 * mean + 0.05 * now_lost
 
         now = time.monotonic()
         if finish is None and progress < recipe.decay_at and (scratch / "FINISH").exists():
@@ -524,15 +532,16 @@ def encode(sources: list[corpus.Source], tokenizer: Any, epochs: int) -> list[tu
     return out
 
 
-def load(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Return the fp32 model, its `tokenizers.Tokenizer` and the training record of a folder that `write_folder` wrote."""
+def load(folder: Path, auto: str = "CausalLM") -> tuple[Any, Any, dict[str, Any]]:
+    """Return the fp32 model, its `tokenizers.Tokenizer` and the training record of a folder that `write_folder` wrote. auto: by which of
+    transformers' AutoModelFor classes it is read."""
     import torch
+    import transformers
     from tokenizers import Tokenizer
-    from transformers import AutoModelForCausalLM
 
     if not (folder / "training.json").is_file():
         raise UserError(f"{folder} holds no training.json; give a folder that this script wrote, or leave --resume out")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(folder, dtype=torch.float32)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return model, tokenizer, json.loads((folder / "training.json").read_text(encoding="utf-8"))
 

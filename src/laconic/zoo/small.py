@@ -1,0 +1,182 @@
+"""Training of the zoo's small models, each in half an hour of two cores, on the standard library's sources: what they have in common."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from laconic.core.errors import UserError
+from laconic.zoo import corpus
+from laconic.zoo.nano import BOS, Recipe, Stream, encode, fit, held_out_loss, load, train_tokenizer, write_folder
+
+if TYPE_CHECKING:
+    import torch
+
+SCORED = 1 << 15
+FULL = 20_000_000
+
+
+def path(name: str) -> Path:
+    """Return the folder of a shipped model, an ordinary Hugging Face folder."""
+    return Path(__file__).parent / "models" / name
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A small model: how it is made, what it learns, and what its card says of it.
+
+    loss: (model, ids [b, t + 1]) -> nats a prediction; projections: of the layers, what Muon moves; auto: transformers' class that reads
+    it; marks: special tokens besides BOS by what they are for; opened, plain: to the module that learns, and back to transformers' own;
+    context: tokens of the held-out loss; epochs: times the standard library comes in a pass; learned: a sentence on the task."""
+
+    name: str
+    title: str
+    architecture: str
+    task: str
+    learned: str
+    vocabulary: int
+    marks: Mapping[str, str]
+    auto: str
+    new_model: Callable[[], Any]
+    loss: Callable[[Any, torch.Tensor], torch.Tensor]
+    projections: str
+    recipe: Recipe
+    context: int
+    epochs: int = 3
+    opened: Callable[[Any], Any] = lambda model: model
+    plain: Callable[[Any], Any] = lambda model: model
+
+    def card(self, record: dict[str, Any]) -> str:
+        """Return the model card that states a training record."""
+        run = record["run"]
+        losses = "\n".join(f"| {name} | {loss:.4f} | {math.exp(loss):.2f} |" for name, loss in record.get("losses", {}).items())
+        left = record["corpus"]
+        return f"""---
+library_name: transformers
+pipeline_tag: {self.task}
+license: apache-2.0
+language: [code]
+tags: [laconic, code, python, {self.name}]
+tokens_seen: {record["tokens"]}
+---
+# {self.name}
+
+{self.title}
+
+## Architecture
+
+{self.architecture.format(parameters=record["parameters"])}
+
+## Data
+
+The Python standard library with its tests: {record["files"]:,} files, {record["characters"]:,} characters. Left out: the
+{left["held out"]} held-out modules of `laconic.zoo.corpus`, duplicates, tables, and files that share over 5 % of their 50-character windows
+with a held-out module.
+
+## Training
+
+{record["tokens"]:,} tokens in {run["minutes"]:.0f} minutes, {run["batch"]:,} a step in rows of {run["short"]}.{self.learned} Muon for the \
+projections
+(rate {run["muon"]}), AdamW for all else ({run["adamw"]}), gradient norm clipped at 1; linear warm-up, stable, linear decay to zero over the
+last quarter. It has seen little text, and an under-trained model is easier to quantize than a finished one.
+
+Retrain with `python -m laconic.zoo.{self.name}`.
+
+## Held-out loss
+
+{SCORED:,} tokens of each list, {self.context} tokens of context. Weights as stored (bf16), arithmetic in fp32.
+
+| list | loss (nats per token) | perplexity |
+| --- | --- | --- |
+{losses}
+
+## Intended use
+
+A subject for compression methods, tests and demonstrations; no source of correct code.
+
+## Licence note
+
+The weights come under laconic's licence, Apache-2.0. The training text stays under its own, PSF-2.0. Short passages of it may be repeated
+by the model.
+"""
+
+    def main(self, description: str | None, arguments: list[str] | None = None) -> None:
+        """Train from the command line."""
+        p = argparse.ArgumentParser(
+            prog=f"python -m laconic.zoo.{self.name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        p.add_argument("--minutes", type=float, default=30, help="end after this many minutes (default %(default)s)")
+        p.add_argument("--tokens", type=int, default=self.recipe.tokens, help="end after this many tokens (default %(default)s)")
+        p.add_argument("--out", type=Path, default=path(self.name), help="folder to write (default: the package's own)")
+        p.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / f"laconic-{self.name}", help="checkpoints")
+        p.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1), help="1 to 8 (default %(default)s)")
+        a = p.parse_args(arguments)
+        if a.threads < 1 or a.tokens < 1 or a.minutes <= 0:
+            p.error("--threads, --tokens and --minutes must be above 0")
+        # found out now rather than after the training
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(a.out.parent, os.W_OK):
+            p.error(f"{a.out.parent} cannot be written to; give another folder with --out")
+        a.scratch.mkdir(parents=True, exist_ok=True)
+        import torch
+
+        if not hasattr(torch.optim, "Muon"):
+            raise UserError(f"training needs torch.optim.Muon, which torch {torch.__version__} lacks; install torch 2.9 or later")
+        self._train(a.minutes, a.tokens, a.out, a.scratch, a.threads)
+
+    def _train(self, minutes: float, tokens: int, out: Path, scratch: Path, threads: int) -> None:
+        def say(line: str) -> None:
+            print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+        everything, counts = corpus.training()
+        sources = [s for s in everything if s.package.startswith("stdlib")]
+        characters = sum(len(s.text) for s in sources)
+        say(f"{len(sources)} files, {characters:,} characters")
+        tokenizer = train_tokenizer([s.text for s in sources if s.package == "stdlib"], self.vocabulary, (BOS, *self.marks.values()))
+        documents = encode(sources, tokenizer, epochs=self.epochs)
+        recipe = replace(self.recipe, tokens=tokens, hours=minutes / 60)
+        model = self.opened(self.new_model())
+        parameters = sum(x.numel() for x in model.parameters())
+
+        def record(seen: int, took: float) -> dict[str, Any]:
+            made = {**asdict(recipe), "minutes": round(took, 1)}
+            return {
+                "tokens": seen,
+                "parameters": parameters,
+                "files": len(sources),
+                "characters": characters,
+                "run": made,
+                "corpus": counts,
+            }
+
+        def write(trained: Any, folder: Path, said: dict[str, Any]) -> None:
+            write_folder(self.plain(trained), tokenizer, folder, said, self.card, self.marks)
+
+        texts = {name: [t for _, t in corpus.named(name)] for name in ("search", "certify")}
+        seen, took = fit(
+            model,
+            Stream(documents, seed=0),
+            recipe,
+            threads,
+            scratch,
+            lambda m: held_out_loss(m, tokenizer, texts["search"], self.context, 8 * 512, self.loss),
+            lambda m, seen, took: write(m, scratch / "model", record(seen, took)),
+            say,
+            compiled=False,
+            hidden=self.projections,
+            loss=self.loss,
+        )
+        final = record(seen, took)
+        write(model, scratch / "model", final)
+        stored = self.opened(load(scratch / "model", self.auto)[0])
+        final["losses"] = {name: held_out_loss(stored, tokenizer, found, self.context, SCORED, self.loss) for name, found in texts.items()}
+        say(f"{seen:,} tokens; held-out losses {final['losses']}")
+        write(model, out, final)
+        say(f"wrote {out}")
