@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from laconic import plugin
 
 if TYPE_CHECKING:
-    from laconic.api import Budget, attend, bench, cache, compress, generate, load, measure, plan, report, select, verify
+    from laconic.api import Budget, advise, attend, bench, cache, compress, generate, load, measure, plan, report, select, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
     "__version__",
+    "advise",
     "attend",
     "bench",
     "cache",

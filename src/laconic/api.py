@@ -468,6 +468,38 @@ def select(
     )  # fmt: skip
 
 
+def advise(
+    model: Model = None,
+    data: str | Path | None = None,
+    *,
+    also: Sequence[str | Path] = (),
+    budget: Budget | Sequence[str] | str | None = "bits=4.25",
+    recipe: str | Path | Recipe = "gptq",
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = quiet,
+    log: Log = say,
+) -> dict[str, Any]:
+    """What to calibrate on: one plan carried out with fewer rows, shorter rows, `also` other data and none, each measured on held-out text
+    of `data`; -> the figures of each (`tried`) and the `advice` in sentences."""
+    from laconic import advice
+
+    _ready(device)
+    opened = _open_job(model, data, None, _words(budget), None, recipe, seed, log)
+    source, split, chosen, words, _ = opened
+    length = split.calibrate.inputs.shape[1] if source.task == "text" else None
+    limits = _affordable(source)
+    others = {str(spec): open_data(str(spec), source, seed=seed, length=length, limits=limits).calibrate.inputs for spec in also}
+    found = advice.advise(source, split, others, recipe=chosen, budget=words, seed=seed, device=device, progress=progress, log=log)
+    return {
+        "recipe": chosen.name,
+        "budget": words,
+        "unit": "nats a prediction",
+        "tried": [one._asdict() for one in found],
+        "advice": advice.words(found),
+    }
+
+
 def measure(
     path: str | Path,
     against: Model = None,

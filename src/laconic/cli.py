@@ -334,6 +334,49 @@ def select(
     _next(f"laconic compress MODEL --data {out} --budget size=25% -o out")
 
 
+@app.command(
+    epilog=_examples("laconic advise", "laconic advise ./my-model --data mine.jsonl --also wiki.txt --also code.jsonl --budget bits=3.25")
+)
+@guarded
+def advise(
+    model: ModelArgument = None,
+    data: DataOption = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", help="Other data to calibrate on, to compare with; may be given again.", show_default=False),
+    ] = None,
+    budget: BudgetOption = None,
+    recipe: Annotated[str, typer.Option("--recipe", help="What is tried: a recipe that rounds.")] = "gptq",
+    seed: SeedOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """What to calibrate on: how much, how long, whose.
+
+    One plan carried out with fewer rows, shorter rows, other data and none, each measured on held-out text of --data."""
+    from laconic import api
+
+    with Voice() as voice:
+        found = api.advise(
+            model, data, also=also or (), budget=budget or "bits=4.25", recipe=recipe, seed=seed or 0, device=device,
+            progress=voice.progress, log=voice.log,
+        )  # fmt: skip
+    if as_json:
+        _print_json(found)
+        return
+    title = f"{found['recipe']}, {' '.join(found['budget'])}: KL on held-out text, nats a prediction"
+    table = _table(title, "data", "rows", "tokens a row", "KL", "more than all of yours")
+    for one in found["tried"]:
+        name = "your data" if one["data"] == "own" else one["data"]
+        more = f"{one['more']:+.4f} ({one['more_low']:+.4f} to {one['more_high']:+.4f})" if one is not found["tried"][0] else ""
+        table.add_row(name, f"{one['rows']:,}", f"{one['length']:,}" if one["length"] else "", f"{one['kl']:.4g}", more)
+    _show(table)
+    for sentence in found["advice"]:
+        print(sentence)
+    _next("laconic compress MODEL --data FILE --budget size=25% -o out")
+
+
 def vectors_table(out: str, certificate: Mapping[str, Any]) -> Table:
     """What became of a file of vectors."""
     quality, model = certificate["quality"], certificate["model"]

@@ -176,16 +176,20 @@ def shapes_of(source: Source, groups: Iterable[Offered], gone: Gone) -> dict[str
 
 
 def drawn(source: Source, inputs: Tensor, cutting: Cutting, seed: int) -> Tensor:
-    """The inputs that statistics are taken from: the calibration rows, or noise of their shape, which needs none of them: standard normal
-    numbers, or ids drawn evenly from the first table that is read."""
+    """The inputs that statistics are taken from: the calibration rows, or noise of their shape, which needs none of them."""
     if cutting.inputs == "data":
         return inputs
+    if not inputs.is_floating_point() and next(source.anatomy.sites(Embedding), None) is None:
+        raise UserError("noise for ids needs a table that they are looked up in, and this model has none; give the cut `inputs: data`")
+    return noise(source, inputs, seed)
+
+
+def noise(source: Source, inputs: Tensor, seed: int) -> Tensor:
+    """Standard normal numbers in the shape of inputs, or ids drawn evenly from the first table that is read."""
     generator = torch.Generator().manual_seed(seed)
     if inputs.is_floating_point():
         return torch.randn(inputs.shape, generator=generator)
-    table = next(source.anatomy.sites(Embedding), None)
-    if table is None:
-        raise UserError("noise for ids needs a table that they are looked up in, and this model has none; give the cut `inputs: data`")
+    table = next(source.anatomy.sites(Embedding))
     return torch.randint(table.shape[0], inputs.shape, generator=generator)
 
 

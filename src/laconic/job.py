@@ -26,7 +26,7 @@ from laconic.data import Samples, Split
 from laconic.elastic import Cut, Stacks, arrange, index_of, refuse_stacks, spread_over, stacks_of
 from laconic.journal import Work
 from laconic.kernels.place import CPU, here, on
-from laconic.measurement import compare, hardware, load_of, peak_memory, said, sizes, summarize, watch
+from laconic.measurement import Quality, compare, hardware, load_of, peak_memory, said, sizes, summarize, watch
 from laconic.models import Derived, Source
 from laconic.nesting import nest
 from laconic.pipeline import (
@@ -87,10 +87,15 @@ def identity_of(
     }
 
 
+def pointwise(original: Any, compressed: Any, samples: Samples, *, batch: int) -> Quality:
+    """Each prediction over `samples`, both models walked segment by segment."""
+    first, second = finished_logits(original, samples.inputs, batch), finished_logits(compressed, samples.inputs, batch)
+    return compare(lambda _: next(first).float(), lambda _: next(second).float(), samples, batch=batch)
+
+
 def quality_of(original: Any, compressed: Any, samples: Samples, *, metric: str, batch: int, seed: int = 0) -> dict[str, Any]:
     """The measured keys over `samples`, both models walked segment by segment."""
-    first, second = finished_logits(original, samples.inputs, batch), finished_logits(compressed, samples.inputs, batch)
-    found = compare(lambda _: next(first).float(), lambda _: next(second).float(), samples, batch=batch)
+    found = pointwise(original, compressed, samples, batch=batch)
     # numbers alone: there is nothing to gain on another device
     with on(CPU):
         return summarize(found, metric=metric, seed=seed)

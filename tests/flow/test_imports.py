@@ -54,7 +54,7 @@ LAYERS = [
         "selection",
     ),
     ("job",),
-    ("vectors",),
+    ("advice", "vectors"),
     ("page", "serve"),
     ("sources",),
     ("catalogue",),
