@@ -291,7 +291,9 @@ def _aligned(source: Source, split: Split, recipe: Recipe, work: Work, progress:
         return source
     for note in made.notes:
         log(note)
-    log(f"rewritten along {len(made.record['moves'])} edges; logits differ by {made.record['difference']:.1e} of their norm")
+    moves = len(made.record["moves"])
+    done = f"rewritten along {moves} edges" if moves else f"{len(made.parts)} parts in their places"
+    log(f"{done}; logits differ by {made.record['difference']:.1e} of their norm")
     return made
 
 

@@ -26,7 +26,7 @@ from laconic.architectures import DECODERS, Decoder
 from laconic.core.errors import UserError
 from laconic.core.packed import Packed
 from laconic.core.state import Pattern, Ragged, State
-from laconic.kernels.attention import MOST
+from laconic.kernels.attention import ELSEWHERE, MOST, read_as_held
 from laconic.kernels.gpu import block_attention
 from laconic.kernels.memory import trim
 from laconic.kernels.native import native
@@ -308,7 +308,7 @@ def show(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         # masks of other shapes say more than which tokens are padding, and are left to the model
         padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
         cache.shown = mask.bool() if isinstance(mask, Tensor) and padded else None
-        cache.ours = ours and native() is not None
+        cache.ours = ours and (native() is not None or bool(ELSEWHERE))
     if ours and ((cache is not None and cache.ours) or pattern_of(module) is not None):
         config._attn_implementation = OURS
 
@@ -384,7 +384,7 @@ def attend(
     if reading is not None:
         layer, cache = reading.layer, reading.layer.cache
         plain = value is reading.values and not dropout and not asked and is_causal is not False
-        layer.direct = plain and key.device.type == "cpu"
+        layer.direct = plain and read_as_held(key.device)
         if reading.held:
             if plain and cache.plain(attention_mask, query.shape[2]):
                 out = cache.state.attend(query, layer.index, None, scaling)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 if find_spec("triton") is None:
     pytest.skip("the kernels for GPUs need triton: pip install laconic[gpu]", allow_module_level=True)
@@ -29,7 +30,10 @@ from laconic.kernels.gpu import attention, hadamard, trials
 from laconic.kernels.gpu import linear as kernels
 from laconic.kernels.grids import Grid
 from laconic.kernels.levels import FLOATS, Levels, values
-from laconic.methods.cache.store.kivi import quantize
+from laconic.methods.cache.store.bfp import Bfp
+from laconic.methods.cache.store.full import Full
+from laconic.methods.cache.store.kivi import Kivi, quantize
+from laconic.runtime import StateCache
 
 # the interpreter computes with NumPy, which says where something is no number
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -378,7 +382,68 @@ def test_blocks_of_a_query_that_is_no_number() -> None:
         attention.block_attention(query, key, value, keep[..., :2], 8)
 
 
-@pytest.mark.parametrize("name", [*gpu.OPERATORS, "block_attention"])
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Caches are read by the kernel, here too; how many new tokens each call had."""
+    asked: list[int] = []
+    ours = attention.held_attention
+
+    def counted(query: Tensor, *args: Any) -> Tensor:
+        asked.append(query.shape[2])
+        return ours(query, *args)
+
+    monkeypatch.setattr(gpu, "trusted", lambda name: name == "held_attention")
+    monkeypatch.setattr(attention, "held_attention", counted)
+    monkeypatch.setitem(decoding.ELSEWHERE, HERE, gpu.held_attention)
+    return asked
+
+
+@pytest.mark.parametrize("make", [lambda: Kivi(2, 8, 8), lambda: Bfp(), lambda: Full()], ids=["kivi", "bfp", "full"])
+def test_caches_attend_by_the_kernel(make: Any, called: list[int]) -> None:
+    state, g = make(), seeded()
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[1, :9] = False
+    for t in (40, 1, 1):
+        new = tuple(torch.randn(2, 2, t, 16, generator=g).bfloat16().to(HERE) for _ in range(2))
+        state.append(0, new, None, mask.to(HERE) if t == 40 else None)
+        state.commit(torch.tensor(state.waiting(0)))
+    query = torch.randn(2, 4, 1, 16, generator=g).bfloat16().to(HERE)
+    found, (keys, values) = state.attend(query, 0, None), state.seen(0)
+    right = decoding.attention(query, keys.data, values.data, keys.lengths)
+    assert called == [1]
+    # weights are rounded here as values are there
+    assert float((found - right).float().norm() / right.float().norm()) < 2.0**-7
+
+
+def test_a_model_writes_by_the_kernel_over_its_cache(called: list[int]) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, vocab_size=64, max_position_embeddings=64, bos_token_id=0, eos_token_id=None)
+    model = LlamaForCausalLM(config).eval().to(HERE)
+    ids = torch.randint(0, 64, (1, 30), generator=seeded()).to(HERE)
+    logits = []
+    for direct in (True, False):
+        if not direct:
+            decoding.ELSEWHERE.clear()
+        cache = StateCache(model, Kivi(4, 8, 8))
+        with torch.inference_mode():
+            steps = [model(some, past_key_values=cache).logits[:, -1] for some in (ids[:, :26], *ids[:, 26:].split(1, 1))]
+        logits.append(torch.stack(steps))
+    # four tokens in two layers; the prompt was read as it came
+    assert called == [1] * 4 * 2
+    assert torch.allclose(*logits, atol=1e-4)
+
+
+def test_a_cache_that_no_kernel_is_trusted_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values = (cache(4, along, torch.float32, (24,), (5,), 16, 3) for along in (True, False))
+    query = inputs(1, 4, 1, 16)
+    wanted = decoding.held_attention(query, keys, values)
+    monkeypatch.setattr(gpu, "trusted", lambda name: False)
+    monkeypatch.setitem(decoding.ELSEWHERE, HERE, gpu.held_attention)
+    assert torch.equal(decoding.held_attention(query, keys, values), wanted)
+
+
+@pytest.mark.parametrize("name", [*gpu.OPERATORS, "block_attention", "held_attention"])
 def test_trials_pass(name: str) -> None:
     assert getattr(trials, name)(torch.device(HERE)) is None
 
@@ -398,6 +463,7 @@ def test_nothing_is_put_in_place_without_a_gpu() -> None:
     assert not gpu.load()
     assert not gpu.trusted("grouped_linear")
     assert not gpu._REGISTERED
+    assert not decoding.ELSEWHERE
 
 
 def test_the_bench_has_equal_kernels_and_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +482,7 @@ def test_the_bench_has_equal_kernels_and_refuses_without_a_gpu(monkeypatch: pyte
 
 IN_PLACE = """
 import sys, torch
-from laconic.kernels import gpu, linear
+from laconic.kernels import gpu, hadamard, linear
 from laconic.kernels.grids import Grid
 
 asked = []
@@ -441,6 +507,18 @@ compiled = torch.compile(lambda x: operator(x, codes, scales, None, 4, 0) * 2, b
 assert torch.allclose(compiled(x), wanted * 2, atol=1e-4) and len(asked) == 5
 dense = torch.ops.laconic.grouped_dense(codes, scales, None, 4, 0, 32)
 assert torch.equal(dense, linear.reference_dense(codes, scales, None, Grid(4, None, True), 32)) and asked[-1] == "grouped_dense"
+for name in ("hadamard", "unhadamard"):
+    turn, plain, before = getattr(torch.ops.laconic, name), getattr(hadamard, f"reference_{name}"), len(asked)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.allclose(turn(x), plain(x), atol=1e-5)
+    assert asked[before:] == [name] * 3
+    given = [x.clone().requires_grad_() for _ in range(2)]
+    for one, how in zip(given, (turn, plain)):
+        (how(one) ** 3).sum().backward()
+    assert torch.allclose(given[0].grad, given[1].grad, atol=1e-4) and len(asked) == before + 3
+    again = torch.compile(lambda x: turn(x) * 2, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(again(x), plain(x) * 2, atol=1e-5) and len(asked) == before + 4
 print("all in place")
 """
 

@@ -24,6 +24,8 @@ TILE = 128
 # more new tokens than this are better served by products of dense matrices
 MOST = 16
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# how devices of other types read the parts of a cache as they are held: filled by what computes there (kernels.gpu.load)
+ELSEWHERE: dict[str, Callable[..., Tensor]] = {}
 
 
 def lean(tiles: Sequence[int], workers: int) -> list[Run]:
@@ -139,8 +141,27 @@ def held_attention(
     scale: float | None = None,
     schedule: Callable[[Sequence[int], int], list[Run]] = lean,
 ) -> Tensor:
-    """`attention` over parts that follow one another in each row, at most one of them grouped in each half; on a CPU with native kernels as
-    they are held. ValueError for shapes that do not fit, TypeError for other dtypes."""
+    """`attention` over parts that follow one another in each row, at most one of them grouped in each half; as they are held on a CPU with
+    native kernels, and where ELSEWHERE says how (in its own shares). ValueError for shapes that do not fit, TypeError for other dtypes."""
+    if (other := ELSEWHERE.get(query.device.type)) is not None:
+        return other(query, keys, values, mask, scale)
+    return attended_here(query, keys, values, mask, scale, schedule)
+
+
+def read_as_held(device: torch.device) -> bool:
+    """Whether something on a device reads the parts of a cache as they are held."""
+    return device.type in ELSEWHERE or (device.type == "cpu" and native() is not None)
+
+
+def attended_here(
+    query: Tensor,
+    keys: Sequence[Part],
+    values: Sequence[Part],
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    schedule: Callable[[Sequence[int], int], list[Run]] = lean,
+) -> Tensor:
+    """`held_attention` by the native kernels, or by torch over dense tensors."""
     lengths = _checked(query, keys, values, mask)
     there, (b, h, t, d), k = native(), query.shape, _heads(keys[0])
     differentiated = query.requires_grad and torch.is_grad_enabled()

@@ -3,7 +3,8 @@ is spread evenly over all.
 
 H is the Kronecker product of a small matrix and Sylvester's of a power of two, which is applied in log2 steps. The small one is Paley's
 (1933) where the width has a factor of which that construction gives a Hadamard matrix (12, 20, 28, 60, ...). Other widths have none that is
-known, or none at all: there it is Hartley's matrix of the odd factor, orthogonal too, with entries of at most sqrt(2 / n)."""
+known, or none at all: there it is Hartley's matrix of the odd factor, orthogonal too, with entries of at most sqrt(2 / n). On a GPU both
+directions are operators of torch.ops.laconic, made of torch's operations unless a kernel takes their place."""
 
 from __future__ import annotations
 
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 from laconic.kernels.place import kept
+
+_OPS = torch.library.Library("laconic", "FRAGMENT")
+_OPS.define("hadamard(Tensor x) -> Tensor")
+_OPS.define("unhadamard(Tensor x) -> Tensor")
 
 
 def _residues(q: int) -> Tensor:
@@ -81,9 +86,25 @@ def _along(x: Tensor, base: Tensor) -> Tensor:
 
 def hadamard(x: Tensor) -> Tensor:
     """x (..., n) -> x H, the same shape and length."""
-    return _along(x, _base(x.shape[-1]))
+    return torch.ops.laconic.hadamard(x) if x.is_cuda else reference_hadamard(x)  # type: ignore[no-any-return]
 
 
 def unhadamard(x: Tensor) -> Tensor:
     """x (..., n) -> x H^T, which undoes `hadamard`."""
+    return torch.ops.laconic.unhadamard(x) if x.is_cuda else reference_unhadamard(x)  # type: ignore[no-any-return]
+
+
+def reference_hadamard(x: Tensor) -> Tensor:
+    """hadamard by torch's own operations."""
+    return _along(x, _base(x.shape[-1]))
+
+
+def reference_unhadamard(x: Tensor) -> Tensor:
+    """unhadamard by torch's own operations."""
     return _along(x, _base(x.shape[-1]).T)
+
+
+for _name, _plain in (("hadamard", reference_hadamard), ("unhadamard", reference_unhadamard)):
+    for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA"):
+        _OPS.impl(_name, _plain, _key)
+    torch.library.register_fake(f"laconic::{_name}", torch.empty_like, lib=_OPS)

@@ -1,7 +1,8 @@
 """Kernels for a GPU, in Triton: products with matrices as they are stored, attention over codes and over blocks, the Hadamard transform.
 
-`load` puts them in the place of torch's operations where `torch.ops.laconic` has the operator; it does nothing where they cannot run: there
-has to be a GPU of NVIDIA's (compute capability 8.0 or later), triton, and a torch that lets an implementation be exchanged. Triton is
+`load` puts them in the place of torch's operations where `torch.ops.laconic` has the operator, and tells `kernels.attention` of the one
+that reads a cache as it is held; it does nothing where they cannot run: there has to be a GPU of NVIDIA's (compute capability 8.0 or
+later), triton, and a torch that lets an implementation be exchanged. Triton is
 imported with the first product on a GPU. A kernel is used once it has given what the reference gives on a trial there; one that does not is
 named in a warning and left out."""
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laconic.kernels.attention import ELSEWHERE, Part, attended_here
 from laconic.kernels.blocks import block_attention as reference_blocks
+from laconic.kernels.hadamard import reference_hadamard, reference_unhadamard
 from laconic.kernels.linear import _any_dense, _any_linear
 from laconic.kernels.lookup import _any_linear as _any_lookup
 from laconic.kernels.lookup import _known_dense
@@ -31,9 +34,11 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "grouped_dense": _any_dense,
     "lookup_linear": _any_lookup,
     "lookup_dense": _known_dense,
+    "hadamard": reference_hadamard,
+    "unhadamard": reference_unhadamard,
 }
 # those of them that are differentiated
-PRODUCTS = ("grouped_linear", "lookup_linear")
+DIFFERENTIATED = ("grouped_linear", "lookup_linear", "hadamard", "unhadamard")
 # a registration ends with its library
 _REGISTERED: list[torch.library.Library] = []
 
@@ -53,6 +58,7 @@ def load() -> bool:
     if not possible():
         return False
     register("CUDA", trusted)
+    ELSEWHERE["cuda"] = held_attention
     return True
 
 
@@ -65,7 +71,7 @@ def register(kind: str, allowed: Callable[[str], bool]) -> None:
         warnings.simplefilter("ignore")
         for name, reference in OPERATORS.items():
             library.impl(name, _below(name, reference, kind.lower(), allowed), kind, allow_override=True)
-        for name in PRODUCTS:
+        for name in DIFFERENTIATED:
             library.impl(name, _above(getattr(torch.ops.laconic, name), OPERATORS[name]), f"Autograd{kind}", allow_override=True)
 
 
@@ -75,7 +81,8 @@ def _below(name: str, reference: Callable[..., Tensor], kind: str, allowed: Call
     def chosen(first: Tensor, *args: Any, **words: Any) -> Tensor:
         if first.device.type != kind or not allowed(name):
             return reference(first, *args, **words)
-        found: Tensor = getattr(import_module("laconic.kernels.gpu.linear"), name)(first, *args, **words)
+        module = "hadamard" if "hadamard" in name else "linear"
+        found: Tensor = getattr(import_module(f"laconic.kernels.gpu.{module}"), name)(first, *args, **words)
         return found
 
     return chosen
@@ -107,6 +114,16 @@ def trusted(name: str) -> bool:
     if wrong is not None:
         warnings.warn(f"the kernel {name} is not used on this GPU, torch computes in its place ({wrong})", stacklevel=2)
     return wrong is None
+
+
+def held_attention(
+    query: Tensor, keys: Sequence[Part], values: Sequence[Part], mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """`kernels.attention.held_attention`, by the kernel on a GPU that has it."""
+    if trusted("held_attention"):
+        found: Tensor = import_module("laconic.kernels.gpu.attention").held_attention(query, keys, values, mask, scale)
+        return found
+    return attended_here(query, keys, values, mask, scale)
 
 
 def block_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, block: int, scale: float | None = None) -> Tensor:

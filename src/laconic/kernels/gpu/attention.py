@@ -193,7 +193,7 @@ def held_attention(
     """`kernels.attention.held_attention` where a half begins with a part in codes; splits: parts of a row, by default so many that all
     multiprocessors have some. ValueError and TypeError as there."""
     if not _reads(query, keys, values):
-        return reference.held_attention(query, keys, values, mask, scale)
+        return reference.attended_here(query, keys, values, mask, scale)
     lengths = reference._checked(query, keys, values, mask)
     (b, h, t, d), k = query.shape, reference._heads(keys[0])
     served, e = h // k, values[0].width

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,16 +51,18 @@ def _along(x: Tensor, base: Tensor) -> Tensor:
 
 
 def _known(x: Tensor, base: Tensor) -> bool:
-    return x.dtype in DTYPES and x.numel() > 0 and x.shape[-1] // base.shape[0] <= WIDEST and not x.requires_grad
+    return (
+        x.dtype in DTYPES and x.numel() > 0 and x.shape[-1] // base.shape[0] <= WIDEST and not (x.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def hadamard(x: Tensor) -> Tensor:
     """x (..., n) -> x H, the same shape and length: see `kernels.hadamard.hadamard`, which serves fp64 and gradients."""
     base = reference._base(x.shape[-1]).to(x.device)
-    return _along(x, base.float()) if _known(x, base) else reference.hadamard(x)
+    return _along(x, base.float()) if _known(x, base) else reference.reference_hadamard(x)
 
 
 def unhadamard(x: Tensor) -> Tensor:
     """x (..., n) -> x H^T, which undoes `hadamard`."""
     base = reference._base(x.shape[-1]).to(x.device)
-    return _along(x, base.T.float()) if _known(x, base) else reference.unhadamard(x)
+    return _along(x, base.T.float()) if _known(x, base) else reference.reference_unhadamard(x)

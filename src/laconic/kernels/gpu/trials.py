@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laconic.kernels import blocks, linear, lookup
+from laconic.kernels import attention, blocks, linear, lookup
+from laconic.kernels import hadamard as turning
+from laconic.kernels.attention import Grouped, Part, Plain
 from laconic.kernels.gpu import attention as attention_kernels
+from laconic.kernels.gpu import hadamard as turning_kernels
 from laconic.kernels.gpu import linear as kernels
 from laconic.kernels.grids import Grid
 from laconic.kernels.levels import Levels
@@ -82,3 +85,43 @@ def block_attention(device: torch.device) -> str | None:
     keep = _drawn(1, 4, 3, 4).to(device) > 0
     found = attention_kernels.block_attention(query, key, value, keep, 32)
     return _far(found, blocks.block_attention(query, key, value, keep, 32))
+
+
+def _cached(device: torch.device, along: bool) -> list[Part]:
+    """Two heads of 64 channels: 96 tokens in codes of 2 bits in groups of 32, in two pages, and 5 as they are."""
+    entries, rows, width = (3, 64, 8) if along else (96, 1, 16)
+    codes, groups = _bytes(1, 2, entries, rows, width), 1 if along else 2
+    scales, zeros = _drawn(1, 2, entries, rows, groups).bfloat16(), _drawn(1, 2, entries, rows, groups).bfloat16()
+    first = 2 if along else 64
+    paged = [tuple(some.contiguous().to(device) for some in one.split(first, 2)) for one in (codes, scales, zeros)]
+    return [Grouped(paged[0], paged[1], paged[2], (entries,), 2, 32, along, 64), Plain((_drawn(1, 2, 5, 64).bfloat16().to(device),), (5,))]
+
+
+def held_attention(device: torch.device) -> str | None:
+    """New tokens over codes and tokens as they are."""
+    keys, values = _cached(device, True), _cached(device, False)
+    for t in (1, 3):
+        query = _drawn(1, 4, t, 64).bfloat16().to(device)
+        found = attention_kernels.held_attention(query, keys, values)
+        if (wrong := _far(found, attention.attended_here(query, keys, values))) is not None:
+            return wrong
+    return None
+
+
+def _turned(device: torch.device, name: str) -> str | None:
+    """Widths with a small factor, and without."""
+    for n in (64, 96):
+        x = _drawn(3, n).bfloat16().to(device)
+        if (wrong := _far(getattr(turning_kernels, name)(x), getattr(turning, f"reference_{name}")(x))) is not None:
+            return wrong
+    return None
+
+
+def hadamard(device: torch.device) -> str | None:
+    """One direction."""
+    return _turned(device, "hadamard")
+
+
+def unhadamard(device: torch.device) -> str | None:
+    """The other one."""
+    return _turned(device, "unhadamard")

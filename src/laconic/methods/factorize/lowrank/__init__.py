@@ -1,0 +1,1 @@
+"""A matrix as a product of two narrow ones."""

@@ -1,0 +1,1 @@
+"""Layers of products that run without storing what is wide between them."""
