@@ -100,7 +100,7 @@ def opened(router, tmp_path: Path, seed: int = 0):
 
 
 def test_every_router_is_found():
-    assert {"route.gate.factorllm", "route.gate.ftwt", "prune.activation.chess"} <= {path for path, _ in ROUTERS}
+    assert {"route.gate.factorllm", "route.gate.ftwt", "prune.activation.chess", "prune.activation.spark"} <= {path for path, _ in ROUTERS}
 
 
 @each
