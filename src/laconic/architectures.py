@@ -311,9 +311,10 @@ class DecoderAnatomy(Anatomy):
         return Group(stream[0].index.width, stream)
 
     def edges(self) -> Iterator[Edge]:
-        """The residual stream; in each layer up -> down, v -> o and k against q. `width` of the last two is v's and k's: an entry of v feeds
-        the same entry of each query head that its head serves, and one of k meets it. Of a scan: the ranks that steps are made from, B against C, the gate against what reads behind it,
-        the norm behind the gate. Then, from each norm to all that reads it, what it gives: no one else hears of a scale there."""
+        """The residual stream; in each layer up -> down, v -> o and k against q. `width` of the last two is v's and k's: an entry of v
+        feeds the same entry of each query head that its head serves, and one of k meets it. Of a scan: the ranks that steps are made from,
+        B against C, the gate against what reads behind it, the norm behind the gate. Then, from each norm to all that reads it, what it
+        gives: no one else hears of a scale there."""
         members = self._stream
         writers = tuple(m for m in members if m.site.roles["stream"] in ("writes", "both"))
         readers = tuple(m for m in members if m.site.roles["stream"] in ("reads", "both"))

@@ -102,8 +102,8 @@ def test_nothing_is_lost_to_poor_weights(spoil):
 
 
 def test_the_table_of_a_group_by_hand():
-    """A scale of 1.125 in units of the matrix: -9 to 7.875. In fp8 there are steps of 1 from 8 on and of 1/2 below: 7.875 and 6.75, half-way
-    between two, go to the even 8 and 7 (in units of a half: 14)."""
+    """A scale of 1.125 in units of the matrix: -9 to 7.875. In fp8 there are steps of 1 from 8 on and of 1/2 below: 7.875 goes to 8, and
+    6.75, half-way between two, to the even 7 (14 halves)."""
     exact = entries(torch.tensor([[1.125]]), 0, False)[0, 0]
     assert exact.tolist() == [1.125 * c for c in range(-8, 8)]
     assert entries(torch.tensor([[1.125]]), 0, True)[0, 0].tolist() == [
@@ -187,7 +187,7 @@ def test_factors_of_inputs_by_hand():
     assert balanced(torch.tensor([4.0, 0.0, 1.0]), torch.ones(3), 1.0).tolist() == [2.0, 1.0, 0.5]
     assert balanced(torch.zeros(2), torch.zeros(2), 0.5).tolist() == [1.0, 1.0]
     for wrong in ({"alpha": 0.0}, {"top_k": -1}, {"bits": 9}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             FireQ(**wrong)
 
 
@@ -276,5 +276,5 @@ def test_a_state_looks_at_keys_only_where_it_has_to():
     assert state.fitted(iter([]), peaked) is state and Store(top_k=0).fitted(iter([]), peaked).factors == {} and asked == [1]
     assert state.fork(torch.tensor([], dtype=torch.long)).factors is state.factors
     for wrong in ({"bits": 1}, {"group": 0}, {"top_k": -1}, {"beta": 0.0}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             Store(**wrong)

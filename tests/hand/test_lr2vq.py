@@ -52,7 +52,7 @@ def test_bytes_and_smaller_tables():
     assert span.fitted(16, 27).entries == 3 and span.fitted(1, 9).entries == 2
     assert Span(9, 65, 4).bits == 7 and Span(9, 2, 4).bits == 1
     for wrong in ({"width": 0}, {"entries": 1}, {"rank": 0}, {"width": 4, "rank": 5}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=f"{list(wrong)[-1]}="):
             Span(**wrong)
 
 
@@ -145,7 +145,7 @@ def test_vectors_cool_down():
     mixed.dense().sum().backward()
     assert mixed.position.grad is not None and torch.isfinite(mixed.position.grad).all()
     for wrong in ({"warm": 1.0}, {"heat": (0.1, 1.0)}, {"heat": (1.0, 0.0)}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             Annealed(**wrong)
 
 

@@ -152,8 +152,8 @@ def from_bytes(stored: Tensor) -> Tensor:
 
 
 def storable(scale: Tensor, grid: Grid) -> Tensor:
-    """All scales of a matrix (n, g) as they can be stored beside each other: in bytes, those that are too far below the greatest are raised,
-    in log8 over 8 octaves, in e4m3 over 14, of which the last three are coarse."""
+    """All scales of a matrix (n, g) as they can be stored beside each other: in bytes, those that are too far below the greatest are
+    raised, in log8 over 8 octaves, in e4m3 over 14, of which the last three are coarse."""
     if grid.scales == "bf16" or not scale.numel():
         return scale.to(torch.bfloat16).float()
     if grid.scales == "e4m3":

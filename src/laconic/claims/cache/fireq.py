@@ -1,7 +1,8 @@
-"""Claims of FireQ's cache: keys scaled before and after the turn, against either alone and none, all in 4 bits with a scale a token and head.
+"""Claims of FireQ's cache: keys scaled before and after the turn, against either alone and none, all in 4 bits with a scale a token and
+head.
 
-Keys are made as large models have them: on the slowest pairs of each head one channel gets an offset, which positions hardly turn, so that it
-is loud and its mate is not; and some other pairs are louder, their queries quieter by as much. The offsets change the function a little, so
+Keys are made as large models have them: on the slowest pairs of each head one channel gets an offset, which positions hardly turn, so that
+it is loud and its mate is not; and some other pairs are louder, their queries quieter by as much. The offsets change the function a little, so
 every model is compared with itself, unrounded. As trained, nano has no such keys."""
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.claims.lab import ONE, SEEDS, attending, continued, judged, long_text, spread
-from laconic.core.claim import Claim, Lab, Paper, Verdict
+from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.site import Linear, Site
 from laconic.core.statistic import Seen
 from laconic.methods.cache.store.fireq import FireQ, followed
@@ -150,7 +151,9 @@ def _errors(of: Of, way: Way, seed: int, quick: bool) -> tuple[float, float]:
 def _below(lab: Lab, of: Of, ours: Way, which: int, seeds: Sequence[int]) -> Verdict:
     """Errors of keys (0) or of attention's output (1) with both, below those of either alone and of none."""
     what = ("key error", "error of attention's output")[which]
-    found = {name: [_errors(of, way, seed, lab.quick)[which] for seed in seeds] for name, way in {"both": ours, **EITHER, "none": NONE}.items()}
+    found = {
+        name: [_errors(of, way, seed, lab.quick)[which] for seed in seeds] for name, way in {"both": ours, **EITHER, "none": NONE}.items()
+    }
     numbers = {f"{what}, {name}": spread(errors, "share") for name, errors in found.items()}
     wrong = [
         f"{what}: both is not below {name}"
@@ -163,7 +166,8 @@ def _below(lab: Lab, of: Of, ours: Way, which: int, seeds: Sequence[int]) -> Ver
 def _nearest(lab: Lab, of: Of, ours: Way, seeds: Sequence[int]) -> Verdict:
     """Loss of the tokens after a cached prompt, over that with the full cache."""
     count, length, prompt, piece = (2, 768, 512, 32) if lab.quick else (8, 2048, 1536, 1)
-    numbers, gaps = {}, {}
+    numbers: dict[str, Measurement] = {}
+    gaps: dict[str, list[float]] = {}
     for name, way in {"both": ours, "none": NONE}.items():
         gaps[name], bits = [], []
         for seed in seeds:
@@ -181,7 +185,9 @@ def _nearest(lab: Lab, of: Of, ours: Way, seeds: Sequence[int]) -> Verdict:
 
 PAPER = Paper("Baek et al.", 2025, "arXiv:2505.20839")
 SCALE = "nano in fp32, a scale a token and head of 32 channels, 512 held-out tokens (in full 4 x 1,024)"
-LOUD = f"; offsets of {SIZE:g} median radii on one channel of the {OFFSETS} slowest pairs of each head, {PAIRS} other pairs {LOUDER:g} times "
+LOUD = (
+    f"; offsets of {SIZE:g} median radii on one channel of the {OFFSETS} slowest pairs of each head, {PAIRS} other pairs {LOUDER:g} times "
+)
 LOUD += "louder, 3 draws"
 TEXTS = "; 3 texts"
 
@@ -205,7 +211,9 @@ def _near(of: Of, where: str, scale: str) -> Claim:
     return Claim(
         says=f"{where}, keys and values in 4 bits with both factors cost less perplexity than without, in as many bytes.",
         where=PAPER,
-        scale=scale.replace("512 held-out tokens (in full 4 x 1,024)", "256 tokens after 512 cached ones, 2 rows a draw (512 after 1,536, 8)"),
+        scale=scale.replace(
+            "512 held-out tokens (in full 4 x 1,024)", "256 tokens after 512 cached ones, 2 rows a draw (512 after 1,536, 8)"
+        ),
         check=partial(_nearest, of=of, ours=BOTH, seeds=SEEDS),
         broken=partial(_nearest, of=of, ours=ASTRAY, seeds=ONE),
     )

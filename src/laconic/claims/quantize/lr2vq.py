@@ -1,11 +1,12 @@
-"""Claims of LR2VQ: vectors of kernels in fewer dimensions than they are long, against product quantization in as many bytes, with codes that
-stay while tables learn and with differentiable k-means, all with the same steps on the same images."""
+"""Claims of LR2VQ: vectors of kernels in fewer dimensions than they are long, against product quantization in as many bytes, with codes
+that stay while tables learn and with differentiable k-means, all with the same steps on the same images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -139,8 +140,8 @@ def _bends(bench: Bench, fixed: bool, half: bool, seeds: Sequence[int]) -> Itera
     for curve in curves:
         values = [curve[rank] for rank in RANKS]
         least = values.index(min(values))
-        falls = all(a > b for a, b in zip(values[: least + 1], values[1 : least + 1], strict=False))
-        rises = all(a < b for a, b in zip(values[least:], values[least + 1 :], strict=False))
+        falls = all(a > b for a, b in pairwise(values[: least + 1]))
+        rises = all(a < b for a, b in pairwise(values[least:]))
         if least in (0, len(values) - 1) or not falls or not rises:
             wrong.append(f"the error does not fall and then rise: {', '.join(f'{value:.4f}' for value in values)}")
     yield wrong[:1], {}
@@ -153,7 +154,7 @@ def _foreseen(bench: Bench, lab: Lab, last: bool, seeds: Sequence[int]) -> Itera
         curve = {rank: sum(_curve(bench, seed, False)[rank]) for rank in TAUGHT}
         said = (max if last else min)(TAUGHT, key=curve.__getitem__)
         found = {rank: _learned(bench, lab, LR2VQ(seed), _filled(bench, rank), Annealed, seed) for rank in TAUGHT}
-        best = min(TAUGHT, key=lambda rank: found[rank].kl)  # noqa: B023
+        best = min(TAUGHT, key=lambda rank: found[rank].kl)
         yield [], {f"draw {seed}: predicted rank": Measurement(said, "", 1), f"draw {seed}: best rank": Measurement(best, "", 1)}
         yield [], {f"draw {seed}: KL, rank {rank}": Measurement(one.kl, "nats/image", 1) for rank, one in found.items()}
         yield [], {f"draw {seed}: right answers, rank {rank}": Measurement(one.loss, "share", 1) for rank, one in found.items()}
@@ -179,8 +180,8 @@ STEPS = "24 steps of 64 of 256 images (in full 96 of 64 of 1,024)"
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        says="Some 36 times smaller, LR2VQ has more right answers and a lower KL than product quantization by k-means and by differentiable "
-        "k-means in as many bytes and steps.",
+        says="Some 36 times smaller, LR2VQ has more right answers and a lower KL than product quantization by k-means and by "
+        "differentiable k-means in as many bytes and steps.",
         where=PAPER,
         scale=f"{NET}, {STEPS}, 3 draws of these and of the tables",
         check=partial(_against, LR2VQ, SEEDS),

@@ -181,9 +181,9 @@ class Moving(Soft):
     """Codes, table and basis that are learned together. position (N, rank), in units of the table's size: where each vector stands, the
     code being that of the nearest entry.
 
-    heat None: an entry stands for the vector, and the gradient passes from it to the position. Else the vector is a mixture of entries, with
-    weights softmax(-|position - entry|^2 / t): t falls from heat[0] to heat[1] mean squared distances to the nearest entry. Before the
-    share `warm` of the steps there are no entries: the position is the vector, and then the table is found anew."""
+    heat None: an entry stands for the vector, and the gradient passes from it to the position. Else the vector is a mixture of entries,
+    with weights softmax(-|position - entry|^2 / t): t falls from heat[0] to heat[1] mean squared distances to the nearest entry. Before
+    the share `warm` of the steps there are no entries: the position is the vector, and then the table is found anew."""
 
     spread: Tensor
 

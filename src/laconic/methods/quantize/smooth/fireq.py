@@ -7,9 +7,10 @@ W X||^2, one for all matrices that share an input).
 Before positions turn keys: channels i and i' of a rotary pair get the one factor alpha / max_t sqrt(k_i^2 + k_i'^2), which no turn changes,
 folded into W_k, its inverse into W_q. In units of the head's median pair, since a head's common factor is nothing to codes with a scale a
 token. The `top_k` loudest pairs stay for the third scale, which follows the turn: cache.store.fireq's.
-Weights are quantize.round.inputs(hold=quantize.round.rtn)'s at {bits: 4, group: 128, symmetric: true, scales: e4m3}, inputs: e4m3; its grid
-spans 7.5 steps either side where the authors' has 7. `entries` is what their kernel looks up.
-weight (n, m), gram (m, m), sizes (m,) -> s (m,); radii (k, d) of keys -> factors (k, d).  Sibling: quantize.smooth.awq (mean inputs alone)."""
+Weights are quantize.round.inputs(hold=quantize.round.rtn)'s at {bits: 4, group: 128, symmetric: true, scales: e4m3}, inputs: e4m3; its
+grid spans 7.5 steps either side where the authors' has 7. `entries` is what their kernel looks up.
+weight (n, m), gram (m, m), sizes (m,) -> s (m,); radii (k, d) of keys -> factors (k, d).
+Sibling: quantize.smooth.awq (by mean inputs alone)."""
 
 from __future__ import annotations
 

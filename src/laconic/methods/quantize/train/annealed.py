@@ -2,8 +2,8 @@
 
 Zhu et al. 2022, arXiv:2211.11397, with differentiable k-means (Cho et al. 2022, DKM, arXiv:2108.12659, section 3):
 first share `warm` of the steps: W = L B, both learned, nothing rounded; then k-means of L anew, and
-W = A C B,  A = softmax(-|L_i - C_j|^2 / t) over entries j,  t falling from heat[0] to heat[1] mean squared distances, so that at the end each
-vector is one entry. L, C and B learn together; the objective is KL from the original's predictions where the paper has the task's loss.
+W = A C B,  A = softmax(-|L_i - C_j|^2 / t) over entries j,  t falling from heat[0] to heat[1] mean squared distances, so that at the end
+each vector is one entry. L, C and B learn together; the objective is KL from the original's predictions, the paper's the task's loss.
 Without a basis it is differentiable k-means of the vectors themselves.  Other forms learn in their own way.
 Memory: a weight for each vector and entry, and four fp32 numbers for each number of L.
 Sibling: quantize.train.straight (entries from the first step on, gradients passed from them to the positions)."""
