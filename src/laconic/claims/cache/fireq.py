@@ -2,8 +2,8 @@
 head.
 
 Keys are made as large models have them: on the slowest pairs of each head one channel gets an offset, which positions hardly turn, so that
-it is loud and its mate is not; and some other pairs are louder, their queries quieter by as much. The offsets change the function a little, so
-every model is compared with itself, unrounded. As trained, nano has no such keys."""
+it is loud and its mate is not; and some other pairs are louder, their queries quieter by as much. The offsets change the function a little,
+so every model is compared with itself, unrounded. As trained, nano has no such keys."""
 
 from __future__ import annotations
 
