@@ -190,38 +190,53 @@ LOUD = (
 )
 LOUD += "louder, 3 draws"
 TEXTS = "; 3 texts"
-
-
-def _pair(of: Of, where: str, scale: str) -> tuple[Claim, ...]:
-    made = []
-    for which, what in enumerate(("keys err", "what attention gives errs")):
-        made.append(
-            Claim(
-                says=f"{where}, {what} less with factors before and after the turn than with either alone, and than with none.",
-                where=PAPER,
-                scale=scale,
-                check=partial(_below, of=of, ours=BOTH, which=which, seeds=SEEDS),
-                broken=partial(_below, of=of, ours=ASTRAY, which=which, seeds=ONE),
-            )
-        )
-    return tuple(made)
-
-
-def _near(of: Of, where: str, scale: str) -> Claim:
-    return Claim(
-        says=f"{where}, keys and values in 4 bits with both factors cost less perplexity than without, in as many bytes.",
-        where=PAPER,
-        scale=scale.replace(
-            "512 held-out tokens (in full 4 x 1,024)", "256 tokens after 512 cached ones, 2 rows a draw (512 after 1,536, 8)"
-        ),
-        check=partial(_nearest, of=of, ours=BOTH, seeds=SEEDS),
-        broken=partial(_nearest, of=of, ours=ASTRAY, seeds=ONE),
-    )
+CACHED = (
+    "nano in fp32, a scale a token and head of 32 channels, 256 tokens after 512 cached ones, 2 rows a draw (in full 512 after 1,536, 8)"
+)
 
 
 CLAIMS: tuple[Claim, ...] = (
-    *_pair(_planted, "With loud keys", SCALE + LOUD),
-    *_pair(_trained, "On the model as trained", SCALE + TEXTS),
-    _near(_planted, "With loud keys", SCALE + LOUD),
-    _near(_trained, "On the model as trained", SCALE + TEXTS),
+    Claim(
+        says="With loud keys, keys err less with both factors, before and after the turn, than with either and with none.",
+        where=PAPER,
+        scale=SCALE + LOUD,
+        check=partial(_below, of=_planted, ours=BOTH, which=0, seeds=SEEDS),
+        broken=partial(_below, of=_planted, ours=ASTRAY, which=0, seeds=ONE),
+    ),
+    Claim(
+        says="With loud keys, what attention gives errs less with both factors, before and after the turn, than with either and with none.",
+        where=PAPER,
+        scale=SCALE + LOUD,
+        check=partial(_below, of=_planted, ours=BOTH, which=1, seeds=SEEDS),
+        broken=partial(_below, of=_planted, ours=ASTRAY, which=1, seeds=ONE),
+    ),
+    Claim(
+        says="On the model as trained, keys err less with both factors, before and after the turn, than with either and with none.",
+        where=PAPER,
+        scale=SCALE + TEXTS,
+        check=partial(_below, of=_trained, ours=BOTH, which=0, seeds=SEEDS),
+        broken=partial(_below, of=_trained, ours=ASTRAY, which=0, seeds=ONE),
+    ),
+    Claim(
+        says="On the model as trained, what attention gives errs less with both factors, before and after the turn, than with either "
+        "and with none.",
+        where=PAPER,
+        scale=SCALE + TEXTS,
+        check=partial(_below, of=_trained, ours=BOTH, which=1, seeds=SEEDS),
+        broken=partial(_below, of=_trained, ours=ASTRAY, which=1, seeds=ONE),
+    ),
+    Claim(
+        says="With loud keys, keys and values in 4 bits with both factors cost less perplexity than without, in as many bytes.",
+        where=PAPER,
+        scale=CACHED + LOUD,
+        check=partial(_nearest, of=_planted, ours=BOTH, seeds=SEEDS),
+        broken=partial(_nearest, of=_planted, ours=ASTRAY, seeds=ONE),
+    ),
+    Claim(
+        says="On the model as trained, keys and values in 4 bits with both factors cost less perplexity than without, in as many bytes.",
+        where=PAPER,
+        scale=CACHED + TEXTS,
+        check=partial(_nearest, of=_trained, ours=BOTH, seeds=SEEDS),
+        broken=partial(_nearest, of=_trained, ours=ASTRAY, seeds=ONE),
+    ),
 )

@@ -81,7 +81,9 @@ def _lesson(lab: Lab, kind: type[Annealed] = Annealed) -> Annealed:
     return kind(rates=RATES, steps=24 if lab.quick else 96, batch=64)
 
 
-def _learned(bench: Bench, lab: Lab, method: Transform, level: Span, kind: type[Annealed], seed: int, astray: bool = False) -> Found:
+def learned(bench: Bench, lab: Lab, method: Transform, level: Span, kind: type[Annealed], seed: int, astray: bool = False) -> Found:
+    """A level's forms after learning, measured; astray: each batch must meet another one's predictions."""
+
     def make() -> Found:
         return measure(bench, taught(bench, held(bench, method, level), _lesson(lab, kind), seed, astray=astray)[0])
 
@@ -93,9 +95,9 @@ def _learned(bench: Bench, lab: Lab, method: Transform, level: Span, kind: type[
 def _ahead(bench: Bench, lab: Lab, ours: type[Transform], seeds: Sequence[int]) -> Iterator[Duel]:
     plain = _filled(bench, WIDTH, over=True)
     ways = {
-        "LR2VQ": [_learned(bench, lab, ours(seed=seed), OURS, Annealed, seed) for seed in seeds],  # type: ignore[call-arg]
-        "differentiable k-means": [_learned(bench, lab, LR2VQ(seed), plain, Annealed, seed) for seed in seeds],
-        "k-means": [_learned(bench, lab, LR2VQ(seed), plain, Fixed, seed) for seed in seeds],
+        "LR2VQ": [learned(bench, lab, ours(seed=seed), OURS, Annealed, seed) for seed in seeds],  # type: ignore[call-arg]
+        "differentiable k-means": [learned(bench, lab, LR2VQ(seed), plain, Annealed, seed) for seed in seeds],
+        "k-means": [learned(bench, lab, LR2VQ(seed), plain, Fixed, seed) for seed in seeds],
     }
     weights = sum(site.matrix[0] * site.matrix[1] for site in _sites(bench))
     for name, found in ways.items():
@@ -149,12 +151,12 @@ def _bends(bench: Bench, size: Span | None, half: bool, seeds: Sequence[int]) ->
 
 
 @gathered
-def _foreseen(bench: Bench, lab: Lab, last: bool, seeds: Sequence[int]) -> Iterator[Duel]:
-    """last: the rank of most error is said to be the best."""
+def _foreseen(bench: Bench, lab: Lab, half: bool, seeds: Sequence[int]) -> Iterator[Duel]:
+    """half: what is rounded does not count for what is predicted."""
     for seed in seeds:
-        curve = {rank: sum(_curve(bench, seed)[rank]) for rank in TAUGHT}
-        said = (max if last else min)(TAUGHT, key=curve.__getitem__)
-        found = {rank: _learned(bench, lab, LR2VQ(seed), _filled(bench, rank), Annealed, seed) for rank in TAUGHT}
+        curve = {rank: left + (0.0 if half else rounded) for rank, (left, rounded) in _curve(bench, seed).items()}
+        said = min(TAUGHT, key=curve.__getitem__)
+        found = {rank: learned(bench, lab, LR2VQ(seed), _filled(bench, rank), Annealed, seed) for rank in TAUGHT}
         best = min(TAUGHT, key=lambda rank: found[rank].kl)
         yield [], {f"draw {seed}: predicted rank": Measurement(said, "", 1), f"draw {seed}: best rank": Measurement(best, "", 1)}
         yield [], {f"draw {seed}: KL, rank {rank}": Measurement(one.kl, "nats/image", 1) for rank, one in found.items()}
@@ -171,8 +173,8 @@ def _curved(size: Span | None, half: bool, seeds: Sequence[int], lab: Lab) -> Ve
     return on(lab, "resnet20", lambda bench: _bends(bench, size, half, seeds))
 
 
-def _predicted(last: bool, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, "resnet20", lambda bench: _foreseen(bench, lab, last, seeds))
+def _predicted(half: bool, seeds: Sequence[int], lab: Lab) -> Verdict:
+    return on(lab, "resnet20", lambda bench: _foreseen(bench, lab, half, seeds))
 
 
 PAPER = Paper("Zhu et al.", 2022, "arXiv:2211.11397")
