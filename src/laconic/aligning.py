@@ -60,7 +60,7 @@ def edited(value: Tensor, edit: Edit) -> Tensor:
 
 
 def edits_of(edge: Edge, move: Move) -> dict[str, list[Edit]]:
-    """Stored tensor -> what a move along an edge does to it: to weights along the edge's axis, and to biases that are written to it."""
+    """Stored tensor -> what a move along an edge does to it: to weights along the edge's axis, and to biases that go with outputs."""
     found: dict[str, list[Edit]] = {}
     for reads, members in ((False, edge.writers), (True, edge.readers)):
         for member in members:
@@ -68,7 +68,7 @@ def edits_of(edge: Edge, move: Move) -> dict[str, list[Edit]]:
                 # a tied table: it is written and read along one axis
                 raise UserError(f"{member.site.name} both writes and reads {edge.name}; a move along it is not exact")
             for role, tensor in member.site.tensors.items():
-                if role == "weight" or (not reads and member.axis == 0):
+                if role == "weight" or member.axis == 0:
                     at = torch.tensor([list(member.index(i)) for i in range(edge.width)])
                     axis = member.stored_axis if role == "weight" else 0
                     plus = _plus(member.site) if role == "weight" else 0.0

@@ -24,6 +24,7 @@ from laconic.core.site import (
     Linear,
     Member,
     Norm,
+    Paired,
     Rotate,
     Scale,
     Scan,
@@ -259,6 +260,8 @@ class DecoderAnatomy(Anatomy):
     folds: Mapping[str, tuple[str, ...]]
     lanes: Mapping[str, Lane] = field(default_factory=dict)
     halves: tuple[Site, ...] = ()
+    # rotary pairs of a head
+    pairs: int = 0
 
     def sublayers(self) -> tuple[Site, ...]:
         return self.halves
@@ -308,9 +311,10 @@ class DecoderAnatomy(Anatomy):
         return Group(stream[0].index.width, stream)
 
     def edges(self) -> Iterator[Edge]:
-        """The residual stream; in each layer up -> down and v -> o. `width` of the last is v's: an entry of v feeds the same entry of each
-        query head that its head serves. Of a scan: the ranks that steps are made from, B against C, the gate against what reads behind it,
-        the norm behind the gate. Then, from each norm to all that reads it, what it gives: no one else hears of a scale there."""
+        """The residual stream; in each layer up -> down, v -> o and k against q. `width` of the last two is v's and k's: an entry of v
+        feeds the same entry of each query head that its head serves, and one of k meets it. Of a scan: the ranks that steps are made from,
+        B against C, the gate against what reads behind it, the norm behind the gate. Then, from each norm to all that reads it, what it
+        gives: no one else hears of a scale there."""
         members = self._stream
         writers = tuple(m for m in members if m.site.roles["stream"] in ("writes", "both"))
         readers = tuple(m for m in members if m.site.roles["stream"] in ("reads", "both"))
@@ -333,6 +337,7 @@ class DecoderAnatomy(Anatomy):
                     yield Edge(f"{within}.gate", n, n, _members([up], n), (Member(site, 1, IndexMap(n)),), allows=allows)
                 if site.roles["part"] == "o":
                     yield self._value(segment.name, site)
+                    yield from self._keys(segment.name, site)
                 if site.roles["part"] == "scan_out":
                     yield from self._scan_edges(segment.name, site)
         for fold in folds:
@@ -352,6 +357,24 @@ class DecoderAnatomy(Anatomy):
 
         writer = Member(v.site, 0, _index(v.site.shape[0], width, written))
         return Edge(f"{prefix}.value", width, hd, (writer,), (Member(o, 1, _index(o.shape[1], width, read)),), allows=(Scale(), Rotate()))
+
+    def _keys(self, prefix: str, o: Site) -> Iterator[Edge]:
+        """Keys against queries, where no norm of theirs comes in between."""
+        ports = self._attention(o.context["layer"])
+        q, k, hd, served = ports["q"], ports["k"], self.head_dim, self.heads // self.kv_heads
+        if {"head_norm"} & (q.site.context.keys() | k.site.context.keys()):
+            return
+        width = self._heads(o.context["layer"])[1] * hd
+
+        def written(c: int) -> Sequence[int]:
+            return (k(c // hd)[c % hd],)
+
+        def read(c: int) -> Sequence[int]:
+            return [q(c // hd)[s * hd + c % hd] for s in range(served)]
+
+        key = Member(k.site, 0, _index(k.site.shape[0], width, written))
+        query = Member(q.site, 0, _index(q.site.shape[0], width, read))
+        yield Edge(f"{prefix}.keys", width, hd, (key,), (query,), allows=(Paired(self.pairs),))
 
     def _lane_map(self, site: Site, axis: int, lane: str) -> IndexMap:
         """Where one lane lies along an axis, entry by entry."""
@@ -548,7 +571,11 @@ def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, .
     gated = any(part in row.parts for part in ("gate", "gate_up"))
     act = Scale() if gated else Scale(positive=True) if next((w for w in words if w), "") in HOMOGENEOUS else None
     lanes = _lanes(build, config)
-    return DecoderAnatomy(row, heads, kv_heads, head_dim, act, shapes, tuple(segments), build.named, build.folds, lanes, tuple(halves))
+    rope = getattr(config, "rope_parameters", None)
+    pairs = int(head_dim * float(rope.get("partial_rotary_factor") or 1.0)) // 2 if rope else 0
+    return DecoderAnatomy(
+        row, heads, kv_heads, head_dim, act, shapes, tuple(segments), build.named, build.folds, lanes, tuple(halves), pairs
+    )
 
 
 def _lanes(build: _Builder, config: Any) -> dict[str, Lane]:

@@ -274,7 +274,7 @@ class Observer:
         """Hooks for one site's module; `table` marks the lookup use of an embedding (its head use is a product)."""
         # the routing field is free here: it only marks which of an embedding's two uses is meant
         mark = torch.empty(0) if table else None
-        gradient = any("grad" in statistic.needs for statistic in self.wants)
+        gradient, outputs = (any(word in statistic.needs for statistic in self.wants) for word in ("grad", "y"))
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
@@ -283,7 +283,9 @@ class Observer:
             self._offer(site, "x", Seen(x=x if table else rows_of(site, x, module), routing=mark, sequences=sequences))
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if output.requires_grad:
+            if outputs:
+                self._offer(site, "y", Seen(y=columns_of(site, output.detach()), routing=mark))
+            if gradient and output.requires_grad:
                 output.register_hook(backward)
 
         def backward(grad: Tensor) -> None:
@@ -292,7 +294,7 @@ class Observer:
                 self._offer(site, "grad", Seen(grad=columns_of(site, grad.detach()), routing=mark))
 
         hooks: list[Any] = [module.register_forward_pre_hook(before)]
-        return [*hooks, module.register_forward_hook(after)] if gradient else hooks
+        return [*hooks, module.register_forward_hook(after)] if gradient or outputs else hooks
 
     def finish(self, site: Site) -> dict[Statistic, Tensor]:
         """All statistics of one site; what sites of a stage share is one tensor for all of them."""

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from laconic.core.decoder import Answer, Body, Stack
 from laconic.core.errors import UserError
 from laconic.core.state import State
-from laconic.runtime import key_loudness, own_layers
+from laconic.runtime import fitted, own_layers
 
 
 class Left(Exception):
@@ -161,7 +161,7 @@ class Layers(Stack):
             )
         self.decoder, self.layers = decoder, list(found[0])
         self.parts = dict(parts or {})
-        self.cache = Pending(depth, state.fitted(key_loudness(model)))
+        self.cache = Pending(depth, fitted(state, model))
         self.layer_passes = self.part_passes = 0
         self._tuples: bool | None = None
         self._keeps = "logits_to_keep" in inspect.signature(whole.forward).parameters

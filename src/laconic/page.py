@@ -90,7 +90,7 @@ def level_words(level: Mapping[str, Any]) -> str:
         group = rest.pop("group", None)
         words.append(f"{bits}b {'row' if group is None else f'g{group}'}{' sym' if rest.pop('symmetric', False) else ''}")
         words += ["z½"] if rest.pop("zeros", "whole") == "half" else []
-        words += ["s8"] if rest.pop("scales", "bf16") == "log8" else []
+        words += {"log8": ["s8"], "e4m3": ["sf8"]}.get(rest.pop("scales", "bf16"), [])
     if (rank := rest.pop("rank", None)) is not None:
         words.append(f"+ r{rank}")
     words.extend(f"{key} {value}" for key, value in rest.items() if value is not None)
@@ -103,7 +103,7 @@ def nominal_bits(level: Mapping[str, Any]) -> float | None:
         return None
     group = level.get("group")
     zero = 0 if level.get("symmetric") else level["bits"] + (level.get("zeros") == "half")
-    beside = (8 if level.get("scales") == "log8" else 16) + zero
+    beside = (16 if level.get("scales", "bf16") == "bf16" else 8) + zero
     return float(level["bits"]) + (beside / group if group else 0.0)
 
 

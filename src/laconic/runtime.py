@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ from laconic.kernels.native import native
 from laconic.kernels.place import on
 
 OURS, THEIRS = "laconic", "sdpa"
+# tokens that a model is shown where keys are to be seen and no text is there
+DRAWN = 2048
 # tokens after which freed memory is given back at the earliest
 OFTEN = 512
 # what attention is told besides, and what changes nothing of what it computes
@@ -70,6 +73,33 @@ def key_loudness(model: nn.Module) -> Iterator[Tensor | None]:
         half = 0 if not rope else int(loud.shape[1] * float(rope.get("partial_rotary_factor") or 1.0)) // 2
         pairs = loud[:, : 2 * half].unflatten(1, (2, half))
         yield torch.cat([pairs.square().mean(1, keepdim=True).sqrt().expand_as(pairs).flatten(1), loud[:, 2 * half :]], 1)
+
+
+def key_peaks(model: nn.Module, rows: Tensor | None = None) -> Iterator[tuple[Tensor, int] | None]:
+    """Of each layer the largest size of each channel of its keys as positions have turned them, (k, d), over rows of tokens (b, t), and
+    how many pairs of channels they turn; None for a layer that does not attend to all past tokens. Without rows, over tokens drawn from
+    the vocabulary, as many as the context has but 2,048 at most."""
+    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    cache = DynamicCache(config=config)
+    if rows is None:
+        longest = min(int(getattr(config, "max_position_embeddings", DRAWN)), DRAWN)
+        rows = torch.randint(0, config.vocab_size, (1, longest), generator=torch.Generator().manual_seed(0))
+    device = next((one.device for one in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    with torch.inference_mode():
+        model.get_decoder()(rows.to(device), past_key_values=cache, use_cache=True)  # type: ignore[operator]
+    rope = getattr(config, "rope_parameters", None)
+    for layer in cache.layers:
+        keys = layer.keys if type(layer) is DynamicLayer and layer.keys is not None else None
+        if keys is None or not keys.shape[-1]:
+            yield None
+            continue
+        turned = int(keys.shape[-1] * float(rope.get("partial_rotary_factor") or 1.0)) // 2 if rope else 0
+        yield keys.float().abs().amax((0, 2)).clone(), turned
+
+
+def fitted(state: State, model: nn.Module) -> State:
+    """A state, empty, for one model."""
+    return state.fitted(key_loudness(model), partial(key_peaks, model))
 
 
 def _keys_of(found: Tensor, part: str, row: Decoder, config: Any) -> Tensor:
@@ -173,7 +203,7 @@ class StateCache(Cache):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             raise UserError(f"no layer of this model attends to all past tokens (its caches are {kinds}); there is nothing to hold")
         Cache.__init__(self, layers=[self.mine.get(i, layer) for i, layer in enumerate(layers)])
-        self.state = state.fitted(key_loudness(model))
+        self.state = fitted(state, model)
         self.real: Tensor | None = None
         self.shown: Tensor | None = None
         # the mask that was last compared, and whether it says only what the cache knows

@@ -25,7 +25,7 @@ from laconic.kernels.attention import MOST
 from laconic.kernels.blocks import block_attention, causal_attention
 from laconic.kernels.linear import even, rows_for
 from laconic.kernels.native import native
-from laconic.runtime import key_loudness, own_layers, pattern_of
+from laconic.runtime import fitted, own_layers, pattern_of
 
 # the architectures whose layers are what a tape can hold: norm, attention, norm, feed-forward
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
@@ -167,7 +167,7 @@ class Steps(Stack):
         self._level = there.level
         self.layers = _layers(whole)
         self.parts = dict(parts or {})
-        self._past = None if state is None else Pending(len(self.layers), state.fitted(key_loudness(model)))
+        self._past = None if state is None else Pending(len(self.layers), fitted(state, model))
         if holds and state is None:
             raise ValueError("there is no State that could hold the past")
         self._holds = holds

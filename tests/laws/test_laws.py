@@ -263,6 +263,7 @@ LESSONS = found.lessons()
 GRIDS = [
     Grid(8, None), Grid(4, 16), Grid(3, None), Grid(3, 16, symmetric=True), Grid(2, 7), Grid(1, None),
     Grid(2, 16, scales="log8"), Grid(2, 16, zeros="half"), Grid(3, 16, True, "log8", "half"),
+    Grid(4, 16, symmetric=True, scales="e4m3"),
 ]  # fmt: skip
 
 

@@ -10,7 +10,8 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,9 @@ from typing import Any, Literal, NamedTuple, ParamSpec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
 from laconic.calibration import Walk, fed, observed, release
 from laconic.core.claim import Lab, Measurement, Verdict
@@ -713,6 +717,28 @@ class Misread(State):
     def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:
         keys, values = self.seen(layer)
         return attention(query, keys.data, values.data, keys.lengths, mask, scale)
+
+
+# of a layer's number, queries, keys and values, as positions have turned them, what attention gets
+Attended = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@contextmanager
+def attending(model: nn.Module, change: Attended) -> Iterator[None]:
+    """Queries, keys and values of each layer changed on their way to attention."""
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(module, *change(module.layer_idx, query, key, value), *args, **kwargs)
+
+    config: Any = model.config
+    before = config._attn_implementation
+    AttentionInterface.register("laconic-claims", attend)
+    AttentionMaskInterface.register("laconic-claims", sdpa_mask)
+    config._attn_implementation = "laconic-claims"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 @lru_cache(maxsize=1)

@@ -207,6 +207,14 @@ class Gated(Act):
     module: str
 
 
+@dataclass(frozen=True)
+class Paired(Act):
+    """A factor above zero for each channel at the writers (keys) and its inverse at the readers (queries), before positions turn channel i
+    of a block and channel i + half into one another: these two have the same. Channels from 2 half on are not turned."""
+
+    half: int
+
+
 class Fold(NamedTuple):
     """A norm on an edge and the readers that take in its scale; `readers` is empty where it can go into none (a norm between a writer
     and the stream, a norm whose output goes on in the stream, a tied head)."""

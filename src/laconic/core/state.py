@@ -7,6 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -130,6 +131,17 @@ def reordered(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(-1, wide[None, :, None].expand(x.shape))
 
 
+def stretched(x: Tensor, by: Tensor) -> Tensor:
+    """x (b, h, t, d) with each channel times its factor, head by head, in fp32: by (h, d), or (k, d) where heads in turn share k of
+    them."""
+    return x.float() * by.to(x.device).repeat_interleave(x.shape[1] // by.shape[0], 0)[None, :, None]
+
+
+# of each layer in turn the largest size of each channel of its keys as positions have turned them, (k, d), and how many pairs of channels
+# i and i + pairs they turn; None where that is not known
+Peaked = Callable[[], Iterator[tuple[Tensor, int] | None]]
+
+
 @dataclass(eq=False)
 class State(ABC):
     """KV pages, a state-space state, a convolution window. Laws: tokens that were not committed leave no trace; a fork is independent; a
@@ -156,14 +168,20 @@ class State(ABC):
         values). mask (b, t, longest row): true where a query may look besides being no earlier; None: wherever it is no earlier.
         scale: of scores, 1 / sqrt(d) unless told."""
 
-    def fitted(self, loudness: Iterator[Tensor | None]) -> Self:
+    def fitted(self, loudness: Iterator[Tensor | None], peaked: Peaked | None = None) -> Self:
         """This state, empty, for one model. loudness: of each layer in turn how large the entries of each channel of its keys are by the
-        weights, (k, d), without regard to positions; None where that is not known. Most have no use for it and never ask."""
+        weights, (k, d), without regard to positions; None where that is not known. peaked: the same of keys that the model made, which
+        takes a pass. Most have no use for either and never ask."""
         return self
 
     def order(self, layer: int) -> Tensor | None:
         """In which order the channels of a layer's keys are held, head by head, (k, d); None: as they come. What is read has them as they
         came, and attention takes its queries in the order of the keys."""
+        return None
+
+    def stretch(self, layer: int) -> Tensor | None:
+        """By what each channel of a layer's keys is multiplied before it is kept, head by head, (k, d); None: by nothing. What is read has
+        keys as they came; attention over what is kept divides its queries."""
         return None
 
     def append(self, layer: int, new: tuple[Tensor, ...], positions: Tensor | None, mask: Tensor | None) -> tuple[Ragged, ...]:
@@ -200,6 +218,8 @@ class State(ABC):
                 del self.layers[i]
                 continue
             new = tuple(one if wanted == one.lengths else one.cut((0,) * len(wanted), wanted) for one in had.staged)
+            if any(wanted) and (by := self.stretch(i)) is not None:
+                new = (new[0].each(partial(stretched, by=by)), *new[1:])
             kept = self.keep(had.kept, new) if any(wanted) else had.kept
             self.layers[i] = replace(had, count=tuple(a + b for a, b in zip(had.count, wanted, strict=True)), kept=kept, staged=())
 
@@ -211,11 +231,17 @@ class State(ABC):
     def seen(self, layer: int) -> tuple[Ragged, ...]:
         """What attention may read of a layer, without anything new."""
         had = self.layers[layer]
-        found = tuple(one.each(lambda page: page.to(had.dtype)) for one in self.read(had.kept, had.staged))
+        if had.kept is None or (by := self.stretch(layer)) is None:
+            found = self.read(had.kept, had.staged)
+        else:
+            keys, *rest = self.read(had.kept, ())
+            found = (keys.each(partial(stretched, by=1 / by)), *rest)
+            found = tuple(one.join(new) for one, new in zip(found, had.staged, strict=True)) if had.staged else found
+        found = tuple(one.each(lambda page: page.to(had.dtype)) for one in found)
         if (order := self.order(layer)) is None:
             return found
-        back = order.argsort(-1)
-        return (found[0].each(lambda page: reordered(page, back)), *found[1:])
+        places = order.argsort(-1)
+        return (found[0].each(lambda page: reordered(page, places)), *found[1:])
 
     def fork(self, index: Tensor) -> Self:
         """An independent copy with rows picked by index; a row may be picked more than once."""

@@ -2,7 +2,8 @@
 
 Widths that the group does not divide end in a shorter last group; a group of None is the whole row. Scales have values of bf16, or are
 powers of 2^(1/32), of which one matrix can store any 256 in a row, 8 octaves, in a byte each (scales quantized in their turn: Dettmers et
-al. 2023, QLoRA, arXiv:2305.14314, section 3)."""
+al. 2023, QLoRA, arXiv:2305.14314, section 3), or numbers of e4m3 times one power of two of the matrix's own, without which small ones would
+underflow (Baek et al. 2025, FireQ, arXiv:2505.20839)."""
 
 from __future__ import annotations
 
@@ -17,6 +18,9 @@ from laconic.kernels.native import native
 
 # scales of 8 bits: steps of an octave, and how many of them a matrix can store
 NOTCHES, SPAN = 32, 256
+# scales in e4m3: bits of the mantissa, the least exponent of a normal number, and the greatest scale, eight times which is e4m3's greatest
+# number: what a code of 4 bits makes of a scale is one of e4m3's range too
+MANTISSA, LEAST, MOST = 3, -6, 56.0
 # 2^(i/32) as bf16 knows it
 _OCTAVE = torch.tensor([2 ** (i / NOTCHES) for i in range(NOTCHES)], dtype=torch.float64).to(torch.bfloat16).float()
 
@@ -30,7 +34,7 @@ class Grid:
     bits: int
     group: int | None = 64
     symmetric: bool = False
-    scales: Literal["bf16", "log8"] = "bf16"
+    scales: Literal["bf16", "log8", "e4m3"] = "bf16"
     zeros: Literal["whole", "half"] = "whole"
 
     def __post_init__(self) -> None:
@@ -38,8 +42,8 @@ class Grid:
             raise ValueError(f"bits={self.bits}: a grid has 1 to 8 bits")
         if self.group is not None and self.group < 1:
             raise ValueError(f"group={self.group}: a group has at least one weight; leave it out for whole rows")
-        if self.scales not in ("bf16", "log8"):
-            raise ValueError(f"scales={self.scales}: scales are stored as bf16 or as log8")
+        if self.scales not in ("bf16", "log8", "e4m3"):
+            raise ValueError(f"scales={self.scales}: scales are stored as bf16, as log8 or as e4m3")
         if self.zeros not in ("whole", "half"):
             raise ValueError(f"zeros={self.zeros}: zeros are whole or half numbers")
         if self.zeros == "half" and self.bits == 8:
@@ -120,16 +124,51 @@ def notched(number: Tensor) -> Tensor:
     return _OCTAVE.to(number.device)[(number % NOTCHES).long()] * (octave + 127).bitwise_left_shift(23).view(torch.float32)
 
 
+def octave_of(greatest: Tensor) -> Tensor:
+    """Of a matrix's greatest scale: the least power of two times which a scale in e4m3 can be it, int32."""
+    share, power = torch.frexp(greatest.float().clamp(min=2.0**-126) / MOST)
+    return power - (share == 0.5).to(torch.int32)
+
+
+def floated(ratio: Tensor) -> Tensor:
+    """The nearest numbers of e4m3, ties to the even one, of ratios (...) from 0 on: fp32, not below its least."""
+    ratio = ratio.clamp(min=2.0**-60)
+    power = (torch.frexp(ratio).exponent - 1).clamp(min=LEAST) - MANTISSA
+    return torch.ldexp(torch.ldexp(ratio, -power).round().clamp(min=1), power)
+
+
+def to_bytes(ratio: Tensor) -> Tensor:
+    """Numbers of e4m3 above 0 as its bits, uint8."""
+    power = (torch.frexp(ratio).exponent - 1).clamp(min=LEAST)
+    # a subnormal number has no 8 in its mantissa, and so the exponent below
+    return ((power - LEAST) * 2**MANTISSA + torch.ldexp(ratio, MANTISSA - power)).to(torch.uint8)
+
+
+def from_bytes(stored: Tensor) -> Tensor:
+    """The numbers above 0 that bits of e4m3 stand for, fp32."""
+    stored = stored.to(torch.int32)
+    power = (stored >> MANTISSA).clamp(min=1)
+    return torch.ldexp((stored - (power - 1) * 2**MANTISSA).float(), power - 1 + LEAST - MANTISSA)
+
+
 def storable(scale: Tensor, grid: Grid) -> Tensor:
-    """All scales of a matrix (n, g) as they can be stored beside each other: those over 8 octaves below the greatest are raised."""
+    """All scales of a matrix (n, g) as they can be stored beside each other: in bytes, those that are too far below the greatest are
+    raised, in log8 over 8 octaves, in e4m3 over 14, of which the last three are coarse."""
     if grid.scales == "bf16" or not scale.numel():
         return scale.to(torch.bfloat16).float()
+    if grid.scales == "e4m3":
+        octave = octave_of(scale.max())
+        return torch.ldexp(floated(torch.ldexp(scale.float(), -octave)), octave)
     number = notches(scale)
     return notched(number.clamp(min=int(number.max()) - SPAN + 1))
 
 
 def rounded_scale(scale: Tensor, grid: Grid) -> Tensor:
     """A scale with the value that it is stored with."""
+    if grid.scales == "e4m3":
+        # whatever the power of two may be, a scale that is not too small beside it keeps so many bits
+        share, power = torch.frexp(scale.float().clamp(min=2.0**-126))
+        return torch.ldexp(torch.ldexp(share, torch.full_like(power, MANTISSA + 1)).round(), power - MANTISSA - 1)
     return scale.to(torch.bfloat16).float() if grid.scales == "bf16" else notched(notches(scale))
 
 

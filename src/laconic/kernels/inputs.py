@@ -1,5 +1,5 @@
-"""Inputs of a product in few bits: on an integer grid of each token's own scale, found as it comes, or in floats of a scale that was found
-beforehand."""
+"""Inputs of a product in few bits: on an integer grid or in floats of each token's own scale, found as it comes, or in floats of a scale
+that was found beforehand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laconic.kernels.grids import through
+from laconic.kernels.grids import LEAST, MANTISSA, through
+from laconic.kernels.levels import GREATEST as TOP
 from laconic.kernels.levels import Levels, ranked
 
 
@@ -20,6 +21,17 @@ def rounded(x: Tensor, bits: int, axes: int = 1) -> Tensor:
     scale = whole.abs().amax(tuple(range(-axes, 0)), keepdim=True) / top
     scale = scale.masked_fill(scale == 0, 1.0)
     return through(x, ((whole / scale).round() * scale).to(x.dtype))
+
+
+def floating(x: Tensor, axes: int = 1) -> Tensor:
+    """As `rounded`, to the numbers of e4m3, the greatest of which, 448, is at the largest entry; scales are bf16's."""
+    whole = x.detach().float()
+    scale = (whole.abs().amax(tuple(range(-axes, 0)), keepdim=True) / TOP).bfloat16().float()
+    ratio = whole / scale.masked_fill(scale == 0, 1.0)
+    # eight numbers an octave, and as many below the least normal one
+    power = (torch.frexp(ratio).exponent - 1).clamp(min=LEAST) - MANTISSA
+    near = torch.ldexp(torch.ldexp(ratio, -power).round(), power).clamp(-TOP, TOP)
+    return through(x, (near * scale).to(x.dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
-from laconic.claims.lab import ONE, SEEDS, continued, judged, long_text, spread
+from laconic.claims.lab import ONE, SEEDS, attending, continued, judged, long_text, spread
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 from laconic.core.state import State, reordered
 from laconic.methods.cache.store.bfp import Bfp, by_loudness
@@ -102,37 +98,19 @@ def _loss(of: Callable[[int], nn.Module], order: Order | None, seed: int, quick:
     return float(found.nll.mean()), found.bits
 
 
-@contextmanager
-def _attending(model: nn.Module, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Queries and keys of a layer, as positions have turned them, changed on their way to attention."""
-
-    def attend(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return sdpa_attention_forward(module, *change(module.layer_idx, query, key), *args, **kwargs)
-
-    config: Any = model.config
-    before = config._attn_implementation
-    AttentionInterface.register("laconic-claims", attend)
-    AttentionMaskInterface.register("laconic-claims", sdpa_mask)
-    config._attn_implementation = "laconic-claims"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 def _score_error(model: nn.Module, make: Make) -> float:
     """Squared error of scores as a share of their squares, the mean over layers, of 512 tokens."""
     state, shares = make().fitted(key_loudness(model)), []
 
-    def look(layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def look(layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         state.append(layer, (key, key), None, None)
         state.commit(torch.tensor(state.waiting(layer)), layer)
         held, wide = state.seen(layer)[0].data, query.unflatten(1, (key.shape[1], -1)).float()
         exact, found = (torch.einsum("bkgtd,bksd->bkgts", wide, one.float()) for one in (key, held))
         shares.append(float((found - exact).square().sum() / exact.square().sum()))
-        return query, key
+        return query, key, value
 
-    with torch.inference_mode(), _attending(model, look):
+    with torch.inference_mode(), attending(model, look):
         model(long_text()[1][-1:, :512], use_cache=False)
     return sum(shares) / len(shares)
 
@@ -181,10 +159,10 @@ def _same(lab: Lab, queries: bool) -> Verdict:
     with torch.inference_mode():
         exact = model(rows, use_cache=False).logits
 
-        def sort(layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-            return reordered(query, orders[layer]) if queries else query, reordered(key, orders[layer])
+        def sort(layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return reordered(query, orders[layer]) if queries else query, reordered(key, orders[layer]), value
 
-        with _attending(model, sort):
+        with attending(model, sort):
             found = model(rows, use_cache=False).logits
     worst = float((found - exact).norm() / exact.norm())
     numbers = {"difference of logits, over their norm": Measurement(worst, "share", exact.numel())}

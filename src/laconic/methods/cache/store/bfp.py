@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from laconic.core.claim import Card, Paper
-from laconic.core.state import Ragged, State, reordered
+from laconic.core.state import Peaked, Ragged, State, reordered
 from laconic.kernels.attention import Grouped, Part, Plain, held_attention
 from laconic.kernels.bits import pack
 
@@ -64,7 +64,7 @@ class Bfp(State):
         if self.block < 1:
             raise ValueError(f"block={self.block}: a block has at least one number")
 
-    def fitted(self, loudness: Iterator[Tensor | None]) -> Self:
+    def fitted(self, loudness: Iterator[Tensor | None], peaked: Peaked | None = None) -> Self:
         if not self.sort:
             return self
         return replace(self, orders={layer: by_loudness(loud) for layer, loud in enumerate(loudness) if loud is not None})

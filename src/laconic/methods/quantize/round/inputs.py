@@ -4,6 +4,7 @@ Token-wise quantization of activations, Yao et al. 2022 (ZeroQuant), arXiv:2206.
 y = W_q Q(x),  Q(x) = s round(x / s),  s = max_m |x_m| / (2^(b-1) - 1).  x (..., m), one s a token, found as it comes: no data is needed and
 nothing is stored. Weights are held by `hold`, a grid with one scale a row (group null) being the "per channel" of the papers: W8A8, W4A8.
 A convolution has one scale a sample, over all its channels and places. Only products round; a table that is looked up in does not.
+`inputs: e4m3` takes the floats of that format in place of even steps, with s = max_m |x_m| / 448 (FireQ, arXiv:2505.20839).
 Sibling: quantize.round.rtn (weights alone)."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import Self
@@ -21,14 +22,19 @@ from laconic.core.packed import Packed, Soft, Way, below, restore
 from laconic.core.site import Conv, Embedding, Linear, Site
 from laconic.core.transform import Change, Stats, Transform, at_level
 from laconic.kernels.grids import Grid
-from laconic.kernels.inputs import rounded
+from laconic.kernels.inputs import floating, rounded
 
 CARD = Card(Paper("Yao et al.", 2022, "arXiv:2206.01861", "section 4.1"), catalogue="", sibling="quantize.round.rtn")
 
 
-def _fed(x: Tensor, bits: int, axes: int) -> Tensor:
+# of whole numbers, how many; or a float format
+Bits = int | Literal["e4m3"]
+
+
+def _fed(x: Tensor, bits: Bits, axes: int) -> Tensor:
     """Inputs of a weight of so many axes: (..., m) of a matrix or of a matrix view, (b, m, ...) of a convolution."""
-    return rounded(x, bits, axes - 1 if x.dim() == axes > 2 else 1)
+    shared = axes - 1 if x.dim() == axes > 2 else 1
+    return floating(x, shared) if bits == "e4m3" else rounded(x, bits, shared)
 
 
 class Fed(Packed):
@@ -36,7 +42,7 @@ class Fed(Packed):
 
     form = "quantize.round.inputs.Fed"
 
-    def __init__(self, inner: Packed, bits: int) -> None:
+    def __init__(self, inner: Packed, bits: Bits) -> None:
         super().__init__()
         self.inner, self.bits, self.shape = inner, bits, inner.shape
 
@@ -75,7 +81,7 @@ class Fed(Packed):
 class SoftFed(Soft):
     """A Fed whose inner form is learned."""
 
-    def __init__(self, inner: Soft, bits: int) -> None:
+    def __init__(self, inner: Soft, bits: Bits) -> None:
         super().__init__()
         self.inner, self.bits, self.shape = inner, bits, inner.shape
 
@@ -91,14 +97,14 @@ class SoftFed(Soft):
 
 @dataclass(frozen=True)
 class WeightAndInputs:
-    """Level: the grid of the weights, and the bits of what they are multiplied with."""
+    """Level: the grid of the weights, and the bits of what they are multiplied with, or its float format."""
 
     weight: Grid
-    inputs: int = 8
+    inputs: Bits = 8
 
     def __post_init__(self) -> None:
-        if not 2 <= self.inputs <= 8:
-            raise ValueError(f"inputs={self.inputs}: inputs have 2 to 8 bits")
+        if self.inputs != "e4m3" and not (isinstance(self.inputs, int) and 2 <= self.inputs <= 8):
+            raise ValueError(f"inputs={self.inputs}: inputs have 2 to 8 bits, or are in e4m3")
 
 
 @dataclass(frozen=True)
