@@ -24,11 +24,9 @@ from typing_extensions import Self
 from laconic.core.claim import Card, Paper
 from laconic.core.state import Peaked, Ragged, State, reordered
 from laconic.kernels.attention import Grouped, Part, Plain, held_attention
-from laconic.kernels.bits import pack
+from laconic.methods.cache.store.tokenwise import Kept, joined, parts, read
 
 CARD = Card(Paper("Trukhanov and Soloveychik", 2024, "arXiv:2403.20137"), catalogue="k-sort-bfp", sibling="cache.store.kivi")
-
-HALVES = ("keys", "values")
 
 
 def quantize(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
@@ -72,31 +70,11 @@ class Bfp(State):
     def order(self, layer: int) -> Tensor | None:
         return self.orders.get(layer)
 
-    def keep(self, kept: Mapping[str, Ragged] | None, new: tuple[Ragged, ...]) -> Mapping[str, Ragged]:
-        found: dict[str, Ragged] = {}
-        for name, fresh in zip(HALVES, new, strict=True):
-            codes, exponents = quantize(fresh.data[..., None, :], self.bits, self.block)
-            # the kernel makes its tensors where the codes are
-            with codes.device:
-                stored = pack(codes.reshape(-1, codes.shape[-1]), self.bits).reshape(*codes.shape[:-1], -1)
-            # bytes do not tell how many channels they hold: their name does
-            for part, one in ((f"codes.{fresh.data.shape[-1]}", stored), ("exponents", exponents)):
-                rows = Ragged((one,), fresh.lengths)
-                had = None if kept is None else kept[f"{name}.{part}"]
-                # in rows that are shorter than the others, what follows their end goes
-                cut = rows.cut((0,) * len(rows.lengths), rows.lengths)
-                found[f"{name}.{part}"] = cut if had is None else had.join(cut)
-        return found
+    def keep(self, kept: Kept | None, new: tuple[Ragged, ...]) -> Kept:
+        return joined(kept, new, lambda x: quantize(x, self.bits, self.block), self.bits, "exponents")
 
-    def read(self, kept: Mapping[str, Ragged] | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
-        if kept is None:
-            return staged
-        found = []
-        for at in range(len(HALVES)):
-            held = self._held(kept, at)
-            one = Ragged((held.dense(),), held.tokens)
-            found.append(one.join(staged[at]) if staged else one)
-        return tuple(found)
+    def read(self, kept: Kept | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
+        return read(self._held, kept, staged)
 
     def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:
         had, order = self.layers[layer], self.order(layer)
@@ -106,11 +84,10 @@ class Bfp(State):
             half += [Plain(one.pages, one.lengths) for one in had.staged[at : at + 1]]
         return held_attention(query if order is None else reordered(query, order), *halves, mask, scale)
 
-    def _held(self, kept: Mapping[str, Ragged], at: int) -> Grouped:
+    def _held(self, kept: Kept, at: int) -> Grouped:
         """The codes of a half as the kernels read them: a step is a scale, and the middle of the codes a zero."""
-        name = next(part for part in kept if part.startswith(f"{HALVES[at]}.codes."))
-        codes, exponents = kept[name], kept[f"{HALVES[at]}.exponents"]
+        codes, exponents, width = parts(kept, at, "exponents")
         # a power of two is its exponent's bits
         scales = tuple(page.to(torch.int32).bitwise_left_shift(23).view(torch.float32).bfloat16() for page in exponents.pages)
         zeros = tuple(page * -(2.0 ** (self.bits - 1)) for page in scales)
-        return Grouped(codes.pages, scales, zeros, codes.lengths, self.bits, self.block, False, int(name.rpartition(".")[2]))
+        return Grouped(codes.pages, scales, zeros, codes.lengths, self.bits, self.block, False, width)

@@ -23,11 +23,10 @@ from typing_extensions import Self
 from laconic.core.claim import Card, Paper
 from laconic.core.state import Peaked, Ragged, State, stretched
 from laconic.kernels.attention import Grouped, Part, Plain, held_attention
-from laconic.kernels.bits import pack
+from laconic.methods.cache.store.tokenwise import Kept, joined, parts, read
 
 CARD = Card(Paper("Baek et al.", 2025, "arXiv:2505.20839"), catalogue="fireq", sibling="cache.store.kivi")
 
-HALVES = ("keys", "values")
 # the least size of a channel, as a share of the greatest
 FLOOR = 2.0**-12
 
@@ -86,31 +85,11 @@ class FireQ(State):
     def stretch(self, layer: int) -> Tensor | None:
         return self.factors.get(layer)
 
-    def keep(self, kept: Mapping[str, Ragged] | None, new: tuple[Ragged, ...]) -> Mapping[str, Ragged]:
-        found: dict[str, Ragged] = {}
-        for name, fresh in zip(HALVES, new, strict=True):
-            codes, scales = quantize(fresh.data[..., None, :], self.bits, self.group)
-            # the kernel makes its tensors where the codes are
-            with codes.device:
-                stored = pack(codes.reshape(-1, codes.shape[-1]), self.bits).reshape(*codes.shape[:-1], -1)
-            # bytes do not tell how many channels they hold: their name does
-            for part, one in ((f"codes.{fresh.data.shape[-1]}", stored), ("scales", scales)):
-                rows = Ragged((one,), fresh.lengths)
-                had = None if kept is None else kept[f"{name}.{part}"]
-                # in rows that are shorter than the others, what follows their end goes
-                cut = rows.cut((0,) * len(rows.lengths), rows.lengths)
-                found[f"{name}.{part}"] = cut if had is None else had.join(cut)
-        return found
+    def keep(self, kept: Kept | None, new: tuple[Ragged, ...]) -> Kept:
+        return joined(kept, new, lambda x: quantize(x, self.bits, self.group), self.bits, "scales")
 
-    def read(self, kept: Mapping[str, Ragged] | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
-        if kept is None:
-            return staged
-        found = []
-        for at in range(len(HALVES)):
-            held = self._held(kept, at)
-            one = Ragged((held.dense(),), held.tokens)
-            found.append(one.join(staged[at]) if staged else one)
-        return tuple(found)
+    def read(self, kept: Kept | None, staged: tuple[Ragged, ...]) -> tuple[Ragged, ...]:
+        return read(self._held, kept, staged)
 
     def attend(self, query: Tensor, layer: int, mask: Tensor | None, scale: float | None = None) -> Tensor:
         had, by = self.layers[layer], self.stretch(layer)
@@ -122,9 +101,8 @@ class FireQ(State):
                 half += [Plain(tuple(pages), one.lengths)]
         return held_attention(query if by is None else stretched(query, 1 / by).to(query.dtype), *halves, mask, scale)
 
-    def _held(self, kept: Mapping[str, Ragged], at: int) -> Grouped:
+    def _held(self, kept: Kept, at: int) -> Grouped:
         """The codes of a half as the kernels read them: the middle of the codes is a zero."""
-        name = next(part for part in kept if part.startswith(f"{HALVES[at]}.codes."))
-        codes, scales, width = kept[name], kept[f"{HALVES[at]}.scales"], int(name.rpartition(".")[2])
+        codes, scales, width = parts(kept, at, "scales")
         zeros = tuple(page * -(2.0 ** (self.bits - 1)) for page in scales.pages)
         return Grouped(codes.pages, scales.pages, zeros, codes.lengths, self.bits, min(self.group, width), False, width)

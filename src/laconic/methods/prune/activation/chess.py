@@ -117,7 +117,7 @@ class Sparse(Routed):
         return rows == 1 and self.run == "gathered" and self.asks == "router"
 
 
-def _in_lines(module: nn.Module) -> Tensor:
+def in_lines(module: nn.Module) -> Tensor:
     """The weight of a module (n, m), from now on with its columns in lines."""
     weight: Any = module.weight
     with torch.inference_mode(False):
@@ -143,21 +143,10 @@ class Neurons(Sparse):
         layer = model.get_submodule(path)
         for name, child in layer.named_children():
             self.add_module(name, child)
-        self._act = (_act_of(layer, self.names),)
+        self._act = (act_of(layer, self.names),)
 
     def fits(self, path: str, model: nn.Module) -> bool:
-        layer = model.get_submodule(path)
-        try:
-            self._act = (_act_of(layer, self.names),)
-            gate, up, down = (layer.get_submodule(self.names[part]) for part in ("gate", "up", "down"))
-        except (AttributeError, ValueError):
-            return False
-        if not all(isinstance(one, nn.Linear) for one in (gate, up, down)):
-            return False
-        weight: Any = gate.weight
-        x = weight.new_ones(1, weight.shape[1])
-        made, wanted = down(self._act[0](gate(x)) * up(x)), layer(x)
-        return wanted.shape == made.shape and (x.is_meta or torch.allclose(made, wanted, rtol=1e-2, atol=1e-4))
+        return is_gated(model.get_submodule(path), self.names)
 
     def begin(self, generator: torch.Generator) -> None:
         super().begin(generator)
@@ -191,7 +180,7 @@ class Neurons(Sparse):
         self.count(t, t * h * (2 * d + n), t * h * d + float(kept.sum()) * (d + n), t * h * (2 * d + n))
         if self._skips(t):
             bias: Any = down.bias
-            y = skipped(a * kept, _in_lines(down), x, up.weight, up.bias).to(x.dtype)  # type: ignore[arg-type]
+            y = skipped(a * kept, in_lines(down), x, up.weight, up.bias).to(x.dtype)  # type: ignore[arg-type]
             y = y if bias is None else y + bias
         else:
             u = up(x)
@@ -204,7 +193,7 @@ class Neurons(Sparse):
         gate, up, down = self._modules_named()
         if not type(self._act[0]).__name__.startswith("SiLU") or up.bias is not None or down.bias is not None:
             return None
-        return Skips(self._least(), _in_lines(down), up.weight, gate)  # type: ignore[arg-type]
+        return Skips(self._least(), in_lines(down), up.weight, gate)  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
         sizes = {"width": self.threshold.numel(), "share": self.share, "channels": self.channels}
@@ -215,10 +204,25 @@ class Neurons(Sparse):
         return cls(described["width"], described["share"], described["channels"], described["names"])
 
 
-def _act_of(layer: nn.Module, names: Mapping[str, str]) -> nn.Module:
+def act_of(layer: nn.Module, names: Mapping[str, str]) -> nn.Module:
     """The one child of a layer that is none of those named; ValueError where there is not just one."""
     (act,) = [child for name, child in layer.named_children() if name not in names.values()]
     return act
+
+
+def is_gated(layer: nn.Module, names: Mapping[str, str]) -> bool:
+    """Whether a layer is down(act(gate(x)) * up(x)), tried on one input; names: of its gate, up and down below it."""
+    try:
+        act = act_of(layer, names)
+        gate, up, down = (layer.get_submodule(names[part]) for part in ("gate", "up", "down"))
+    except (AttributeError, ValueError):
+        return False
+    if not all(isinstance(one, nn.Linear) for one in (gate, up, down)):
+        return False
+    weight: Any = gate.weight
+    x = weight.new_ones(1, weight.shape[1])
+    made, wanted = down(act(gate(x)) * up(x)), layer(x)
+    return wanted.shape == made.shape and (x.is_meta or torch.allclose(made, wanted, rtol=1e-2, atol=1e-4))
 
 
 class Inputs(Sparse):
@@ -252,7 +256,7 @@ class Inputs(Sparse):
         self.count(t, t * n * self.width, n * float(kept.sum()), t * n * self.width)
         bias: Any = self.bias
         if self._skips(t):
-            y = skipped(flat * kept, _in_lines(self)).to(x.dtype)
+            y = skipped(flat * kept, in_lines(self)).to(x.dtype)
             y = y if bias is None else y + bias
         else:
             if self.run == "looking":
@@ -261,7 +265,7 @@ class Inputs(Sparse):
         return y.reshape(*x.shape[:-1], n)
 
     def skips(self) -> Skips | None:
-        return None if self.bias is not None else Skips(self._least(), _in_lines(self))
+        return None if self.bias is not None else Skips(self._least(), in_lines(self))
 
     def describe(self) -> dict[str, Any]:
         return {"part": self.part, "width": self.width, "share": self.share}

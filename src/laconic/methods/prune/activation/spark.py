@@ -27,7 +27,7 @@ from laconic.core.site import Anatomy, Linear, Site, Sublayer
 from laconic.core.transform import Change, Lesson
 from laconic.kernels.losses import Divergence
 from laconic.kernels.skipping import skipped
-from laconic.methods.prune.activation.chess import _act_of, _in_lines
+from laconic.methods.prune.activation.chess import act_of, in_lines, is_gated
 
 CARD = Card(Paper("You et al.", 2025, "arXiv:2506.06644"), catalogue="spark-transformer", sibling="prune.activation.chess")
 
@@ -98,21 +98,10 @@ class Sparks(Routed):
         layer = model.get_submodule(path)
         for name, child in layer.named_children():
             self.add_module(name, child)
-        self._act = (_act_of(layer, self.names),)
+        self._act = (act_of(layer, self.names),)
 
     def fits(self, path: str, model: nn.Module) -> bool:
-        layer = model.get_submodule(path)
-        try:
-            act = _act_of(layer, self.names)
-            gate, up, down = (layer.get_submodule(self.names[part]) for part in ("gate", "up", "down"))
-        except (AttributeError, ValueError):
-            return False
-        if not all(isinstance(one, nn.Linear) for one in (gate, up, down)):
-            return False
-        weight: Any = gate.weight
-        x = weight.new_ones(1, weight.shape[1])
-        made, wanted = down(act(gate(x)) * up(x)), layer(x)
-        return wanted.shape == made.shape and (x.is_meta or torch.allclose(made, wanted, rtol=1e-2, atol=1e-4))
+        return is_gated(model.get_submodule(path), self.names)
 
     def remember(self) -> None:
         gate: Any = self.get_submodule(self.names["gate"])
@@ -140,13 +129,13 @@ class Sparks(Routed):
         r = max(1, min(d - 1, int(self.predictor * d)))
         alone = t == 1 and self.run == "gathered" and self.asks == "router"
         # laid down by columns, the first ones are one run of memory
-        first: Any = (_in_lines(gate) if alone else gate_weight)[:, :r]
+        first: Any = (in_lines(gate) if alone else gate_weight)[:, :r]
         scores = F.linear(x[:, :r], first, gate.bias)  # type: ignore[arg-type]
         a = self._act[0]((statistical_top if self.asks == "router" else exact_top)(scores, self.keep))
         rest = F.pad(x[:, r:], (r, 0))
         self.count(t, dense, t * h * r + float((a != 0).sum()) * (d + n), t * h * (r + d + n))
         if alone:
-            y = skipped(a, _in_lines(down), rest, up.weight, up.bias).to(x.dtype)  # type: ignore[arg-type]
+            y = skipped(a, in_lines(down), rest, up.weight, up.bias).to(x.dtype)  # type: ignore[arg-type]
             y = y if down.bias is None else y + down.bias  # type: ignore[operator]
         else:
             if self.run == "learning":
