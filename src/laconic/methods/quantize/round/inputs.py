@@ -4,6 +4,7 @@ Token-wise quantization of activations, Yao et al. 2022 (ZeroQuant), arXiv:2206.
 y = W_q Q(x),  Q(x) = s round(x / s),  s = max_m |x_m| / (2^(b-1) - 1).  x (..., m), one s a token, found as it comes: no data is needed and
 nothing is stored. Weights are held by `hold`, a grid with one scale a row (group null) being the "per channel" of the papers: W8A8, W4A8.
 A convolution has one scale a sample, over all its channels and places. Only products round; a table that is looked up in does not.
+With `step` a matrix holds one number more: which share of a token's largest entry is the outermost point, 1 until a lesson has learned it.
 Sibling: quantize.round.rtn (weights alone)."""
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from laconic.core.claim import Card, Paper
@@ -21,28 +23,37 @@ from laconic.core.packed import Packed, Soft, Way, below, restore
 from laconic.core.site import Conv, Embedding, Linear, Site
 from laconic.core.transform import Change, Stats, Transform, at_level
 from laconic.kernels.grids import Grid
-from laconic.kernels.inputs import rounded
+from laconic.kernels.inputs import rounded, stepped
 
 CARD = Card(Paper("Yao et al.", 2022, "arXiv:2206.01861", "section 4.1"), catalogue="", sibling="quantize.round.rtn")
 
 
-def _fed(x: Tensor, bits: int, axes: int) -> Tensor:
+def _fed(x: Tensor, bits: int, axes: int, share: Tensor | None = None) -> Tensor:
     """Inputs of a weight of so many axes: (..., m) of a matrix or of a matrix view, (b, m, ...) of a convolution."""
-    return rounded(x, bits, axes - 1 if x.dim() == axes > 2 else 1)
+    axes = axes - 1 if x.dim() == axes > 2 else 1
+    return rounded(x, bits, axes) if share is None else stepped(x, bits, share, axes)
+
+
+def _learned(x: Tensor, bits: int, axes: int, ends: Tensor) -> Tensor:
+    """As `_fed`, with the logarithm of the share."""
+    return _fed(x, bits, axes, ends.exp())
 
 
 class Fed(Packed):
-    """`inner`, whose products round their inputs to `bits`: each token by its last axis, of a convolution each sample as a whole."""
+    """`inner`, whose products round their inputs to `bits`: each token by its last axis, of a convolution each sample as a whole; share
+    (1,) fp32, where there is one: of the largest entry."""
 
     form = "quantize.round.inputs.Fed"
+    share: Tensor | None
 
-    def __init__(self, inner: Packed, bits: int) -> None:
+    def __init__(self, inner: Packed, bits: int, share: Tensor | None = None) -> None:
         super().__init__()
         self.inner, self.bits, self.shape = inner, bits, inner.shape
+        self.register_buffer("share", share)
 
     @property
     def feed(self) -> Callable[[Tensor], Tensor]:
-        return partial(_fed, bits=self.bits, axes=len(self.shape))
+        return partial(_fed, bits=self.bits, axes=len(self.shape), share=self.share)
 
     def dense(self) -> Tensor:
         return self.inner.dense()
@@ -58,26 +69,34 @@ class Fed(Packed):
         return self.inner.parts
 
     def first(self, count: int) -> Fed:
-        return Fed(self.inner.first(count), self.bits)
+        return Fed(self.inner.first(count), self.bits, self.share)
 
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         soft = self.inner.soften(target, way)
-        return None if soft is None else SoftFed(soft, self.bits)
+        return None if soft is None else SoftFed(soft, self.bits, self.share)
 
     def describe(self) -> dict[str, Any]:
         return {"form": self.form, "bits": self.bits, "inner": self.inner.describe()}
 
     @classmethod
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        return cls(restore(described["inner"], below(tensors, "inner")), described["bits"])
+        return cls(restore(described["inner"], below(tensors, "inner")), described["bits"], tensors.get("share"))
 
 
 class SoftFed(Soft):
-    """A Fed whose inner form is learned."""
+    """A Fed whose inner form is learned, and where it holds a share the logarithm of that, ends (1,)."""
 
-    def __init__(self, inner: Soft, bits: int) -> None:
+    def __init__(self, inner: Soft, bits: int, share: Tensor | None) -> None:
         super().__init__()
         self.inner, self.bits, self.shape = inner, bits, inner.shape
+        self.ends = None if share is None else nn.Parameter(share.log())
+
+    @property
+    def feed(self) -> Callable[[Tensor], Tensor]:
+        axes = len(self.shape)
+        return (
+            partial(_fed, bits=self.bits, axes=axes) if self.ends is None else partial(_learned, bits=self.bits, axes=axes, ends=self.ends)
+        )
 
     def dense(self) -> Tensor:
         return self.inner.dense()
@@ -86,15 +105,16 @@ class SoftFed(Soft):
         return self.inner.penalty(done)
 
     def harden(self) -> Fed:
-        return Fed(self.inner.harden(), self.bits)
+        return Fed(self.inner.harden(), self.bits, None if self.ends is None else self.ends.detach().exp())
 
 
 @dataclass(frozen=True)
 class WeightAndInputs:
-    """Level: the grid of the weights, and the bits of what they are multiplied with."""
+    """Level: the grid of the weights, and the bits of what they are multiplied with; step: whether a share of their range is held."""
 
     weight: Grid
     inputs: int = 8
+    step: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.inputs <= 8:
@@ -121,7 +141,8 @@ class Inputs(Transform):
     def several(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, levels: Sequence[WeightAndInputs]) -> Iterator[Change]:
         """The weights' method at all levels together."""
         for level, change in zip(levels, self.hold.several(site, weights, stats, [level.weight for level in levels]), strict=True):
-            yield Change(hold={tensor: Fed(form, level.inputs) for tensor, form in change.hold.items()}, notes=change.notes)
+            held = {tensor: Fed(form, level.inputs, torch.ones(1) if level.step else None) for tensor, form in change.hold.items()}
+            yield Change(hold=held, notes=change.notes)
 
     def stored(self, site: Site, level: WeightAndInputs) -> int:
-        return self.hold.stored(site, at_level(self.hold, level.weight))
+        return self.hold.stored(site, at_level(self.hold, level.weight)) + 4 * level.step
