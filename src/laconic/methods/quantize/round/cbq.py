@@ -115,8 +115,8 @@ PAIRS = Window(blocks=2, overlap=1)
 @dataclass(frozen=True)
 class CBQ(Lesson):
     """Defaults: 3 passes over 128 calibration sequences, one a step, windows of 2 blocks that overlap by one, rank 5, as in the paper; the
-    rates are ours, and fall along a cosine. Fewer steps want higher ones. rank None: a number for each weight. ends: of inputs that are rounded with the
-    weights and hold a step (`quantize.round.inputs`, step: true)."""
+    rates are ours, and fall along a cosine. Fewer steps want higher ones. rank None: a number for each weight, v. ends: of inputs that are
+    rounded with the weights and hold a step (`quantize.round.inputs`, step: true)."""
 
     objective: Objective = APART
     rates: tuple[tuple[str, float], ...] = (("step", 1e-3), ("a1", 5e-2), ("a2", 5e-2), ("v", 2e-2), ("ends", 1e-2))
