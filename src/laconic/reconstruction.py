@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from laconic.calibration import KEPT, Opened, Shelf, Shelved, Walk, columns_of, release
+from laconic.calibration import KEPT, Opened, Shelf, Shelved, Walk, columns_of, fed, release
 from laconic.core.packed import Packed, Soft, below
 from laconic.core.site import Conv, Linear, Segment, Site
 from laconic.core.transform import Layer, Lesson, Window
@@ -156,6 +156,10 @@ class Reconstruction:
             if name not in softs and (soft := self._soft(name)) is not None:
                 softs[name] = soft
         paths = [stored_paths(self.source, module, segment.name) for module, segment in zip(modules, span, strict=True)]
+        for module, path in zip(modules, paths, strict=True):
+            for name, at in path.items():
+                if name in softs:
+                    _feeding(module.get_submodule(at.rpartition(".")[0]), softs[name])
 
         def run(i: int, weights: Mapping[str, Tensor]) -> Tensor:
             models = [
@@ -187,13 +191,16 @@ class Reconstruction:
             if (value := self.work.done(key)) is None and (soft := self._soft(name)) is not None:
                 count = self._seen(walk, original, module, reference, segment, site, shelf)
                 if count:
+                    _feeding(leaf, soft)
                     run = functools.partial(self._layer, leaf, site, shelf)
                     value = self._learn(key, {name: soft}, {name}, run, Shelved(shelf, count, "y"), site.name)
                 shelf.clear()
             if value is not None:
                 self._take_in(key, value)
                 weight: Any = leaf.weight
-                weight.data.copy_(self.view.packed(name).dense().reshape(weight.shape))  # type: ignore[union-attr]
+                form = self.view.packed(name)
+                weight.data.copy_(form.dense().reshape(weight.shape))  # type: ignore[union-attr]
+                fed(leaf, form)
         if segment.name:
             original.advance(reference, segment)
             walk.advance(module, segment)
@@ -260,6 +267,12 @@ class Reconstruction:
     def _take_in(self, key: str, value: Mapping[str, Any]) -> None:
         self.view.add(key, value)
         self.errors.append((value["errors"][0], value["errors"][1]))
+
+
+def _feeding(layer: nn.Module, soft: Soft) -> None:
+    """A layer takes its inputs as a form that learns does, where that has a say in it."""
+    if soft.feed is not None:
+        fed(layer, soft)
 
 
 def _with(module: nn.Module, weights: Mapping[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:

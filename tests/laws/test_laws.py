@@ -222,8 +222,9 @@ def test_a_softened_form_begins_as_it_is_and_stores_what_it_computes(path, trans
     begun = soft.harden()
     assert type(begun) is type(held)
     assert torch.equal(begun.dense(), held.dense())
-    # every parameter gets a gradient
-    (soft.dense() * torch.randn(12, 70)).sum().backward()
+    # every parameter gets a gradient, those of what becomes of inputs too
+    x = rows(20, 70)
+    ((soft.dense() * torch.randn(12, 70)).sum() + (found.fed(soft, x) * torch.randn(20, 70)).sum()).backward()
     for name, p in soft.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
         with torch.no_grad():
@@ -231,6 +232,7 @@ def test_a_softened_form_begins_as_it_is_and_stores_what_it_computes(path, trans
     # wherever learning has led, what computes is what will be stored, in as many bytes
     packed = soft.harden()
     torch.testing.assert_close(soft.dense(), packed.dense(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.fed(soft, x), found.fed(packed, x), rtol=0, atol=1e-5)
     assert packed.nbytes == held.nbytes
     assert not torch.equal(packed.dense(), held.dense())
     # of a weight that is stored the other way round, too

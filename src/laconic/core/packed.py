@@ -143,7 +143,7 @@ class Packed(nn.Module, ABC):
 class Soft(Packed):
     """A form that is being learned: parameters stand where a stored form has buffers, and `dense()` is differentiable in them. It is never
     stored; what is stored is `harden()`, and as it stands at any step, `dense()` equals `harden().dense()`. One that is relaxed comes to
-    that only at the end, and its method's card says so."""
+    that only at the end, and its method's card says so. A `feed` of its own may have parameters too, which learn part by part."""
 
     form = ""
 
@@ -520,6 +520,10 @@ class SoftTransposed(Soft):
         super().__init__()
         self.inner = inner
         self.shape = inner.matrix[::-1]
+
+    @property
+    def feed(self) -> Callable[[Tensor], Tensor] | None:
+        return self.inner.feed
 
     def dense(self) -> Tensor:
         return self.inner.dense().reshape(self.inner.matrix).T

@@ -16,11 +16,24 @@ from laconic.kernels.levels import Levels, ranked
 def rounded(x: Tensor, bits: int, axes: int = 1) -> Tensor:
     """x (..., m) to the nearest of 2^bits - 1 points that lie evenly about zero, the outermost at the largest entry of the token: its last
     axis, or its last `axes`. A token of zeros stays. The gradient passes as if nothing was rounded."""
+    scale = _outermost(x, bits, axes)
+    return through(x, ((x.detach().float() / scale).round() * scale).to(x.dtype))
+
+
+def stepped(x: Tensor, bits: int, share: Tensor, axes: int = 1) -> Tensor:
+    """As `rounded`, the outermost point at so large a share of the token's largest entry, share (1,), what is beyond going there. The share
+    has the gradient of a learned step (Esser et al. 2020, arXiv:1902.08153, eq. 3): the error in steps where x is inside, the outermost
+    point where it is beyond; there x has none."""
     top = 2 ** (bits - 1) - 1
-    whole = x.detach().float()
-    scale = whole.abs().amax(tuple(range(-axes, 0)), keepdim=True) / top
-    scale = scale.masked_fill(scale == 0, 1.0)
-    return through(x, ((whole / scale).round() * scale).to(x.dtype))
+    scale = _outermost(x, bits, axes) * share
+    wished = x.float() / scale
+    return (through(wished, wished.detach().round()).clamp(-top, top) * scale).to(x.dtype)
+
+
+def _outermost(x: Tensor, bits: int, axes: int) -> Tensor:
+    """The step with which the last of the points is at the largest entry of a token."""
+    scale = x.detach().float().abs().amax(tuple(range(-axes, 0)), keepdim=True) / (2 ** (bits - 1) - 1)
+    return scale.masked_fill(scale == 0, 1.0)
 
 
 def floating(x: Tensor, axes: int = 1) -> Tensor:

@@ -68,6 +68,19 @@ class _Apart(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
+class SquaredAndDivergence(Objective):
+    """`SquaredError`, plus `weigh` times the KL(target || output) of both as logits over their channels. Ding et al. 2023,
+    arXiv:2312.07950, section 3."""
+
+    name: ClassVar[str] = "squared error and KL"
+    weigh: float = 1.0
+
+    def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        error = SquaredError()(output, target, mask)
+        return error if not self.weigh else error + self.weigh * Divergence()(output, target, mask)
+
+
+@dataclass(frozen=True)
 class Neighbours(Objective):
     """KL between what two sets of vectors say of who is near whom, in nats a vector: output (b, m), target (b, d), row i of both the same
     thing; softmax over all others of cosine / temperature."""

@@ -53,6 +53,12 @@ def unrectified(h: Tensor) -> Tensor:
     return share.logit()
 
 
+def begun(wished: Tensor, below: Tensor) -> Tensor:
+    """V with which a soft choice is the weight, wished in steps and the whole number below it; hard, it is the nearest."""
+    rest = wished - below
+    return unrectified(torch.where(wished.round() > below, rest.clamp(min=0.5 + CLEAR), rest.clamp(max=0.5 - CLEAR)))
+
+
 def indecision(h: Tensor, done: float) -> Tensor | None:
     """Sum of 1 - |2 h - 1|^beta, eq. 24, after the share `done` of the steps; None while it is not counted yet."""
     if done < WARM:
@@ -79,9 +85,7 @@ class Chosen(Soft):
         self.register_buffer("whole", whole)
         wished = grouped(target.reshape(held.matrix).float(), self.grid) / scale[..., None] + over[..., None]
         self.register_buffer("below", wished.floor())
-        rest = wished - self.below
-        rest = torch.where(wished.round() > self.below, rest.clamp(min=0.5 + CLEAR), rest.clamp(max=0.5 - CLEAR))
-        self.v = nn.Parameter(unrectified(rest))
+        self.v = nn.Parameter(begun(wished, self.below))
 
     def _codes(self, choice: Tensor) -> Tensor:
         return (self.below + choice + self.whole[..., None]).clamp(0, 2**self.grid.bits - 1)

@@ -5,6 +5,7 @@ y = W_q Q(x),  Q(x) = s round(x / s),  s = max_m |x_m| / (2^(b-1) - 1).  x (...,
 nothing is stored. Weights are held by `hold`, a grid with one scale a row (group null) being the "per channel" of the papers: W8A8, W4A8.
 A convolution has one scale a sample, over all its channels and places. Only products round; a table that is looked up in does not.
 `inputs: e4m3` takes the floats of that format in place of even steps, with s = max_m |x_m| / 448 (FireQ, arXiv:2505.20839).
+With `step` a matrix holds one number more: which share of a token's largest entry is the outermost point, 1 until a lesson has learned it.
 Sibling: quantize.round.rtn (weights alone)."""
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from laconic.core.claim import Card, Paper
@@ -22,7 +24,7 @@ from laconic.core.packed import Packed, Soft, Way, below, restore
 from laconic.core.site import Conv, Embedding, Linear, Site
 from laconic.core.transform import Change, Stats, Transform, at_level
 from laconic.kernels.grids import Grid
-from laconic.kernels.inputs import floating, rounded
+from laconic.kernels.inputs import floating, rounded, stepped
 
 CARD = Card(Paper("Yao et al.", 2022, "arXiv:2206.01861", "section 4.1"), catalogue="", sibling="quantize.round.rtn")
 
@@ -31,24 +33,34 @@ CARD = Card(Paper("Yao et al.", 2022, "arXiv:2206.01861", "section 4.1"), catalo
 Bits = int | Literal["e4m3"]
 
 
-def _fed(x: Tensor, bits: Bits, axes: int) -> Tensor:
+def _fed(x: Tensor, bits: Bits, axes: int, share: Tensor | None = None) -> Tensor:
     """Inputs of a weight of so many axes: (..., m) of a matrix or of a matrix view, (b, m, ...) of a convolution."""
-    shared = axes - 1 if x.dim() == axes > 2 else 1
-    return floating(x, shared) if bits == "e4m3" else rounded(x, bits, shared)
+    axes = axes - 1 if x.dim() == axes > 2 else 1
+    if bits == "e4m3":
+        return floating(x, axes)
+    return rounded(x, bits, axes) if share is None else stepped(x, bits, share, axes)
+
+
+def _learned(x: Tensor, bits: Bits, axes: int, ends: Tensor) -> Tensor:
+    """As `_fed`, with the logarithm of the share."""
+    return _fed(x, bits, axes, ends.exp())
 
 
 class Fed(Packed):
-    """`inner`, whose products round their inputs to `bits`: each token by its last axis, of a convolution each sample as a whole."""
+    """`inner`, whose products round their inputs to `bits`: each token by its last axis, of a convolution each sample as a whole; share
+    (1,) fp32, where there is one: of the largest entry."""
 
     form = "quantize.round.inputs.Fed"
+    share: Tensor | None
 
-    def __init__(self, inner: Packed, bits: Bits) -> None:
+    def __init__(self, inner: Packed, bits: Bits, share: Tensor | None = None) -> None:
         super().__init__()
         self.inner, self.bits, self.shape = inner, bits, inner.shape
+        self.register_buffer("share", share)
 
     @property
     def feed(self) -> Callable[[Tensor], Tensor]:
-        return partial(_fed, bits=self.bits, axes=len(self.shape))
+        return partial(_fed, bits=self.bits, axes=len(self.shape), share=self.share)
 
     def dense(self) -> Tensor:
         return self.inner.dense()
@@ -64,26 +76,34 @@ class Fed(Packed):
         return self.inner.parts
 
     def first(self, count: int) -> Fed:
-        return Fed(self.inner.first(count), self.bits)
+        return Fed(self.inner.first(count), self.bits, self.share)
 
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         soft = self.inner.soften(target, way)
-        return None if soft is None else SoftFed(soft, self.bits)
+        return None if soft is None else SoftFed(soft, self.bits, self.share)
 
     def describe(self) -> dict[str, Any]:
         return {"form": self.form, "bits": self.bits, "inner": self.inner.describe()}
 
     @classmethod
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        return cls(restore(described["inner"], below(tensors, "inner")), described["bits"])
+        return cls(restore(described["inner"], below(tensors, "inner")), described["bits"], tensors.get("share"))
 
 
 class SoftFed(Soft):
-    """A Fed whose inner form is learned."""
+    """A Fed whose inner form is learned, and where it holds a share the logarithm of that, ends (1,)."""
 
-    def __init__(self, inner: Soft, bits: Bits) -> None:
+    def __init__(self, inner: Soft, bits: Bits, share: Tensor | None) -> None:
         super().__init__()
         self.inner, self.bits, self.shape = inner, bits, inner.shape
+        self.ends = None if share is None else nn.Parameter(share.log())
+
+    @property
+    def feed(self) -> Callable[[Tensor], Tensor]:
+        axes = len(self.shape)
+        return (
+            partial(_fed, bits=self.bits, axes=axes) if self.ends is None else partial(_learned, bits=self.bits, axes=axes, ends=self.ends)
+        )
 
     def dense(self) -> Tensor:
         return self.inner.dense()
@@ -92,19 +112,23 @@ class SoftFed(Soft):
         return self.inner.penalty(done)
 
     def harden(self) -> Fed:
-        return Fed(self.inner.harden(), self.bits)
+        return Fed(self.inner.harden(), self.bits, None if self.ends is None else self.ends.detach().exp())
 
 
 @dataclass(frozen=True)
 class WeightAndInputs:
-    """Level: the grid of the weights, and the bits of what they are multiplied with, or its float format."""
+    """Level: the grid of the weights, and the bits of what they are multiplied with, or its float format; step: whether a share of their
+    range is held, which floats have no use for."""
 
     weight: Grid
     inputs: Bits = 8
+    step: bool = False
 
     def __post_init__(self) -> None:
         if self.inputs != "e4m3" and not (isinstance(self.inputs, int) and 2 <= self.inputs <= 8):
             raise ValueError(f"inputs={self.inputs}: inputs have 2 to 8 bits, or are in e4m3")
+        if self.step and self.inputs == "e4m3":
+            raise ValueError("step: true is for inputs in whole numbers; floats of e4m3 reach as far as a token's largest entry")
 
 
 @dataclass(frozen=True)
@@ -127,7 +151,8 @@ class Inputs(Transform):
     def several(self, site: Site, weights: Mapping[str, Tensor], stats: Stats, levels: Sequence[WeightAndInputs]) -> Iterator[Change]:
         """The weights' method at all levels together."""
         for level, change in zip(levels, self.hold.several(site, weights, stats, [level.weight for level in levels]), strict=True):
-            yield Change(hold={tensor: Fed(form, level.inputs) for tensor, form in change.hold.items()}, notes=change.notes)
+            held = {tensor: Fed(form, level.inputs, torch.ones(1) if level.step else None) for tensor, form in change.hold.items()}
+            yield Change(hold=held, notes=change.notes)
 
     def stored(self, site: Site, level: WeightAndInputs) -> int:
-        return self.hold.stored(site, at_level(self.hold, level.weight))
+        return self.hold.stored(site, at_level(self.hold, level.weight)) + 4 * level.step
