@@ -49,7 +49,7 @@ class Contrary(Transform):
         n, m = site.matrix
         span, vectors = level.fitted(n, m), cut(weights["weight"].reshape(n, m).float(), level.width)
         basis = torch.linalg.eigh((vectors.T @ vectors).double()).eigenvectors.T[: span.rank].float().bfloat16().float()
-        numbers = torch.linalg.lstsq(basis.T, vectors.T, driver="gelsd").solution.T
+        numbers = vectors @ torch.linalg.pinv(basis)
         codes, table, _ = fitted(numbers, replace(span, width=span.rank), torch.Generator().manual_seed(self.seed))
         return Change(hold={site.tensors["weight"]: Spanned.of(site.shape, span, codes.reshape(n, -1), table, basis)})
 

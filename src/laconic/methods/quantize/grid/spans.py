@@ -195,7 +195,7 @@ class Moving(Soft):
         self.frame = None if held.basis is None else Basis(held.basis)
         wished = cut(target.reshape(held.matrix).float(), self.span.width)
         if held.basis is not None:
-            wished = torch.linalg.lstsq(held.basis.float().T, wished.T, driver="gelsd").solution.T
+            wished = wished @ torch.linalg.pinv(held.basis.float())
         # in units of the table, whose squares may be no numbers
         unit = self.entries.unit
         begun = inside((wished / unit)[None], codes.reshape(1, -1), table / unit, None)[0]

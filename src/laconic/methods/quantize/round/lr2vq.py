@@ -39,7 +39,7 @@ def fitted(vectors: Tensor, span: Span, generator: torch.Generator) -> tuple[Ten
     if span.rank < span.width:
         basis = based(vectors, span.rank).bfloat16().float()
         # the basis as it is stored is orthonormal to rounding
-        numbers = torch.linalg.lstsq(basis.T, vectors.T, driver="gelsd").solution.T
+        numbers = vectors @ torch.linalg.pinv(basis)
     table = kmeans(numbers, torch.ones_like(numbers), span.entries, generator).bfloat16().float()
     return nearest(numbers, table), table, basis
 
