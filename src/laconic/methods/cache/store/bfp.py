@@ -24,7 +24,7 @@ from typing_extensions import Self
 from laconic.core.claim import Card, Paper
 from laconic.core.state import Peaked, Ragged, State, reordered
 from laconic.kernels.attention import Grouped, Part, Plain, held_attention
-from laconic.methods.cache.store.tokenwise import Kept, joined, parts, read
+from laconic.kernels.tokenwise import Kept, joined, parts, read
 
 CARD = Card(Paper("Trukhanov and Soloveychik", 2024, "arXiv:2403.20137"), catalogue="k-sort-bfp", sibling="cache.store.kivi")
 

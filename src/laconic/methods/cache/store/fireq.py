@@ -23,7 +23,7 @@ from typing_extensions import Self
 from laconic.core.claim import Card, Paper
 from laconic.core.state import Peaked, Ragged, State, stretched
 from laconic.kernels.attention import Grouped, Part, Plain, held_attention
-from laconic.methods.cache.store.tokenwise import Kept, joined, parts, read
+from laconic.kernels.tokenwise import Kept, joined, parts, read
 
 CARD = Card(Paper("Baek et al.", 2025, "arXiv:2505.20839"), catalogue="fireq", sibling="cache.store.kivi")
 

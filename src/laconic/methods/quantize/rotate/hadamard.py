@@ -24,6 +24,14 @@ from laconic.kernels.hadamard import hadamard, unhadamard
 CARD = Card(Paper("Ashkboos et al.", 2024, "arXiv:2404.00456", "section 4"), catalogue="", sibling="quantize.rotate.mambaquant")
 
 
+Feed = Callable[[Tensor], Tensor]
+
+
+def turned(feed: Feed | None) -> Feed | None:
+    """What becomes of inputs where it is done between a rotation and back."""
+    return None if feed is None else lambda x: unhadamard(feed(hadamard(x)))
+
+
 class Rotated(Packed):
     """W as W H, which `inner` holds: inputs are turned by H before its product."""
 
@@ -34,10 +42,8 @@ class Rotated(Packed):
         self.inner, self.shape = inner, inner.shape
 
     @property
-    def feed(self) -> Callable[[Tensor], Tensor] | None:
-        if (inner := self.inner.feed) is None:
-            return None
-        return lambda x: unhadamard(inner(hadamard(x)))
+    def feed(self) -> Feed | None:
+        return turned(self.inner.feed)
 
     def dense(self) -> Tensor:
         return unhadamard(self.inner.dense())
@@ -76,6 +82,10 @@ class SoftRotated(Soft):
     def __init__(self, inner: Soft) -> None:
         super().__init__()
         self.inner, self.shape = inner, inner.shape
+
+    @property
+    def feed(self) -> Feed | None:
+        return turned(self.inner.feed)
 
     def dense(self) -> Tensor:
         return unhadamard(self.inner.dense())

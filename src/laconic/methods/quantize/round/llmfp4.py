@@ -102,6 +102,10 @@ class SoftFloating(Soft):
     shifts: Tensor
     scale: Tensor
 
+    @property
+    def feed(self) -> Callable[[Tensor], Tensor]:
+        return Floats(row_of(self.table), self.shifts.clone(), self.scale.clone())
+
     def dense(self) -> Tensor:
         return self.inner.dense()
 
