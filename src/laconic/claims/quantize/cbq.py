@@ -70,7 +70,7 @@ Made = Callable[[str], Lesson]
 
 def steps(bench: Bench, quick: bool) -> int:
     """Of each window or block."""
-    return {"nano": 20, "stories260k": 100}[bench.name] if quick else {"nano": 40, "stories260k": 200}[bench.name]
+    return {"nano": 20, "stories260k": 100}[bench.name] if quick else {"nano": 30, "stories260k": 150}[bench.name]
 
 
 def learned(bench: Bench, lesson: Lesson, what: tuple[Transform, Level], seed: int, quick: bool, times: int = 1) -> Found:
@@ -150,9 +150,9 @@ def paper(where: str) -> Paper:
 
 
 DRAWS = {
-    "stories260k": "stories260k on TinyStories, all matrices of the blocks, 200 steps of 4 rows of 128 tokens for each window or block, "
+    "stories260k": "stories260k on TinyStories, all matrices of the blocks, 150 steps of 4 rows of 128 tokens for each window or block, "
     "3 draws of 64 rows (quick: 100 steps, 1 draw)",
-    "nano": "nano, all matrices of the blocks, 40 steps of 4 rows of 128 tokens for each window or block, 3 draws of 64 rows "
+    "nano": "nano, all matrices of the blocks, 30 steps of 4 rows of 128 tokens for each window or block, 3 draws of 64 rows "
     "(quick: 20 steps, 1 draw)",
 }
 IN2, IN4 = "2 bits in groups of 64", "weights in 4 bits, one scale a row, inputs in 4 bits, one scale a token"
