@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from laconic.anatomy import traced_anatomy
 from laconic.core.errors import UserError
-from laconic.core.site import Conv, Embedding, Linear, Norm, Rotate, Scale
+from laconic.core.site import Conv, Embedding, Linear, Norm, Paired, Rotate, Scale
 from laconic.models import Source, open_model
 
 _spec = importlib.util.spec_from_file_location("groups", Path(__file__).with_name("groups.py"))
@@ -439,18 +439,20 @@ def test_decoder_streams(tmp_path: Path) -> None:
     assert all(anatomy.coupled(m.site, m.axis) == group for m in group.members)
     assert anatomy.coupled(embed, 0).width == 96
     stream, *others = anatomy.edges()
-    assert [edge.name for edge in others][:2] == ["model.layers.0.value", "model.layers.0.gate"]
+    assert [edge.name for edge in others][:3] == ["model.layers.0.value", "model.layers.0.keys", "model.layers.0.gate"]
     # then what each norm gives; a tied head reads the last one and writes the stream
-    assert [edge.name.rpartition(".")[2] for edge in others][4:] == ["input_layernorm", "post_attention_layernorm"] * 2
-    assert [len(edge.readers) for edge in others][4:] == [3, 2, 3, 2]
-    assert all(edge.allows == (Scale(),) and edge.block == edge.width == 64 for edge in others[4:])
+    assert [edge.name.rpartition(".")[2] for edge in others][6:] == ["input_layernorm", "post_attention_layernorm"] * 2
+    assert [len(edge.readers) for edge in others][6:] == [3, 2, 3, 2]
+    assert all(edge.allows == (Scale(),) and edge.block == edge.width == 64 for edge in others[6:])
     assert len(stream.writers) == 1 + 2 * 2
     assert len(stream.readers) == 2 * 5 + 1
     assert len(stream.folds) == 5
     # the last norm is read by a table that is also written to the stream, so nothing may turn
     assert [len(fold.readers) for fold in stream.folds] == [3, 2, 3, 2, 0]
     assert stream.may(Rotate) is None
-    assert others[1].allows == (Scale(),)
+    assert others[2].allows == (Scale(),)
+    # all of a head's channels are turned, in pairs
+    assert others[1].allows == (Paired(4),) and others[1].block == 8
     assert others[0].may(Rotate) == Rotate()
     assert others[0].block == 8
     assert stream.width == 64

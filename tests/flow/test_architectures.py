@@ -24,7 +24,7 @@ from laconic.api import tokens as generated
 from laconic.architectures import DECODERS, WHY
 from laconic.calibration import Walk, drawn_loss
 from laconic.claims.lab import Remembering
-from laconic.core.site import Edge, Gated, Group, Linear, Member, Norm, Rotate, Scale
+from laconic.core.site import Edge, Gated, Group, Linear, Member, Norm, Paired, Rotate, Scale
 from laconic.core.statistic import Fisher, Gram
 from laconic.cutting import remove, share, stored_bytes, weigh
 from laconic.data import open_data
@@ -81,6 +81,8 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "mamba2": {"state_size": 5, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2, "chunk_size": 8, "tie_word_embeddings": False},
 }
 SCANS = {"mamba", "mamba-untied", "mamba2"}
+# norms of queries and keys, of each head alone, stand between these and their positions
+HEAD_NORMS = {"gemma3_text", "qwen3_moe"}
 ATTEND = [case for case in CASES if case not in SCANS]
 # query heads share KV heads
 GROUPED = {"llama", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "mixtral", "qwen3_moe"}
@@ -496,9 +498,18 @@ def test_inner_edges_are_exact(opened: Callable[[str], Source], case: str) -> No
                 assert edge.name == edge.writers[0].site.name
                 normed.add(kind)
                 kinds.discard(kind)
+        elif (pairs := edge.may(Paired)) is not None:
+            # one factor for the two that a turn mixes, any for those that none does
+            each = (0.5 + torch.rand(edge.width, generator=generator)).unflatten(0, (-1, edge.block))
+            each[:, pairs.half : 2 * pairs.half] = each[:, : pairs.half]
+            for members, values in ((edge.writers, each.flatten()), (edge.readers, 1 / each.flatten())):
+                for member in members:
+                    _scale(own, member, values)
         else:
             assert case.split("-")[0] in ("phi", "gpt2", "gpt_neox", "mamba2")
-    assert kinds == ({"value", "gate"} if case not in SCANS else {"gate"} if case == "mamba2" else {"step", "scan", "output"})
+    # keys meet queries with nothing but positions between
+    inner = {"value", "gate"} | (set() if case.split("-")[0] in HEAD_NORMS else {"keys"})
+    assert kinds == (inner if case not in SCANS else {"gate"} if case == "mamba2" else {"step", "scan", "output"})
     # all norms but those behind the sum
     assert bool(normed) == (case != "opt-projected")
     assert near(logits(model, ids()), before, 2e-5)
