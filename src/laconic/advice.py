@@ -134,24 +134,30 @@ def _spread(values: Tensor, seed: int) -> tuple[float, float, float]:
     return mean, ends.low, ends.high
 
 
+def called(data: str) -> str:
+    """Whose data a variant has, in words."""
+    return "your data" if data == OWN else data
+
+
 def line(one: Tried) -> str:
     """What was tried, in a line."""
-    what = {OWN: "your data", "noise": "noise"}.get(one.data, one.data)
     size = f"{one.rows} x {one.length} tokens" if one.length else f"{one.rows} samples"
-    return f"{what}, {size}: KL {one.kl:.4g} ({one.low:.4g} to {one.high:.4g}), {one.seconds:.0f} s"
+    return f"{called(one.data)}, {size}: KL {one.kl:.4g} ({one.low:.4g} to {one.high:.4g}), {one.seconds:.0f} s"
 
 
 def words(found: Sequence[Tried]) -> list[str]:
     """The advice: what the figures say, in sentences. What the same predictions cannot tell apart is called no difference."""
     whole = found[0]
     unit = "rows" if whole.length else "samples"
-    fewer = list(takewhile(lambda one: not one.costs, (one for one in found[1:] if one.axis == "rows")))
-    half = next((one for one in found[1:] if one.axis == "rows"), None)
+    # half of the rows first
+    parts = [one for one in found[1:] if one.axis == "rows"]
     said = []
-    if fewer:
+    if fewer := list(takewhile(lambda one: not one.costs, parts)):
         said.append(f"{fewer[-1].rows} {unit} do as well as all {whole.rows}: KL {fewer[-1].kl:.4g} against {whole.kl:.4g}.")
-    elif half is not None:
-        said.append(f"All {whole.rows} {unit} are of use, and more may be: KL {whole.kl:.4g}, with {half.rows} of them {half.kl:.4g}.")
+    elif parts:
+        said.append(
+            f"All {whole.rows} {unit} are of use, and more may be: KL {whole.kl:.4g}, with {parts[0].rows} of them {parts[0].kl:.4g}."
+        )
     if lengths := [one for one in found if one.axis == "length"]:
         worst, best = max(lengths, key=lambda one: one.kl), min(lengths, key=lambda one: one.kl)
         if worst.costs:

@@ -355,7 +355,7 @@ def advise(
     """What to calibrate on: how much, how long, whose.
 
     One plan carried out with fewer rows, shorter rows, other data and none, each measured on held-out text of --data."""
-    from laconic import api
+    from laconic import advice, api
 
     with Voice() as voice:
         found = api.advise(
@@ -368,9 +368,10 @@ def advise(
     title = f"{found['recipe']}, {' '.join(found['budget'])}: KL on held-out text, nats a prediction"
     table = _table(title, "data", "rows", "tokens a row", "KL", "more than all of yours")
     for one in found["tried"]:
-        name = "your data" if one["data"] == "own" else one["data"]
         more = f"{one['more']:+.4f} ({one['more_low']:+.4f} to {one['more_high']:+.4f})" if one is not found["tried"][0] else ""
-        table.add_row(name, f"{one['rows']:,}", f"{one['length']:,}" if one["length"] else "", f"{one['kl']:.4g}", more)
+        table.add_row(
+            advice.called(one["data"]), f"{one['rows']:,}", f"{one['length']:,}" if one["length"] else "", f"{one['kl']:.4g}", more
+        )
     _show(table)
     for sentence in found["advice"]:
         print(sentence)

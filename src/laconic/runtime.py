@@ -58,7 +58,6 @@ def key_loudness(model: nn.Module) -> Iterator[Tensor | None]:
     the architecture has no row of data, and for a layer without such a projection."""
     config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     row, there = DECODERS.get(config.model_type), dict(model.named_modules())
-    rope = getattr(config, "rope_parameters", None)
     for layer in range(config.num_hidden_layers):
         part = next((one for one in ("k", "qkv") if row is not None and one in row.parts), None)
         weight: Any = None if row is None or part is None else getattr(there.get(f"{row.blocks}.{layer}.{row.parts[part]}"), "weight", None)
@@ -70,7 +69,7 @@ def key_loudness(model: nn.Module) -> Iterator[Tensor | None]:
         gain: Any = getattr(there.get(f"{row.blocks}.{layer}.{row.norms.get('k', '')}"), "weight", None) if "k" in row.norms else None
         if gain is not None and gain.numel() == loud.shape[1]:
             loud = loud / loud.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12) * (gain.detach().float() + row.plus).abs()
-        half = 0 if not rope else int(loud.shape[1] * float(rope.get("partial_rotary_factor") or 1.0)) // 2
+        half = _pairs(config, loud.shape[1])
         pairs = loud[:, : 2 * half].unflatten(1, (2, half))
         yield torch.cat([pairs.square().mean(1, keepdim=True).sqrt().expand_as(pairs).flatten(1), loud[:, 2 * half :]], 1)
 
@@ -87,14 +86,18 @@ def key_peaks(model: nn.Module, rows: Tensor | None = None) -> Iterator[tuple[Te
     device = next((one.device for one in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with torch.inference_mode():
         model.get_decoder()(rows.to(device), past_key_values=cache, use_cache=True)  # type: ignore[operator]
-    rope = getattr(config, "rope_parameters", None)
     for layer in cache.layers:
         keys = layer.keys if type(layer) is DynamicLayer and layer.keys is not None else None
         if keys is None or not keys.shape[-1]:
             yield None
             continue
-        turned = int(keys.shape[-1] * float(rope.get("partial_rotary_factor") or 1.0)) // 2 if rope else 0
-        yield keys.float().abs().amax((0, 2)).clone(), turned
+        yield keys.float().abs().amax((0, 2)).clone(), _pairs(config, keys.shape[-1])
+
+
+def _pairs(config: Any, width: int) -> int:
+    """How many pairs of a head's channels positions turn."""
+    rope = getattr(config, "rope_parameters", None)
+    return int(width * float(rope.get("partial_rotary_factor") or 1.0)) // 2 if rope else 0
 
 
 def fitted(state: State, model: nn.Module) -> State:
