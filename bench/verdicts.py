@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from laconic import catalogue
-from laconic.api import claims_of
 from laconic.core.claim import Claim
+from laconic.verifying import claims_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "verdicts.md"
 EARLIER = " (*earlier code*)"

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 import platform
 import shlex
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from laconic import artifact, catalogue, job, measurement, vectors
+from laconic import artifact, catalogue, job, measurement, vectors, verifying
 from laconic.budget import parse_budget
-from laconic.core.claim import Claim, Lab, Measurement, Verdict
 from laconic.core.decoder import Decoder, Draw, Stack
 from laconic.core.errors import BrokenPromise, UserError, nearest
 from laconic.core.menu import Search
@@ -999,36 +996,12 @@ def verify(
         return _verify_folder(Path(name), progress, log)
     if name is not None and (os.sep in str(name) or str(name).startswith(".")):
         raise UserError(f"no such folder: {name}; name a folder that `laconic compress` wrote, or a method")
-    entries = (catalogue.find(str(name)),) if name is not None else catalogue.select(family=family)
-    data = _lab_data(lab)
-    found: list[dict[str, Any]] = []
-    for entry in entries:
-        claims = claims_of(entry.name)
-        if not claims:
-            log(f"{entry.name}: no claim is written yet")
-            continue
-        if claim is not None and not (name is not None and 1 <= claim <= len(claims)):
-            raise UserError(
-                f"--claim {claim}: name a method and one of its claims, 1 to {len(claims)}; `laconic show {entry.name}` lists them"
-            )
-        chosen = claims if claim is None else claims[claim - 1 : claim]
-        verdicts = [_verdict(entry, one, claims, data, full, again, log) for one in chosen]
-        if full:
-            # after all others, as the two scales do not fit into memory together
-            verdicts = [_witnessed(entry, one, had, claims, data, log) for one, had in zip(chosen, verdicts, strict=True)]
-        found.append({"name": entry.name, "quick": not full, "claims": verdicts})
+    entries = [catalogue.find(str(name))] if name is not None else list(catalogue.select(family=family))
+    found = verifying.verify(entries, _lab_data(lab), full=full, again=again, claim=claim, log=log, progress=progress)
     if not found:
         raise UserError(f"{name or f'family {family}'} has no claim to verify; see `laconic show` for what each method promises")
     ok = all(c["result"] != "fails" and c["broken"]["result"] != "holds" for answer in found for c in answer["claims"])
     return {"ok": ok, "methods": found}
-
-
-def claims_of(name: str) -> tuple[Claim, ...]:
-    """The claims of a method, imported."""
-    if not catalogue.claims_file(name).is_file():
-        return ()
-    family, _, method = name.split(".")
-    return tuple(importlib.import_module(f"laconic.claims.{family}.{method}").CLAIMS)
 
 
 def _lab_data(lab: str | Path | None) -> Path | None:
@@ -1040,73 +1013,6 @@ def _lab_data(lab: str | Path | None) -> Path | None:
         return Path(lab).resolve()
     beside = Path("..") / "shared" / "data"
     return beside.resolve() if beside.is_dir() else None
-
-
-def _verdict(
-    entry: catalogue.Entry, claim: Claim, claims: Sequence[Claim], data: Path | None, full: bool, again: bool, log: Log
-) -> dict[str, Any]:
-    """A claim's verdict: the recorded one where it still stands, else a new one."""
-    if not full:
-        return _judge(entry.name, claim, data, full, log)
-    ground = catalogue.ground(entry.name, claim.scale)
-    had = None if again else next((one for one in entry.verdicts if one["says"] == claim.says), None)
-    if had is not None and had.get("ground") != ground and had["scale"] == claim.scale and "witness" in had:
-        log(f"{entry.name}: the quick form on the present code, for a verdict of earlier code: {claim.says}")
-        if _same(had["witness"], _witness(claim, data, log)):
-            had |= {"ground": ground, "confirmed": job.versions()}
-            catalogue.record(entry.name, had, [one.says for one in claims])
-    if had is not None and had.get("ground") == ground:
-        log(f"{entry.name}: {had['result']}, as recorded (--again runs it anew): {claim.says}")
-        return had
-    verdict = _judge(entry.name, claim, data, full, log) | {"ground": ground}
-    # a promise that could not be looked at is no verdict
-    if verdict["result"] != "cannot be checked here":
-        catalogue.record(entry.name, verdict, [one.says for one in claims])
-    return verdict
-
-
-def _witnessed(
-    entry: catalogue.Entry, claim: Claim, verdict: dict[str, Any], claims: Sequence[Claim], data: Path | None, log: Log
-) -> dict[str, Any]:
-    """A recorded verdict with the numbers of the quick form beside it."""
-    if "witness" in verdict or verdict["result"] == "cannot be checked here":
-        return verdict
-    log(f"{entry.name}: the quick form, as a witness: {claim.says}")
-    verdict = verdict | {"witness": _witness(claim, data, log)}
-    catalogue.record(entry.name, verdict, [one.says for one in claims])
-    return verdict
-
-
-def _witness(claim: Claim, data: Path | None, log: Log) -> dict[str, float]:
-    """Numbers of a claim's quick form, without its stand-in."""
-    with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
-        verdict = claim.check(Lab(data=data, quick=True, log=log, scratch=Path(scratch)))
-    return {key: float(one.value) for key, one in verdict.numbers.items()}
-
-
-def _same(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
-    """Whether two witnesses have the same numbers, to a thousandth; times hardly ever do."""
-    return bool(a) and a.keys() == b.keys() and all(math.isclose(a[key], b[key], rel_tol=1e-3) for key in a)
-
-
-def _judge(name: str, claim: Claim, data: Path | None, full: bool, log: Callable[[str], None]) -> dict[str, Any]:
-    log(f"{name}: {claim.says}")
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
-        bench_of = Lab(data=data, quick=not full, log=log, scratch=Path(scratch))
-        verdict = claim.check(bench_of)
-        # where the claim cannot be checked, neither can its stand-in
-        broken = claim.broken(bench_of) if verdict.result != "cannot be checked here" else verdict
-    log(f"{name}: {verdict.result}" + (f" ({verdict.reason})" if verdict.reason else ""))
-    made = {"seconds": round(time.monotonic() - began, 1), "versions": job.versions(), "hardware": measurement.hardware()}
-    return {"says": claim.says, "where": asdict(claim.where), "scale": claim.scale, **_plain(verdict), "broken": _plain(broken), **made}
-
-
-def _plain(verdict: Verdict) -> dict[str, Any]:
-    def numbers(one: Measurement) -> dict[str, Any]:
-        return {key: value for key, value in one._asdict().items() if value is not None}
-
-    return {"result": verdict.result, "reason": verdict.reason, "numbers": {key: numbers(one) for key, one in verdict.numbers.items()}}
 
 
 def _verify_folder(folder: Path, progress: Progress, log: Log) -> dict[str, Any]:

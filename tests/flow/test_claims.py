@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 
 from bench import verdicts
-from laconic import api, catalogue
+from laconic import api, catalogue, verifying
 from laconic.claims.lab import judged, open_bench, spread
 from laconic.core.claim import Claim, Lab, Measurement, Paper, Result, Verdict
 from laconic.core.errors import UserError
 
 NAMES = [entry.name for entry in catalogue.entries()]
-EACH = [(name, claim) for name in NAMES for claim in api.claims_of(name)]
-IDS = [f"{name}-{i}" for name in NAMES for i in range(len(api.claims_of(name)))]
+EACH = [(name, claim) for name in NAMES for claim in verifying.claims_of(name)]
+IDS = [f"{name}-{i}" for name in NAMES for i in range(len(verifying.claims_of(name)))]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_has_a_claim(name: str) -> None:
-    assert api.claims_of(name), f"{name} has no claim: write {catalogue.claims_file(name)}"
+    assert verifying.claims_of(name), f"{name} has no claim: write {catalogue.claims_file(name)}"
 
 
 def test_every_claims_file_belongs_to_a_method() -> None:
@@ -60,12 +60,12 @@ def test_a_claim_cites_a_paper_of_the_method(name: str) -> None:
     entry = catalogue.find(name)
     assert entry.sibling in NAMES
     # the card's paper, or another that the docstring names
-    assert any(claim.where.link in entry.doc for claim in api.claims_of(name))
+    assert any(claim.where.link in entry.doc for claim in verifying.claims_of(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sentences_are_read_without_importing(name: str) -> None:
-    assert catalogue.claims(name) == [claim.says for claim in api.claims_of(name)]
+    assert catalogue.claims(name) == [claim.says for claim in verifying.claims_of(name)]
 
 
 def test_models_whose_data_is_not_there_are_not_checked(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_verdicts_are_recorded_as_they_come_and_not_found_twice(tmp_path: Path, 
         return Claim(says, Paper("Somebody", 2020, "arXiv:2001.00001"), "nano", check, lambda lab: Verdict("fails", {}))
 
     claims = [claim("First.", "holds"), claim("Second.", "fails"), claim("Third.", "cannot be checked here")]
-    monkeypatch.setattr(api, "claims_of", lambda _: tuple(claims))
+    monkeypatch.setattr(verifying, "claims_of", lambda _: tuple(claims))
     verify = partial(api.verify, name, lab=None, log=lambda _: None)
     stopped, gain = True, 2.0
     with pytest.raises(KeyboardInterrupt):

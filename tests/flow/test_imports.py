@@ -58,13 +58,14 @@ LAYERS = [
     ("page", "serve"),
     ("sources",),
     ("catalogue",),
-    ("api", "claims"),
+    ("claims", "verifying"),
+    ("api",),
     ("cli",),
     ("__main__", ""),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # names of methods are resolved by path at run time: only these may import them
-KNOW_METHODS = {"methods", "zoo", "claims", "api", "catalogue", "cli"}
+KNOW_METHODS = {"methods", "zoo", "claims", "verifying", "api", "catalogue", "cli"}
 KNOW_ZOO = {"zoo", "claims", "api", "cli"}
 
 

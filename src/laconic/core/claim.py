@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Measurement(NamedTuple):
@@ -71,20 +73,28 @@ class Scale:
 
 
 class Lab(NamedTuple):
-    """What a check may use: where the real data lies (None in a fresh clone), quick or full, a log, and a scratch folder."""
+    """What a check may use: where the real data lies (None in a fresh clone), quick or full, a log, and a scratch folder; most: of a
+    claim's draws at most so many, None for all."""
 
     data: Any
     quick: bool
     log: Callable[[str], None]
     scratch: Any
+    most: int | None = None
+
+    def draws(self, seeds: Sequence[T]) -> Sequence[T]:
+        """Those of a claim's draws that this run takes."""
+        return seeds[: self.most]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence of a paper, runnable. `broken` runs the same check on a stand-in that must fail."""
+    """One sentence of a paper, runnable. `broken` runs the same check on a stand-in that must fail. timed: whether it rests on times or
+    the memory of its process, so that nothing else may run beside it."""
 
     says: str
     where: Paper
     scale: str
     check: Callable[[Lab], Verdict]
     broken: Callable[[Lab], Verdict]
+    timed: bool = False

@@ -173,5 +173,6 @@ CLAIMS: tuple[Claim, ...] = (
         scale="4 queries of one head over 65,536 tokens of 128 channels in bf16, 2 threads, medians of 15 (in full 50) calls in turns",
         check=partial(_time, share=Lean()),
         broken=partial(_time, share=by_pair),
+        timed=True,
     ),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -115,7 +115,8 @@ def _score_error(model: nn.Module, make: Make) -> float:
     return sum(shares) / len(shares)
 
 
-def _closes(lab: Lab, of: Callable[[int], nn.Module], ours: Order, seeds: tuple[int, ...]) -> Verdict:
+def _closes(lab: Lab, of: Callable[[int], nn.Module], ours: Order, seeds: Sequence[int]) -> Verdict:
+    seeds = lab.draws(seeds)
     full = [_loss(of, None, seed, lab.quick)[0] for seed in seeds]
     losses = {name: [_loss(of, order, seed, lab.quick) for seed in seeds] for name, order in {"sorted": ours, **ORDERS}.items()}
     errors = {name: [_score_error(of(s), order(of(s), s)) for s in seeds] for name, order in {"sorted": ours, **ORDERS}.items()}
@@ -138,8 +139,9 @@ def _closes(lab: Lab, of: Callable[[int], nn.Module], ours: Order, seeds: tuple[
     return judged(wrong, numbers)
 
 
-def _as_good(lab: Lab, ours: Order, seeds: tuple[int, ...]) -> Verdict:
+def _as_good(lab: Lab, ours: Order, seeds: Sequence[int]) -> Verdict:
     """Sorted in 4 bits against 8 bits as they come, with planted channels."""
+    seeds = lab.draws(seeds)
     narrow, wide = ([_loss(FILLED, order, s, lab.quick, bits) for s in seeds] for order, bits in ((ours, BITS), (_stored, 2 * BITS)))
     gap = [math.expm1(a - b) for (a, _), (b, _) in zip(narrow, wide, strict=True)]
     ratio = wide[0][1] / narrow[0][1]

@@ -151,6 +151,7 @@ def _errors(of: Of, way: Way, seed: int, quick: bool) -> tuple[float, float]:
 def _below(lab: Lab, of: Of, ours: Way, which: int, seeds: Sequence[int]) -> Verdict:
     """Errors of keys (0) or of attention's output (1) with both, below those of either alone and of none."""
     what = ("key error", "error of attention's output")[which]
+    seeds = lab.draws(seeds)
     found = {
         name: [_errors(of, way, seed, lab.quick)[which] for seed in seeds] for name, way in {"both": ours, **EITHER, "none": NONE}.items()
     }
@@ -170,7 +171,7 @@ def _nearest(lab: Lab, of: Of, ours: Way, seeds: Sequence[int]) -> Verdict:
     gaps: dict[str, list[float]] = {}
     for name, way in {"both": ours, "none": NONE}.items():
         gaps[name], bits = [], []
-        for seed in seeds:
+        for seed in lab.draws(seeds):
             model, state = _made(of, way, seed)
             rows = long_text()[1][seed * count : (seed + 1) * count, :length]
             full = continued(Full, rows, prompt, piece, model)

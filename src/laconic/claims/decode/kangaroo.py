@@ -97,7 +97,7 @@ def _numbers(found: list[dict[str, Any]]) -> dict[str, Measurement]:
 
 
 def _cheaper(lab: Lab, decoder: Decoder) -> Verdict:
-    found = [_found(lab, seed, decoder, _learned) for seed in SEEDS]
+    found = [_found(lab, seed, decoder, _learned) for seed in lab.draws(SEEDS)]
     wrong = [] if all(one["drafted_same_as_plain"] == 1 for one in found) else ["other tokens than one by one"]
     wrong += [] if all(_cost(one) < DEPTH for one in found) else [f"no fewer than {DEPTH} passes a token"]
     return judged(wrong, _numbers(found))
@@ -105,10 +105,10 @@ def _cheaper(lab: Lab, decoder: Decoder) -> Verdict:
 
 def _exit(lab: Lab, make: Make) -> Verdict:
     """Against each fixed length of the draft, with the learned adapter."""
-    found = [_found(lab, seed, Kangaroo(), make) for seed in SEEDS]
+    found = [_found(lab, seed, Kangaroo(), make) for seed in lab.draws(SEEDS)]
     numbers, wrong = _numbers(found), []
     for most in range(1, 7):
-        fixed = [_found(lab, seed, Kangaroo(eta=0.0, most=most), _learned) for seed in SEEDS]
+        fixed = [_found(lab, seed, Kangaroo(eta=0.0, most=most), _learned) for seed in lab.draws(SEEDS)]
         numbers[f"layer and adapter passes a token, always {most}"] = spread([_cost(one) for one in fixed], "passes")
         if any(_cost(a) >= _cost(b) for a, b in zip(found, fixed, strict=True)):
             wrong.append(f"no cheaper a token than {most} at a time")
@@ -116,7 +116,7 @@ def _exit(lab: Lab, make: Make) -> Verdict:
 
 
 def _faster(lab: Lab, make: Make) -> Verdict:
-    found = [_found(lab, seed, Kangaroo(), make) for seed in SEEDS]
+    found = [_found(lab, seed, Kangaroo(), make) for seed in lab.draws(SEEDS)]
     ratios = [one["details"]["drafted_tokens_per_s"]["ratio"] for one in found]
     return judged([] if min(ratios) > 1 else [f"{min(ratios):.2f}x the speed of one by one"], _numbers(found))
 
@@ -147,5 +147,6 @@ CLAIMS: tuple[Claim, ...] = (
         scale=SCALE,
         check=partial(_faster, make=_learned),
         broken=partial(_faster, make=_begun),
+        timed=True,
     ),
 )

@@ -197,6 +197,7 @@ CLAIMS: tuple[Claim, ...] = (
         scale=f"{SCALE}; 512 to 4,096 tokens (in full 8,192); the stand-in has one tile",
         check=partial(_smaller, methods=BOTH),
         broken=partial(_smaller, methods=(FlashSVD(tokens=1 << 20, neurons=1 << 20),)),
+        timed=True,
     ),
     Claim(
         says="A pass takes at most 1.5 times as long as one of the products one by one.",
@@ -204,5 +205,6 @@ CLAIMS: tuple[Claim, ...] = (
         scale=f"{SCALE}; 1,024 tokens (in full also 4,096), in turns; the stand-in has tiles of 8 tokens",
         check=partial(_quick, methods=BOTH),
         broken=partial(_quick, methods=(FlashSVD(tokens=8, neurons=32),)),
+        timed=True,
     ),
 )

@@ -133,7 +133,7 @@ def _against(name: str, rival: Rival, counts: Sequence[int], lab: Lab, ours: Tra
     def check(bench: Bench) -> Iterator[Duel]:
         for count in counts:
             label = f"{count} block" + ("s" if count > 1 else "")
-            pairs = [(stacked(bench, ours, count, seed), rival(bench, count, seed)) for seed in seeds]
+            pairs = [(stacked(bench, ours, count, seed), rival(bench, count, seed)) for seed in lab.draws(seeds)]
             yield duel(label, [pair[0] for pair in pairs], [pair[1] for pair in pairs], names=("BitStack", name))
 
     return on(lab, "nano", check)

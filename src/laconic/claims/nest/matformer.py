@@ -206,7 +206,7 @@ WIDEST = (0.0, 0.0, 0.0, 1.0)
 def _near(lab: Lab, seeds: Sequence[int], odds: tuple[float, ...]) -> Verdict:
     wrong: list[str] = []
     numbers: dict[str, Measurement] = {}
-    found = families(lab, seeds, odds)
+    found = families(lab, lab.draws(seeds), odds)
     for i, size in enumerate(SIZES):
         ratio = [one.nested[i].loss / one.apart[i].loss for one in found]
         numbers[f"{size}: loss, nested"] = spread([one.nested[i].loss for one in found], "nats/byte")
@@ -220,7 +220,7 @@ def _near(lab: Lab, seeds: Sequence[int], odds: tuple[float, ...]) -> Verdict:
 def _far(lab: Lab, seeds: Sequence[int], odds: tuple[float, ...]) -> Verdict:
     wrong: list[str] = []
     numbers: dict[str, Measurement] = {}
-    found = families(lab, seeds, odds)
+    found = families(lab, lab.draws(seeds), odds)
     for i, size in enumerate(SIZES[:-1]):
         numbers[f"{size}: loss, nested"] = spread([one.nested[i].loss for one in found], "nats/byte")
         numbers[f"{size}: loss, cut"] = spread([one.cut[i].loss for one in found], "nats/byte")
@@ -232,7 +232,7 @@ def _far(lab: Lab, seeds: Sequence[int], odds: tuple[float, ...]) -> Verdict:
 def _agree(lab: Lab, seeds: Sequence[int], odds: tuple[float, ...]) -> Verdict:
     wrong: list[str] = []
     numbers: dict[str, Measurement] = {}
-    found = families(lab, seeds, odds)
+    found = families(lab, lab.draws(seeds), odds)
 
     def same(a: Said, b: Said) -> float:
         return float((a.choice == b.choice).float().mean())

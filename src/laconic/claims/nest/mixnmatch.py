@@ -14,7 +14,7 @@ from laconic.core.claim import Claim, Lab, Measurement, Paper, Verdict
 def _on_the_line(lab: Lab, seeds: Sequence[int], apart: bool) -> Verdict:
     wrong: list[str] = []
     numbers: dict[str, Measurement] = {}
-    found = families(lab, seeds)
+    found = families(lab, lab.draws(seeds))
     for i, counts in enumerate(path()):
         low = i // LAYERS * LAYERS
         if i == low:

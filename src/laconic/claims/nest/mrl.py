@@ -169,7 +169,7 @@ ABSENT = Verdict("cannot be checked here", {}, "the real data (mnist) is not her
 
 
 def _as_good(lab: Lab, seeds: Sequence[int], shared: bool, nested: bool) -> Verdict:
-    if (found := _found(lab, seeds, shared, nested)) is None:
+    if (found := _found(lab, lab.draws(seeds), shared, nested)) is None:
         return ABSENT
     wrong: list[str] = []
     numbers: dict[str, Measurement] = {}
@@ -188,7 +188,7 @@ RIVALS = {"cut": "the first numbers of an ordinary net", "turned": "PCA of an or
 
 
 def _better(lab: Lab, seeds: Sequence[int], nested: bool, rival: str) -> Verdict:
-    if (found := _found(lab, seeds, False, nested)) is None:
+    if (found := _found(lab, lab.draws(seeds), False, nested)) is None:
         return ABSENT
     wrong: list[str] = []
     numbers: dict[str, Measurement] = {}
@@ -202,7 +202,7 @@ def _better(lab: Lab, seeds: Sequence[int], nested: bool, rival: str) -> Verdict
 
 
 def _cheaper(lab: Lab, seeds: Sequence[int], shared: bool, nested: bool) -> Verdict:
-    if (found := _found(lab, seeds, shared, nested)) is None:
+    if (found := _found(lab, lab.draws(seeds), shared, nested)) is None:
         return ABSENT
     whole = [one.accuracy[WIDTH] for one in found]
     got, used = ([one.cascade[i] for one in found] for i in (0, 1))

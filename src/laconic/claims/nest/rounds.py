@@ -68,7 +68,7 @@ def within(bench: Bench, transform: Transform, order: Order, seed: int, share: f
 
 def _between(share: float, lab: Lab, order: Order, seeds: Sequence[int]) -> Verdict:
     def check(bench: Bench) -> Verdict:
-        pairs = [[within(bench, BitStack(), one, seed, share) for seed in seeds] for one in (order, Layers())]
+        pairs = [[within(bench, BitStack(), one, seed, share) for seed in lab.draws(seeds)] for one in (order, Layers())]
         return judged(*duel("half a round", *pairs, names=("sorted", "layer by layer")))
 
     return on(lab, "nano", check)
@@ -80,7 +80,7 @@ def _falling(lab: Lab, transform: Transform, seeds: Sequence[int]) -> Verdict:
         numbers: dict[str, Measurement] = {}
         before: list[float] = []
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-            found = [within(bench, transform, Rounds(), seed, share) for seed in seeds]
+            found = [within(bench, transform, Rounds(), seed, share) for seed in lab.draws(seeds)]
             label = f"{share:.0%} of what can be left out"
             numbers[f"{label}: bytes"] = spread([float(one.bytes) for one in found], "bytes")
             numbers[f"{label}: KL"] = spread([one.kl for one in found], "nats/token")

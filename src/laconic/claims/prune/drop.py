@@ -74,6 +74,7 @@ def _bits(bench: Bench, score: Score, seeds: Sequence[int]) -> Verdict:
 
 
 def _on_nano(check: str, score: Score, free: Score, seeds: Sequence[int], lab: Lab) -> Verdict:
+    seeds = lab.draws(seeds)
     return on(lab, "nano", lambda bench: _order(bench, score, free, seeds) if check == "order" else _bits(bench, score, seeds))
 
 

@@ -145,7 +145,7 @@ def _rival(bench: Bench, menu: Menu, judge: Judge, name: str, bytes: int, seed: 
 
 
 def _on(name: str, rival: str, spoil: Callable[[Judge], Judge], seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, lambda bench: _against(bench, lab, rival, spoil, seeds))
+    return on(lab, name, lambda bench: _against(bench, lab, rival, spoil, lab.draws(seeds)))
 
 
 PAPER = Paper("Zhang et al.", 2024, "arXiv:2405.18218", "section 4.2")

@@ -93,7 +93,7 @@ def _data_helps(bench: Bench, ours: Cut, keep: float, seeds: Sequence[int]) -> V
 
 
 def _on(name: str, theirs: Side, keep: float, inputs: Inputs, ours: Side, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, lambda bench: beats(bench, ours, theirs, keep, inputs, seeds))
+    return on(lab, name, lambda bench: beats(bench, ours, theirs, keep, inputs, lab.draws(seeds)))
 
 
 PAPER = Paper("Wang, Rachwan, Günnemann and Charpentier", 2024, "arXiv:2403.18955", "section 4, train-prune without fine-tuning")
@@ -129,7 +129,7 @@ CLAIMS: tuple[Claim, ...] = (
         says="Calibration data serve OBSPA at least as well as noise.",
         where=PAPER,
         scale="ResNet-20 on CIFAR-10, 55 % of the bytes, 3 draws",
-        check=lambda lab: on(lab, "resnet20", lambda bench: _data_helps(bench, Obspa(), CNN, SEEDS)),
+        check=lambda lab: on(lab, "resnet20", lambda bench: _data_helps(bench, Obspa(), CNN, lab.draws(SEEDS))),
         broken=lambda lab: on(lab, "resnet20", lambda bench: _data_helps(bench, Backwards(), CNN, ONE)),
     ),
     Claim(

@@ -56,7 +56,7 @@ def _below(bench: Bench, ours: Cut, keep: float, seeds: Sequence[int]) -> Verdic
 
 
 def _on(name: str, keep: float, ours: Cut, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, lambda bench: _below(bench, ours, keep, seeds))
+    return on(lab, name, lambda bench: _below(bench, ours, keep, lab.draws(seeds)))
 
 
 PAPER = Paper("Wang, Rachwan, Günnemann and Charpentier", 2024, "arXiv:2403.18955", "section 3")

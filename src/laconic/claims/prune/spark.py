@@ -116,7 +116,7 @@ def _steps(lab: Lab) -> int:
 
 def _learns(lab: Lab, ours: str, seeds: Sequence[int]) -> Verdict:
     numbers: dict[str, Measurement] = {}
-    found = {kind: [loss(kind, seed, _steps(lab)) for seed in seeds] for kind in (ours, "dense", "top")}
+    found = {kind: [loss(kind, seed, _steps(lab)) for seed in lab.draws(seeds)] for kind in (ours, "dense", "top")}
     names = {ours: "8 % of the neurons", "dense": "dense and gated", "top": "exact top-k, no gate"}
     for kind, values in found.items():
         numbers[f"loss, {names[kind]}"] = spread(values, "nats/byte")
@@ -171,7 +171,7 @@ def _drawn(lab: Lab, top: Callable[[Tensor, float], Tensor]) -> Verdict:
 def _counts(lab: Lab, top: Callable[[Tensor, float], Tensor], seeds: Sequence[int]) -> Verdict:
     numbers: dict[str, Measurement] = {}
     shares: dict[int, list[float]] = {}
-    for seed in seeds:
+    for seed in lab.draws(seeds):
         for layer, scores in enumerate(_scores(trained("spark", seed, _steps(lab)))):
             shares.setdefault(layer, []).append(float(_counted(scores, top).mean()))
     for layer, values in shares.items():
@@ -267,6 +267,7 @@ CLAIMS: tuple[Claim, ...] = (
         scale="two million scores in rows of 4,096 and 16,384 (in full 65,536), 8 % kept, in turns; the stand-in sorts",
         check=partial(_selects, top=statistical_top),
         broken=partial(_selects, top=_sorts),
+        timed=True,
     ),
     Claim(
         says="A token passes a wide layer at least 1.4 times as fast as a dense gated one of as many parameters.",
@@ -275,5 +276,6 @@ CLAIMS: tuple[Claim, ...] = (
         "all neurons",
         check=partial(_decodes, keep=KEEP),
         broken=partial(_decodes, keep=1.0),
+        timed=True,
     ),
 )

@@ -154,5 +154,6 @@ CLAIMS: tuple[Claim, ...] = (
         "has), torch's threads, medians of 96 (in full 480) calls in turns",
         check=partial(_time, product=as_held),
         broken=partial(_time, product=through_dense),
+        timed=True,
     ),
 )

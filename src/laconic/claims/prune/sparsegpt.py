@@ -67,7 +67,7 @@ def _below(bench: Bench, ours: Transform, theirs: Drop, seeds: Sequence[int], le
 
 
 def _on(name: str, rival: Drop, levels: Mapping[str, Sparsity], ours: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, lambda bench: _below(bench, ours, rival, seeds, levels))
+    return on(lab, name, lambda bench: _below(bench, ours, rival, lab.draws(seeds), levels))
 
 
 def _bits(bench: Bench, ours: Transform, group: int | None, seeds: Sequence[int]) -> Verdict:
@@ -90,7 +90,7 @@ def _bits(bench: Bench, ours: Transform, group: int | None, seeds: Sequence[int]
 
 
 def _bits_on(name: str, group: int | None, ours: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, lambda bench: _bits(bench, ours, group, seeds))
+    return on(lab, name, lambda bench: _bits(bench, ours, group, lab.draws(seeds)))
 
 
 @gathered
@@ -155,7 +155,7 @@ CLAIMS: tuple[Claim, ...] = (
         says="Pruning and rounding in one sweep loses less KL and perplexity than rounding to nearest what the sweep left.",
         where=JOINT,
         scale="nano, all matrices of the blocks, 50 % and 2:4, 3 bits in groups of 64 kept weights, 3 draws of the calibration rows",
-        check=lambda lab: on(lab, "nano", lambda bench: _joint(bench, SparseGPT(RTN()), SEEDS)),
+        check=lambda lab: on(lab, "nano", lambda bench: _joint(bench, SparseGPT(RTN()), lab.draws(SEEDS))),
         broken=lambda lab: on(lab, "nano", lambda bench: _joint(bench, Misled(), ONE)),
     ),
 )

@@ -36,7 +36,7 @@ def _below(bench: Bench, score: Score, seeds: Sequence[int], levels: Mapping[str
 
 
 def _on(name: str, levels: Mapping[str, Sparsity], score: Score, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, lambda bench: _below(bench, score, seeds, levels))
+    return on(lab, name, lambda bench: _below(bench, score, lab.draws(seeds), levels))
 
 
 PAPER = Paper("Sun et al.", 2023, "arXiv:2306.11695", "section 4.2, table 3")

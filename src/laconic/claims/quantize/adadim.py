@@ -135,12 +135,12 @@ def _chooses(bench: Bench, lab: Lab, ours: Transform, seeds: Sequence[int]) -> I
 
 
 def _on(name: str, make: Make, broken: bool, lab: Lab) -> Verdict:
-    return on(lab, name, lambda bench: _better(bench, lab, make, broken, ONE if broken else SEEDS))
+    return on(lab, name, lambda bench: _better(bench, lab, make, broken, ONE if broken else lab.draws(SEEDS)))
 
 
 def _choice(name: str, broken: bool, lab: Lab) -> Verdict:
     ours: Transform = Contrary(AdaDim(compensate=False)) if broken else AdaDim(compensate=False)
-    return on(lab, name, lambda bench: _chooses(bench, lab, ours, ONE if broken else SEEDS))
+    return on(lab, name, lambda bench: _chooses(bench, lab, ours, ONE if broken else lab.draws(SEEDS)))
 
 
 PAPER = Paper("Heo et al.", 2023, "arXiv:2309.15531", "section 3, table 2")

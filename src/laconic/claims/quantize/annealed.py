@@ -37,7 +37,7 @@ def _below(bench: Bench, lab: Lab, rival: type[Annealed], name: str, astray: boo
 
 
 def _against(rival: type[Annealed], name: str, astray: bool, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, "resnet20", lambda bench: _below(bench, lab, rival, name, astray, seeds))
+    return on(lab, "resnet20", lambda bench: _below(bench, lab, rival, name, astray, lab.draws(seeds)))
 
 
 PAPER = Paper("Zhu et al.", 2022, "arXiv:2211.11397")

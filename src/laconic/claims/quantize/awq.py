@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -137,9 +137,7 @@ Way = tuple[Align | None, Transform]
 
 
 @gathered
-def _against(
-    bench: Bench, lab: Lab, where: Where, ours: Way, theirs: Way, names: tuple[str, str], seeds: tuple[int, ...]
-) -> Iterator[Duel]:
+def _against(bench: Bench, lab: Lab, where: Where, ours: Way, theirs: Way, names: tuple[str, str], seeds: Sequence[int]) -> Iterator[Duel]:
     for level in LEVELS:
         found = [[compressed(where(bench, lab, seed), *_at(way, level), level, seed) for seed in seeds] for way in (ours, theirs)]
         yield duel(f"{level.bits} bits in groups of {level.group}", found[0], found[1], names=names)
@@ -155,9 +153,9 @@ def _at(way: Way, level: Grid) -> Way:
     return way
 
 
-def against(model: str, where: Where, ours: Way, theirs: Way, names: tuple[str, str], seeds: tuple[int, ...], lab: Lab) -> Verdict:
+def against(model: str, where: Where, ours: Way, theirs: Way, names: tuple[str, str], seeds: Sequence[int], lab: Lab) -> Verdict:
     """One way against another, at 4 and 3 bits."""
-    return on(lab, model, lambda bench: _against(bench, lab, where, ours, theirs, names, seeds))
+    return on(lab, model, lambda bench: _against(bench, lab, where, ours, theirs, names, lab.draws(seeds)))
 
 
 PAPER = Paper("Lin et al.", 2023, "arXiv:2306.00978", "section 5, tables 2 and 4")

@@ -111,7 +111,7 @@ def below(
     times: int = 1,
 ) -> Verdict:
     """A lower KL and perplexity than each of some lessons, of which each part has `times` the steps; None is round to nearest."""
-    return on(lab, name, partial(_below, mine, rivals, what, times, seeds, lab.quick))
+    return on(lab, name, partial(_below, mine, rivals, what, times, lab.draws(seeds), lab.quick))
 
 
 def count(bench: Bench, lesson: Lesson, what: tuple[Transform, Level]) -> int:
@@ -142,7 +142,7 @@ def _near(mine: Made, share: float, seeds: Sequence[int], quick: bool, bench: Be
 
 def near(name: str, mine: Made, share: float, seeds: Sequence[int], lab: Lab) -> Verdict:
     """At least so large a share of the fall of KL that a number for each weight brings."""
-    return on(lab, name, partial(_near, mine, share, seeds, lab.quick))
+    return on(lab, name, partial(_near, mine, share, lab.draws(seeds), lab.quick))
 
 
 def paper(where: str) -> Paper:

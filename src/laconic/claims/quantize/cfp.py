@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from laconic.claims.lab import CHANNELS, LOUDER, ONE, SEEDS, Bench, Duel, as_trained, duel, gathered, louder, on
@@ -22,7 +22,7 @@ Rival = tuple[str, Align | None]
 
 
 @gathered
-def _below(where: Where, ours: Align, rival: Rival, factor: float, seeds: tuple[int, ...], quick: bool, bench: Bench) -> Iterator[Duel]:
+def _below(where: Where, ours: Align, rival: Rival, factor: float, seeds: Sequence[int], quick: bool, bench: Bench) -> Iterator[Duel]:
     # in a quick run of nano one draw
     seeds = seeds[:1] if quick and bench.name == "nano" else seeds
     for label, level in (("W4A4", W4A4), ("W4A8", W4A8)):
@@ -30,9 +30,9 @@ def _below(where: Where, ours: Align, rival: Rival, factor: float, seeds: tuple[
         yield duel(label, mine, theirs, names=("CFP", rival[0]), factor=factor)
 
 
-def below(name: str, where: Where, ours: Align, rival: Rival, factor: float, seeds: tuple[int, ...], lab: Lab) -> Verdict:
+def below(name: str, where: Where, ours: Align, rival: Rival, factor: float, seeds: Sequence[int], lab: Lab) -> Verdict:
     """A lower KL and perplexity than with another alignment, or with none."""
-    return on(lab, name, partial(_below, where, ours, rival, factor, seeds, lab.quick))
+    return on(lab, name, partial(_below, where, ours, rival, factor, lab.draws(seeds), lab.quick))
 
 
 PAPER = Paper("Ding et al.", 2023, "arXiv:2312.07950", "section 4, coarse-to-fine preprocessing")

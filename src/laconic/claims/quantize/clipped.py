@@ -42,7 +42,7 @@ def _compare(bench: Bench, transform: Transform, other: Transform, names: tuple[
 
 
 def _below(model: str, transform: Transform, other: Transform, name: str, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, model, lambda bench: _compare(bench, transform, other, ("cut by the output", name), seeds))
+    return on(lab, model, lambda bench: _compare(bench, transform, other, ("cut by the output", name), lab.draws(seeds)))
 
 
 PAPER = Paper("Lin et al.", 2023, "arXiv:2306.00978", "section 3.2")

@@ -248,7 +248,7 @@ def _table(bench: Bench, shift: int) -> Verdict:
 
 
 def _on(name: str, make: Make, ours: Scheme, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, lambda bench: _nearest(bench, lab, make, ours, seeds))
+    return on(lab, name, lambda bench: _nearest(bench, lab, make, ours, lab.draws(seeds)))
 
 
 def _scales(name: str, ours: Transform, lab: Lab) -> Verdict:

@@ -149,7 +149,7 @@ def against(
     name: str, ours: Lesson, rival: Lesson | None, factor: float, levels: Sequence[Grid], seeds: Sequence[int], lab: Lab
 ) -> Verdict:
     """A lesson against another, or against rounding to nearest."""
-    return on(lab, name, partial(_against, ours, rival, factor, levels, seeds, lab.quick))
+    return on(lab, name, partial(_against, ours, rival, factor, levels, lab.draws(seeds), lab.quick))
 
 
 def _moved(ours: Lesson, seeds: Sequence[int], quick: bool, bench: Bench) -> Verdict:
@@ -182,7 +182,7 @@ def _moved(ours: Lesson, seeds: Sequence[int], quick: bool, bench: Bench) -> Ver
 
 
 def _moves(name: str, ours: Lesson, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, partial(_moved, ours, seeds, lab.quick))
+    return on(lab, name, partial(_moved, ours, lab.draws(seeds), lab.quick))
 
 
 PAPER = Paper("Lee et al.", 2023, "arXiv:2306.00317", "section 4, tables 2 to 5")

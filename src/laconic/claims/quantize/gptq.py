@@ -67,11 +67,11 @@ def _compare(bench: Bench, transform: Transform, seeds: Sequence[int], levels: S
 
 def _below(name: str, transform: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:
     levels = [Grid(4, None), Grid(3, None)] if lab.quick else [Grid(bits, group) for bits in (4, 3) for group in (None, 128)]
-    return on(lab, name, lambda bench: _compare(bench, transform, seeds, levels, 1.0))
+    return on(lab, name, lambda bench: _compare(bench, transform, lab.draws(seeds), levels, 1.0))
 
 
 def _well_below(transform: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, "nano", lambda bench: _compare(bench, transform, seeds, [Grid(3, 128)], 1.5))
+    return on(lab, "nano", lambda bench: _compare(bench, transform, lab.draws(seeds), [Grid(3, 128)], 1.5))
 
 
 @gathered
@@ -84,7 +84,7 @@ def _ordered(bench: Bench, transform: Transform, seeds: Sequence[int], levels: S
 
 def _first(name: str, transform: Transform, seeds: Sequence[int], groups: Sequence[int | None], lab: Lab) -> Verdict:
     levels = [Grid(bits, group) for group in groups for bits in (4, 3)]
-    return on(lab, name, lambda bench: _ordered(bench, transform, seeds, levels))
+    return on(lab, name, lambda bench: _ordered(bench, transform, lab.draws(seeds), levels))
 
 
 ORDERED = GPTQ(order="activation")

@@ -71,7 +71,7 @@ def _against(ours: Sequence[Transform], theirs: Sequence[Transform], alone: bool
 
 def check(name: str, ours: Sequence[Transform], theirs: Sequence[Transform], alone: bool, names: tuple[str, str], lab: Lab) -> Verdict:
     """Codebooks of clusters against others."""
-    return on(lab, name, partial(_against, ours, theirs, alone, names))
+    return on(lab, name, partial(_against, ours, lab.draws(theirs), alone, names))
 
 
 OURS, BROKEN, CHANCE = (JLCM(),), (Astray(),), tuple(Mixed(seed) for seed in SEEDS)

@@ -104,7 +104,7 @@ def _turned(form: Floating) -> Packed:
 
 
 def _on(name: str, make: Make, ours: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, lambda bench: _ordered(bench, make, ours, seeds))
+    return on(lab, name, lambda bench: _ordered(bench, make, ours, lab.draws(seeds)))
 
 
 def _folded(name: str, misplaced: bool, lab: Lab) -> Verdict:

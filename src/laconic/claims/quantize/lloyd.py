@@ -84,7 +84,7 @@ def _below(transform: Transform, seeds: Sequence[int], bench: Bench) -> Verdict:
 
 
 def _on(name: str, transform: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, partial(_below, transform, seeds))
+    return on(lab, name, partial(_below, transform, lab.draws(seeds)))
 
 
 PAPER = Paper("Lloyd", 1982, "10.1109/TIT.1982.1056489", "section IV")

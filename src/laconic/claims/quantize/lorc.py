@@ -151,7 +151,7 @@ def _equal_bytes(bench: Bench, corrected: Transform) -> Verdict:
 
 def _on_nano(check: str, lab: Lab, first: Transform, corrected: Transform, seeds: Sequence[int] = SEEDS) -> Verdict:
     if check == "gains":
-        return on(lab, "nano", lambda bench: _gains(bench, first, corrected, lab.quick, seeds))
+        return on(lab, "nano", lambda bench: _gains(bench, first, corrected, lab.quick, lab.draws(seeds)))
     return on(lab, "nano", lambda bench: _equal_bytes(bench, corrected))
 
 

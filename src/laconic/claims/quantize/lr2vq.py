@@ -166,15 +166,15 @@ def _foreseen(bench: Bench, lab: Lab, half: bool, seeds: Sequence[int]) -> Itera
 
 
 def _against(ours: type[Transform], seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, "resnet20", lambda bench: _ahead(bench, lab, ours, seeds))
+    return on(lab, "resnet20", lambda bench: _ahead(bench, lab, ours, lab.draws(seeds)))
 
 
 def _curved(size: Span | None, half: bool, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, "resnet20", lambda bench: _bends(bench, size, half, seeds))
+    return on(lab, "resnet20", lambda bench: _bends(bench, size, half, lab.draws(seeds)))
 
 
 def _predicted(half: bool, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, "resnet20", lambda bench: _foreseen(bench, lab, half, seeds))
+    return on(lab, "resnet20", lambda bench: _foreseen(bench, lab, half, lab.draws(seeds)))
 
 
 PAPER = Paper("Zhu et al.", 2022, "arXiv:2211.11397")

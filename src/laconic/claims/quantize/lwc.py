@@ -36,7 +36,7 @@ def _against(ours: Lesson, rival: Transform, name: str, factor: float, seeds: Se
 
 def against(ours: Lesson, rival: Transform, name: str, factor: float, seeds: Sequence[int], lab: Lab) -> Verdict:
     """Learned ranges against others."""
-    return on(lab, "stories260k", partial(_against, ours, rival, name, factor, seeds, lab.quick))
+    return on(lab, "stories260k", partial(_against, ours, rival, name, factor, lab.draws(seeds), lab.quick))
 
 
 PAPER = Paper("Shao et al.", 2023, "arXiv:2308.13137", "section 4.2, tables 1 and 2")

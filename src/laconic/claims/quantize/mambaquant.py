@@ -171,7 +171,7 @@ def _forget_gates(aligned: Aligned) -> None:
 @gathered
 def _exact(lab: Lab, spoil: Callable[[Aligned], None], seeds: tuple[int, ...]) -> Iterator[Duel]:
     found = []
-    for seed in seeds:
+    for seed in lab.draws(seeds):
         for bench in (_trained(lab), _loud(lab, seed)):
             for how in (OURS, TURNED, PLAIN):
                 aligned = _rewritten(bench, how, seed).exact()
@@ -203,7 +203,7 @@ def _even(lab: Lab, how: Align, seeds: tuple[int, ...]) -> Iterator[Duel]:
     bench = _trained(lab)
     ratios: dict[str, list[float]] = {"ours": [], "Hadamard": []}
     wrong = []
-    for seed in seeds:
+    for seed in lab.draws(seeds):
         pair = {}
         for name, method in (("ours", how), ("Hadamard", TURNED)):
             key = ("moments", method, _drawn(method, seed))
@@ -221,7 +221,7 @@ def _even(lab: Lab, how: Align, seeds: tuple[int, ...]) -> Iterator[Duel]:
 def ordered(lab: Lab, chain: Mapping[str, Align], seeds: tuple[int, ...]) -> Iterator[Duel]:
     """Each method's KL is below the next one's, in every seed, with loud channels."""
     for label, bits in (("W8A8", W8A8), ("W4A8", W4A8), ("W8A6", W8A6)):
-        found = {name: [_rounded(_loud(lab, seed), how, bits, seed) for seed in seeds] for name, how in chain.items()}
+        found = {name: [_rounded(_loud(lab, seed), how, bits, seed) for seed in lab.draws(seeds)] for name, how in chain.items()}
         for name, each in found.items():
             yield _said(label, name, each)
         for (name, ours), (other, theirs) in zip(list(found.items())[:-1], list(found.items())[1:], strict=True):
@@ -231,7 +231,7 @@ def ordered(lab: Lab, chain: Mapping[str, Align], seeds: tuple[int, ...]) -> Ite
 
 @gathered
 def _half(lab: Lab, on: Callable[[Lab, int], Bench], how: Align, seeds: tuple[int, ...]) -> Iterator[Duel]:
-    ours, turned = ([_rounded(on(lab, seed), method, W8A8, seed) for seed in seeds] for method in (how, TURNED))
+    ours, turned = ([_rounded(on(lab, seed), method, W8A8, seed) for seed in lab.draws(seeds)] for method in (how, TURNED))
     yield _said("W8A8", "ours", ours)
     yield _said("W8A8", "Hadamard", turned)
     ratios = [a.kl / b.kl for a, b in zip(ours, turned, strict=True)]
@@ -241,7 +241,7 @@ def _half(lab: Lab, on: Callable[[Lab, int], Bench], how: Align, seeds: tuple[in
 @gathered
 def _percent(lab: Lab, spoil: Callable[[Aligned], None], seeds: tuple[int, ...]) -> Iterator[Duel]:
     for name, on in (("as trained", _trained), ("with loud channels", _loud)):
-        found = [_rounded(on(lab, seed), OURS, W8A8, seed, spoil) for seed in seeds]
+        found = [_rounded(on(lab, seed), OURS, W8A8, seed, spoil) for seed in lab.draws(seeds)]
         yield _said("W8A8", name, found)
         if max(one.gap for one in found) >= 0.01:
             yield [f"{name}: perplexity rises by {max(one.gap for one in found):.1%}"], {}

@@ -89,7 +89,7 @@ def _against(ours: Lesson, rival: Lesson | None, names: tuple[str, str], seeds: 
 
 def check(name: str, ours: Lesson, rival: Lesson | None, names: tuple[str, str], seeds: Sequence[int], lab: Lab) -> Verdict:
     """Codes and codebooks learned together against others."""
-    return on(lab, name, partial(_against, ours, rival, names, seeds, lab.quick))
+    return on(lab, name, partial(_against, ours, rival, names, lab.draws(seeds), lab.quick))
 
 
 ASTRAY = replace(OURS, objective=Swapped())

@@ -117,7 +117,7 @@ def _against(ours: Made, theirs: Made, names: tuple[str, str], seeds: Sequence[i
 
 def check(name: str, ours: Made, theirs: Made, names: tuple[str, str], seeds: Sequence[int], lab: Lab) -> Verdict:
     """One way to make a model of 1.6 bits against another."""
-    return on(lab, name, partial(_against, ours, theirs, names, seeds, lab.quick))
+    return on(lab, name, partial(_against, ours, theirs, names, lab.draws(seeds), lab.quick))
 
 
 def paper(where: str) -> Paper:

@@ -56,7 +56,7 @@ def _against(rival: Lesson, name: str, astray: bool, seeds: Sequence[int], quick
 
 
 def _on(name: str, rival: Lesson, other: str, astray: bool, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, partial(_against, rival, other, astray, seeds, lab.quick))
+    return on(lab, name, partial(_against, rival, other, astray, lab.draws(seeds), lab.quick))
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _alone(inner: PV, rate: float, seeds: Sequence[int], quick: bool, bench: Ben
 
 
 def _steps(name: str, inner: PV, rate: float, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, partial(_alone, inner, rate, seeds, lab.quick))
+    return on(lab, name, partial(_alone, inner, rate, lab.draws(seeds), lab.quick))
 
 
 PAPER = Paper("Malinovskii et al.", 2024, "arXiv:2405.14852", "section 4.3, table 2")

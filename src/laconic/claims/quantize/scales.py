@@ -25,7 +25,7 @@ def _harmless(ours: Lesson, seeds: Sequence[int], quick: bool, bench: Bench) -> 
 
 def harmless(name: str, ours: Lesson, seeds: Sequence[int], lab: Lab) -> Verdict:
     """What the angle costs."""
-    return on(lab, name, partial(_harmless, ours, seeds, lab.quick))
+    return on(lab, name, partial(_harmless, ours, lab.draws(seeds), lab.quick))
 
 
 CLAIMS: tuple[Claim, ...] = (

@@ -33,7 +33,7 @@ def _below(
 
 def below(where: Where, how: Align, others: Mapping[str, Align | None], factor: float, seeds: Sequence[int], lab: Lab) -> Verdict:
     """A lower KL and perplexity than each of some others."""
-    return on(lab, "stories260k", lambda bench: _below(bench, lab, where, how, others, factor, seeds))
+    return on(lab, "stories260k", lambda bench: _below(bench, lab, where, how, others, factor, lab.draws(seeds)))
 
 
 @gathered
@@ -48,7 +48,7 @@ def _percent(bench: Bench, lab: Lab, how: Align, seeds: Sequence[int]) -> Iterat
 
 def percent(how: Align, seeds: Sequence[int], lab: Lab) -> Verdict:
     """Next to nothing is lost."""
-    return on(lab, "stories260k", lambda bench: _percent(bench, lab, how, seeds))
+    return on(lab, "stories260k", lambda bench: _percent(bench, lab, how, lab.draws(seeds)))
 
 
 PAPER = Paper("Xiao et al.", 2022, "arXiv:2211.10438", "section 5, tables 3 to 5")

@@ -138,7 +138,7 @@ def _pays(transform: Transform, seeds: Sequence[int], quick: bool, bench: Bench)
 
 
 def _on(name: str, check: Callable[..., Verdict], ours: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, partial(check, ours, seeds, lab.quick))
+    return on(lab, name, partial(check, ours, lab.draws(seeds), lab.quick))
 
 
 PAPER = Paper("Liu et al.", 2024, "arXiv:2409.17066", "section 4, table 2")

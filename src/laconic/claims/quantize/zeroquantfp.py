@@ -44,7 +44,7 @@ def _compare(transform: Transform, seeds: Sequence[int], bench: Bench) -> Iterat
 
 
 def _on(name: str, transform: Transform, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, partial(_compare, transform, seeds))
+    return on(lab, name, partial(_compare, transform, lab.draws(seeds)))
 
 
 PAPER = Paper("Wu et al.", 2023, "arXiv:2307.09782", "section 4")

@@ -123,13 +123,8 @@ def _lower(lab: Lab, bench: Bench, ours: Router, theirs: Theirs, base: FactorLLM
 
 def _compared(theirs: Theirs, plain: bool, broken: bool, lab: Lab) -> Verdict:
     base = replace(SHORT, steps=_steps(lab), plain=plain)
-    return on(
-        lab,
-        "stories260k",
-        lambda bench: _lower(
-            lab, bench, swapped(replace(base, weight=10.0), Mistaught) if broken else base, theirs, base, ONE if broken else SEEDS
-        ),
-    )
+    ours, seeds = (swapped(replace(base, weight=10.0), Mistaught), ONE) if broken else (base, lab.draws(SEEDS))
+    return on(lab, "stories260k", lambda bench: _lower(lab, bench, ours, theirs, base, seeds))
 
 
 def _whole(active: int, lab: Lab) -> Verdict:
@@ -137,7 +132,7 @@ def _whole(active: int, lab: Lab) -> Verdict:
 
     def check(bench: Bench) -> Verdict:
         numbers, differences = {}, []
-        for seed in SEEDS:
+        for seed in lab.draws(SEEDS):
             model = bench.source.load(torch.float32)
             parts, _ = parts_of(bench.source, FactorLLM(active=active, plain=True), model)
             install(model, parts)

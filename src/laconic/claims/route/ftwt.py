@@ -156,7 +156,7 @@ Check = Callable[[Lab, Bench, Router, Sequence[int]], Verdict]
 
 def _on(check: Check | None, kind: type[Gated] | None, lab: Lab) -> Verdict:
     base = _ours(lab)
-    router, seeds = (base, SEEDS) if kind is None else (swapped(base, kind), ONE)
+    router, seeds = (base, lab.draws(SEEDS)) if kind is None else (swapped(base, kind), ONE)
     if check is None:
         return on(lab, "resnet20", lambda bench: _better(lab, bench, router, base, seeds))
     return on(lab, "resnet20", lambda bench: check(lab, bench, router, seeds))

@@ -103,7 +103,7 @@ def _against(bench: Bench, lab: Lab, rival: str, spoil: Callable[[Judge], Judge]
 
 
 def _on(name: str, rival: str, spoil: Callable[[Judge], Judge], seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, lambda bench: _against(bench, lab, rival, spoil, seeds))
+    return on(lab, name, lambda bench: _against(bench, lab, rival, spoil, lab.draws(seeds)))
 
 
 PAPER = Paper("Sieberling et al.", 2024, "arXiv:2410.14649", "section 4, tables 3 and 4")

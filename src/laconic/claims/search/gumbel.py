@@ -46,6 +46,7 @@ def chances() -> dict[frozenset[int], float]:
 
 
 def _fits(draw: Draw, seeds: Sequence[int], lab: Lab) -> Verdict:
+    seeds = lab.draws(seeds)
     expected = chances()
     number = 4_000 if lab.quick else 40_000
     worth = torch.tensor(WEIGHTS, dtype=torch.float64).log()

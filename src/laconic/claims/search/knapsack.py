@@ -124,7 +124,7 @@ def _against(bench: Bench, lab: Lab, rival: str, spoil: Spoil, seeds: Sequence[i
 
 
 def _on(name: str, rival: str, spoil: Spoil, seeds: Sequence[int], lab: Lab) -> Verdict:
-    return on(lab, name, lambda bench: _against(bench, lab, rival, spoil, seeds))
+    return on(lab, name, lambda bench: _against(bench, lab, rival, spoil, lab.draws(seeds)))
 
 
 PAPER = Paper("Yao et al.", 2021, "arXiv:2011.10680", "section 3.4")

@@ -163,6 +163,7 @@ def _at_home(check: Callable[[Lab], Verdict], lab: Lab) -> Verdict:
 
 
 def _below(score: Score, seeds: Sequence[int], lab: Lab) -> Verdict:
+    seeds = lab.draws(seeds)
     wrong: list[str] = []
     numbers: dict[str, Measurement] = {}
     for kind, runs in _each(score, seeds, lab):
@@ -188,6 +189,7 @@ def fall_to_pool(outcome: Outcome) -> float:
 
 
 def _ranks(measure: Callable[[Outcome], float], seeds: Sequence[int], lab: Lab) -> Verdict:
+    seeds = lab.draws(seeds)
     wrong: list[str] = []
     numbers: dict[str, Measurement] = {}
     # the largest weights are nearly the documents that are drawn, so they are no rank of their own
