@@ -1,0 +1,199 @@
+"""Claims put to the test, at full scale with a record or in their quick forms; the quick forms of a family side by side."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laconic import catalogue, job, measurement
+from laconic.core.claim import Claim, Lab, Measurement, Verdict
+from laconic.core.errors import UserError
+from laconic.pipeline import Log, Progress, quiet
+
+# the quick form takes one of a claim's draws; a witness of a full verdict takes all
+QUICK = 1
+# what the quick forms of a method may take of the memory, in bytes: workers beyond it are not started
+ROOM = 4 * 1024**3
+
+
+def claims_of(name: str) -> tuple[Claim, ...]:
+    """The claims of a method, imported."""
+    if not catalogue.claims_file(name).is_file():
+        return ()
+    family, _, method = name.split(".")
+    return tuple(importlib.import_module(f"laconic.claims.{family}.{method}").CLAIMS)
+
+
+def verify(
+    entries: Sequence[catalogue.Entry],
+    data: Path | None,
+    *,
+    full: bool,
+    again: bool = False,
+    claim: int | None = None,
+    log: Log,
+    progress: Progress = quiet,
+) -> list[dict[str, Any]]:
+    """Each method's name, scale and verdicts, in the order given; methods without a claim are left out. claim: one of a single method's
+    by its number, from 1. Quick forms of several methods run side by side, a process for each core, those whose figures are times alone
+    after them."""
+    chosen: dict[str, list[Claim]] = {}
+    for entry in entries:
+        claims = claims_of(entry.name)
+        if not claims:
+            log(f"{entry.name}: no claim is written yet")
+            continue
+        if claim is not None and not (len(entries) == 1 and 1 <= claim <= len(claims)):
+            raise UserError(
+                f"--claim {claim}: name a method and one of its claims, 1 to {len(claims)}; `laconic show {entry.name}` lists them"
+            )
+        chosen[entry.name] = list(claims if claim is None else claims[claim - 1 : claim])
+    if full:
+        found = {entry.name: _recorded(entry, chosen[entry.name], data, again, log) for entry in entries if entry.name in chosen}
+    elif len(chosen) > 1:
+        found = _side_by_side(chosen, data, log, progress)
+    else:
+        found = {name: [_judge(name, one, _quick_lab(data, log)) for one in claims] for name, claims in chosen.items()}
+    return [{"name": name, "quick": not full, "claims": verdicts} for name, verdicts in found.items()]
+
+
+# ---- quick
+
+
+def _side_by_side(
+    chosen: Mapping[str, Sequence[Claim]], data: Path | None, log: Log, progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in chosen}
+    total = sum(map(len, chosen.values()))
+
+    def add(name: str, i: int, verdict: dict[str, Any]) -> None:
+        found[name][i] = verdict
+        progress("verifying", sum(map(len, found.values())), total, name)
+
+    numbers = {name: [i for i, one in enumerate(claims) if not one.timed] for name, claims in chosen.items()}
+    # the longest begin first, as far as their number of claims tells
+    waiting = sorted((name for name, which in numbers.items() if which), key=lambda name: -len(numbers[name]))
+    threads = torch.get_num_threads()
+    workers = max(1, min(threads, len(waiting), measurement.hardware()["memory_bytes"] // ROOM))
+    # memory that methods leave behind goes with their process
+    short: dict[str, Any] = {"max_tasks_per_child": 2} if sys.version_info >= (3, 11) else {}
+    # a method a task, as its claims share models and what was measured on them
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads // workers,), **short) as pool:
+        running = {pool.submit(_quick, name, numbers[name], data): name for name in waiting}
+        try:
+            for future in as_completed(running):
+                name = running[future]
+                verdicts, lines = future.result()
+                for line in lines:
+                    log(line)
+                for i, verdict in zip(numbers[name], verdicts, strict=True):
+                    add(name, i, verdict)
+        except BrokenProcessPool as error:
+            raise UserError("a process that checked claims was killed, mostly for want of memory: verify the methods one by one") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for name, claims in chosen.items():
+        for i, one in enumerate(claims):
+            if one.timed:
+                add(name, i, _judge(name, one, _quick_lab(data, log)))
+    return {name: [verdict for _, verdict in sorted(verdicts.items())] for name, verdicts in found.items()}
+
+
+def _quick(name: str, which: Sequence[int], data: Path | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """In a process of its own: verdicts of a method's claims by number from 0, and what was logged."""
+    claims = claims_of(name)
+    lines: list[str] = []
+    return [_judge(name, claims[i], _quick_lab(data, lines.append)) for i in which], lines
+
+
+def _quick_lab(data: Path | None, log: Log) -> Lab:
+    return Lab(data, True, log, None, QUICK)
+
+
+# ---- full
+
+
+def _recorded(entry: catalogue.Entry, claims: Sequence[Claim], data: Path | None, again: bool, log: Log) -> list[dict[str, Any]]:
+    says = [one.says for one in claims_of(entry.name)]
+    verdicts = [_verdict(entry, one, says, data, again, log) for one in claims]
+    # after all others, as the two scales do not fit into memory together
+    return [_witnessed(entry, one, had, says, data, log) for one, had in zip(claims, verdicts, strict=True)]
+
+
+def _verdict(entry: catalogue.Entry, claim: Claim, says: Sequence[str], data: Path | None, again: bool, log: Log) -> dict[str, Any]:
+    """A claim's verdict at full scale: the recorded one where it still stands, else a new one. says: of all claims, in their order."""
+    ground = catalogue.ground(entry.name, claim.scale)
+    had = None if again else next((one for one in entry.verdicts if one["says"] == claim.says), None)
+    if had is not None and had.get("ground") != ground and had["scale"] == claim.scale and "witness" in had:
+        log(f"{entry.name}: the quick form on the present code, for a verdict of earlier code: {claim.says}")
+        if _same(had["witness"], _witness(claim, data, log)):
+            had |= {"ground": ground, "confirmed": job.versions()}
+            catalogue.record(entry.name, had, says)
+    if had is not None and had.get("ground") == ground:
+        log(f"{entry.name}: {had['result']}, as recorded (--again runs it anew): {claim.says}")
+        return had
+    verdict = _judge(entry.name, claim, Lab(data, False, log, None)) | {"ground": ground}
+    # a promise that could not be looked at is no verdict
+    if verdict["result"] != "cannot be checked here":
+        catalogue.record(entry.name, verdict, says)
+    return verdict
+
+
+def _witnessed(
+    entry: catalogue.Entry, claim: Claim, verdict: dict[str, Any], says: Sequence[str], data: Path | None, log: Log
+) -> dict[str, Any]:
+    """A recorded verdict with the numbers of the quick form beside it."""
+    if "witness" in verdict or verdict["result"] == "cannot be checked here":
+        return verdict
+    log(f"{entry.name}: the quick form, as a witness: {claim.says}")
+    verdict = verdict | {"witness": _witness(claim, data, log)}
+    catalogue.record(entry.name, verdict, says)
+    return verdict
+
+
+def _witness(claim: Claim, data: Path | None, log: Log) -> dict[str, float]:
+    """Numbers of a claim's quick form in all its draws, without its stand-in."""
+    with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
+        verdict = claim.check(Lab(data, True, log, Path(scratch)))
+    return {key: float(one.value) for key, one in verdict.numbers.items()}
+
+
+def _same(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
+    """Whether two witnesses have the same numbers, to a thousandth; times hardly ever do."""
+    return bool(a) and a.keys() == b.keys() and all(math.isclose(a[key], b[key], rel_tol=1e-3) for key in a)
+
+
+# ---- both
+
+
+def _judge(name: str, claim: Claim, lab: Lab) -> dict[str, Any]:
+    """A claim and its stand-in in a lab, which is given a scratch folder."""
+    lab.log(f"{name}: {claim.says}")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
+        lab = lab._replace(scratch=Path(scratch))
+        verdict = claim.check(lab)
+        # where the claim cannot be checked, neither can its stand-in
+        broken = claim.broken(lab) if verdict.result != "cannot be checked here" else verdict
+    lab.log(f"{name}: {verdict.result}" + (f" ({verdict.reason})" if verdict.reason else ""))
+    made = {"seconds": round(time.monotonic() - began, 1), "versions": job.versions(), "hardware": measurement.hardware()}
+    return {"says": claim.says, "where": asdict(claim.where), "scale": claim.scale, **_plain(verdict), "broken": _plain(broken), **made}
+
+
+def _plain(verdict: Verdict) -> dict[str, Any]:
+    def numbers(one: Measurement) -> dict[str, Any]:
+        return {key: value for key, value in one._asdict().items() if value is not None}
+
+    return {"result": verdict.result, "reason": verdict.reason, "numbers": {key: numbers(one) for key, one in verdict.numbers.items()}}
