@@ -130,16 +130,21 @@ def octave_of(greatest: Tensor) -> Tensor:
     return power - (share == 0.5).to(torch.int32)
 
 
+def octaves(ratio: Tensor) -> Tensor:
+    """The exponents that e4m3 has for numbers (...): eight numbers an octave, and as many below the least normal one; int32."""
+    return (torch.frexp(ratio).exponent - 1).clamp(min=LEAST)
+
+
 def floated(ratio: Tensor) -> Tensor:
     """The nearest numbers of e4m3, ties to the even one, of ratios (...) from 0 on: fp32, not below its least."""
     ratio = ratio.clamp(min=2.0**-60)
-    power = (torch.frexp(ratio).exponent - 1).clamp(min=LEAST) - MANTISSA
+    power = octaves(ratio) - MANTISSA
     return torch.ldexp(torch.ldexp(ratio, -power).round().clamp(min=1), power)
 
 
 def to_bytes(ratio: Tensor) -> Tensor:
     """Numbers of e4m3 above 0 as its bits, uint8."""
-    power = (torch.frexp(ratio).exponent - 1).clamp(min=LEAST)
+    power = octaves(ratio)
     # a subnormal number has no 8 in its mantissa, and so the exponent below
     return ((power - LEAST) * 2**MANTISSA + torch.ldexp(ratio, MANTISSA - power)).to(torch.uint8)
 

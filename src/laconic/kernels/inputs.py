@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laconic.kernels.grids import LEAST, MANTISSA, through
+from laconic.kernels.grids import MANTISSA, octaves, through
 from laconic.kernels.levels import GREATEST as TOP
 from laconic.kernels.levels import Levels, ranked
 
@@ -41,8 +41,7 @@ def floating(x: Tensor, axes: int = 1) -> Tensor:
     whole = x.detach().float()
     scale = (whole.abs().amax(tuple(range(-axes, 0)), keepdim=True) / TOP).bfloat16().float()
     ratio = whole / scale.masked_fill(scale == 0, 1.0)
-    # eight numbers an octave, and as many below the least normal one
-    power = (torch.frexp(ratio).exponent - 1).clamp(min=LEAST) - MANTISSA
+    power = octaves(ratio) - MANTISSA
     near = torch.ldexp(torch.ldexp(ratio, -power).round(), power).clamp(-TOP, TOP)
     return through(x, (near * scale).to(x.dtype))
 

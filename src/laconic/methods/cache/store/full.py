@@ -15,10 +15,9 @@ from torch import Tensor
 from laconic.core.claim import Card, Paper
 from laconic.core.state import Ragged, State
 from laconic.kernels.attention import Plain, held_attention
+from laconic.kernels.tokenwise import HALVES
 
 CARD = Card(Paper("Shazeer", 2019, "arXiv:1911.02150", "section 2.4"), catalogue="", sibling="cache.store.kivi")
-
-HALVES = ("keys", "values")
 
 
 @dataclass(eq=False)
