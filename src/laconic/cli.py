@@ -570,7 +570,7 @@ def bench(
     folder: FolderArgument,
     against: AgainstOption = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt (prefill).")] = 128,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to write (decode).")] = 32,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "--max-tokens", help="Tokens to write (decode).")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", help="Turns of each model; the median counts.")] = 7,
     record: Annotated[bool, typer.Option("--record", help="Write the speeds into the folder's measurements.json too.")] = False,
     inputs: InputsOption = None,
@@ -638,7 +638,7 @@ def drafting_line(found: Mapping[str, Any]) -> str:
 def generate(
     model: ModelArgument = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to go on from.")] = "",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most new tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "--new-tokens", "--max-new-tokens", help="Most new tokens.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the drawing.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Leave the tokenizer's chat template out.")] = False,
