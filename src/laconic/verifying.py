@@ -22,7 +22,7 @@ from laconic.core.claim import Claim, Lab, Measurement, Verdict
 from laconic.core.errors import UserError
 from laconic.pipeline import Log, Progress, quiet
 
-# the quick form takes one of a claim's draws; a witness of a full verdict takes all
+# the quick form takes one of a claim's draws; older witnesses took all
 QUICK = 1
 # what the quick forms of a method may take of the memory, in bytes: workers beyond it are not started
 ROOM = 4 * 1024**3
@@ -138,7 +138,7 @@ def _verdict(entry: catalogue.Entry, claim: Claim, says: Sequence[str], data: Pa
     had = None if again else next((one for one in entry.verdicts if one["says"] == claim.says), None)
     if had is not None and had.get("ground") != ground and had["scale"] == claim.scale and "witness" in had:
         log(f"{entry.name}: the quick form on the present code, for a verdict of earlier code: {claim.says}")
-        if _same(had["witness"], _witness(claim, data, log)):
+        if _same(had["witness"], _witness(claim, data, log, had.get("witness_draws"))):
             had |= {"ground": ground, "confirmed": job.versions()}
             catalogue.record(entry.name, had, says)
     if had is not None and had.get("ground") == ground:
@@ -158,15 +158,15 @@ def _witnessed(
     if "witness" in verdict or verdict["result"] == "cannot be checked here":
         return verdict
     log(f"{entry.name}: the quick form, as a witness: {claim.says}")
-    verdict = verdict | {"witness": _witness(claim, data, log)}
+    verdict = verdict | {"witness": _witness(claim, data, log, QUICK), "witness_draws": QUICK}
     catalogue.record(entry.name, verdict, says)
     return verdict
 
 
-def _witness(claim: Claim, data: Path | None, log: Log) -> dict[str, float]:
-    """Numbers of a claim's quick form in all its draws, without its stand-in."""
+def _witness(claim: Claim, data: Path | None, log: Log, draws: int | None) -> dict[str, float]:
+    """Numbers of a claim's quick form in so many of its draws (None: all), without its stand-in."""
     with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
-        verdict = claim.check(Lab(data, True, log, Path(scratch)))
+        verdict = claim.check(Lab(data, True, log, Path(scratch), draws))
     return {key: float(one.value) for key, one in verdict.numbers.items()}
 
 
