@@ -51,12 +51,20 @@ def one_by_one(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     """The weighted sum over each token's experts, expert by expert. hidden_states (t, d), top_k_index and top_k_weights (t, k) -> (t, d).
     An expert that no token chose is not run."""
     out = torch.zeros_like(hidden_states)
-    for e in torch.unique(top_k_index).tolist():
-        token, slot = torch.where(top_k_index == e)
+    chosen = top_k_index.flatten()
+    # sorted once, the places of an expert's tokens lie together
+    places = chosen.argsort(stable=True)
+    at, counts = 0, chosen.bincount().tolist()
+    for e, count in enumerate(counts):
+        if not count:
+            continue
+        place = places[at : at + count]
+        at += count
+        token = place // top_k_index.shape[1]
         expert = self.get_submodule(str(e))
         x = hidden_states[token]
         inner = self._apply_gate(torch.cat((expert.gate_proj(x), expert.up_proj(x)), -1))
-        out = out.index_add(0, token, (expert.down_proj(inner) * top_k_weights[token, slot, None]).to(out.dtype))
+        out.index_add_(0, token, (expert.down_proj(inner) * top_k_weights.flatten()[place, None]).to(out.dtype))
     return out
 
 
