@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import re
 from functools import partial
 from pathlib import Path
@@ -161,3 +162,35 @@ def test_the_page_of_verdicts_is_what_was_recorded() -> None:
         return text.replace(verdicts.EARLIER, "")
 
     assert known(verdicts.PAGE.read_text(encoding="utf-8")) == known(verdicts.page()), "run python -m bench.verdicts"
+
+
+def test_methods_of_a_family_are_checked_side_by_side() -> None:
+    lines: list[str] = []
+    seen: list[tuple[int, int, str]] = []
+    entries = catalogue.select(family="route")
+    assert len(entries) > 1
+    found = verifying.verify(entries, None, full=False, log=lines.append, progress=lambda *where: seen.append(where[1:]))
+    assert [one["name"] for one in found] == [entry.name for entry in entries]
+    for one in found:
+        # in the order of the claims, whoever was done first
+        assert [claim["says"] for claim in one["claims"]] == catalogue.claims(one["name"])
+        assert {claim["result"] for claim in one["claims"]} == {"cannot be checked here"}
+    total = sum(len(one["claims"]) for one in found)
+    assert seen[-1][:2] == (total, total)
+    assert sum("cannot be checked here" in line for line in lines) == total
+
+
+def test_times_are_taken_alone_and_in_one_draw() -> None:
+    beside: list[str] = []
+    labs: list[Lab] = []
+
+    def check(lab: Lab) -> Verdict:
+        labs.append(lab)
+        beside.append(multiprocessing.current_process().name)
+        return Verdict("holds", {})
+
+    claim = Claim("Quick.", Paper("Somebody", 2020, "arXiv:2001.00001"), "nano", check, check, timed=True)
+    found = verifying._side_by_side({"a.b.c": [claim], "a.b.d": [claim]}, None, lambda _: None, lambda *_: None)
+    assert [len(verdicts) for verdicts in found.values()] == [1, 1]
+    assert set(beside) == {"MainProcess"}
+    assert {tuple(lab.draws((0, 1, 2))) for lab in labs} == {(0,)}
