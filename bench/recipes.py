@@ -23,7 +23,7 @@ from laconic.sources import hash_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-SCHEMES = ("w8a8", "w4a8", "w4a16", "w3a16", "w2a16", "fp8", "nvfp4", "mxfp4", "ptq161")
+SCHEMES = ("w8a8", "w4a8", "w4a8-channel", "w4a16", "w3a16", "w3a16-channel", "w2a16", "fp8", "nvfp4", "mxfp4", "ptq161")
 FOLDER = "LACONIC_DATA"
 
 Row = dict[str, Any]

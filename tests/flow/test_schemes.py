@@ -17,7 +17,7 @@ from laconic.job import compress
 from laconic.models import open_model
 from laconic.recipe import Recipe, load_recipe
 
-SCHEMES = {"w8a8": 8.6, "w4a8": 4.5, "w4a16": 4.5, "w3a16": 3.5, "w2a16": 2.6, "ptq161": 3.9}
+SCHEMES = {"w8a8": 8.6, "w4a8": 4.5, "w4a8-channel": 5.1, "w4a16": 4.5, "w3a16": 3.5, "w3a16-channel": 4.1, "w2a16": 2.6, "ptq161": 3.9}
 
 
 def quicker(name: str) -> Recipe:
