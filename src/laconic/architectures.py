@@ -571,11 +571,16 @@ def decoder_anatomy(row: Decoder, config: Any, shapes: Mapping[str, tuple[int, .
     gated = any(part in row.parts for part in ("gate", "gate_up"))
     act = Scale() if gated else Scale(positive=True) if next((w for w in words if w), "") in HOMOGENEOUS else None
     lanes = _lanes(build, config)
-    rope = getattr(config, "rope_parameters", None)
-    pairs = int(head_dim * float(rope.get("partial_rotary_factor") or 1.0)) // 2 if rope else 0
+    pairs = rotary_pairs(config, head_dim)
     return DecoderAnatomy(
         row, heads, kv_heads, head_dim, act, shapes, tuple(segments), build.named, build.folds, lanes, tuple(halves), pairs
     )
+
+
+def rotary_pairs(config: Any, width: int) -> int:
+    """How many pairs of a head's `width` channels positions turn."""
+    rope = getattr(config, "rope_parameters", None)
+    return int(width * float(rope.get("partial_rotary_factor") or 1.0)) // 2 if rope else 0
 
 
 def _lanes(build: _Builder, config: Any) -> dict[str, Lane]:

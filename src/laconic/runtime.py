@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from laconic.architectures import DECODERS, Decoder
+from laconic.architectures import DECODERS, Decoder, rotary_pairs
 from laconic.core.errors import UserError
 from laconic.core.packed import Packed
 from laconic.core.state import Pattern, Ragged, State
@@ -69,7 +69,7 @@ def key_loudness(model: nn.Module) -> Iterator[Tensor | None]:
         gain: Any = getattr(there.get(f"{row.blocks}.{layer}.{row.norms.get('k', '')}"), "weight", None) if "k" in row.norms else None
         if gain is not None and gain.numel() == loud.shape[1]:
             loud = loud / loud.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12) * (gain.detach().float() + row.plus).abs()
-        half = _pairs(config, loud.shape[1])
+        half = rotary_pairs(config, loud.shape[1])
         pairs = loud[:, : 2 * half].unflatten(1, (2, half))
         yield torch.cat([pairs.square().mean(1, keepdim=True).sqrt().expand_as(pairs).flatten(1), loud[:, 2 * half :]], 1)
 
@@ -91,13 +91,7 @@ def key_peaks(model: nn.Module, rows: Tensor | None = None) -> Iterator[tuple[Te
         if keys is None or not keys.shape[-1]:
             yield None
             continue
-        yield keys.float().abs().amax((0, 2)).clone(), _pairs(config, keys.shape[-1])
-
-
-def _pairs(config: Any, width: int) -> int:
-    """How many pairs of a head's channels positions turn."""
-    rope = getattr(config, "rope_parameters", None)
-    return int(width * float(rope.get("partial_rotary_factor") or 1.0)) // 2 if rope else 0
+        yield keys.float().abs().amax((0, 2)).clone(), rotary_pairs(config, keys.shape[-1])
 
 
 def fitted(state: State, model: nn.Module) -> State:
