@@ -764,7 +764,9 @@ def verify(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME|FOLDER", help="A method, or a folder of `compress`.", show_default=False)
     ] = None,
-    family: Annotated[str | None, typer.Option("--family", help="All methods of a family.", show_default=False)] = None,
+    family: Annotated[
+        str | None, typer.Option("--family", help="All methods of a family; quick, in ten minutes.", show_default=False)
+    ] = None,
     full: Annotated[bool, typer.Option("--full/--quick", help="At full scale; each verdict is recorded, a stopped run goes on.")] = False,
     again: Annotated[bool, typer.Option("--again", help="With --full: also claims whose recorded verdict still stands.")] = False,
     claim: Annotated[int | None, typer.Option("--claim", help="One claim of a method, by its number.", show_default=False)] = None,
@@ -799,6 +801,9 @@ def _show_verdicts(methods: Sequence[Mapping[str, Any]]) -> None:
             for key, one in claim["numbers"].items():
                 print(f"  {key}: {one['value']:.6g} {one['unit']} (n = {one['n']})")
             print(f"  broken stand-in: {claim['broken']['result']}")
+        for says in method["left"]:
+            print(f"{method['name']}: not checked, as ten minutes were over")
+            print(f"  {says}")
 
 
 def main() -> None:

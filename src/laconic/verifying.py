@@ -26,6 +26,8 @@ from laconic.pipeline import Log, Progress, quiet
 QUICK = 1
 # what the quick forms of a method may take of the memory, in bytes: workers beyond it are not started
 ROOM = 4 * 1024**3
+# seconds: a family is checked in ten minutes, so no claim but a method's first begins later than this
+LATEST = 8 * 60
 
 
 def claims_of(name: str) -> tuple[Claim, ...]:
@@ -46,9 +48,9 @@ def verify(
     log: Log,
     progress: Progress = quiet,
 ) -> list[dict[str, Any]]:
-    """Each method's name, scale and verdicts, in the order given; methods without a claim are left out. claim: one of a single method's
-    by its number, from 1. Quick forms of several methods run side by side, a process for each core, those whose figures are times alone
-    after them."""
+    """Each method's name, scale, verdicts and the claims that were `left`, in the order given; methods without a claim are left out. claim:
+    one of a single method's by its number, from 1. Quick forms of several methods run side by side, a process for each core, those whose
+    figures are times alone after them; every method's first claim, the others as far as ten minutes last."""
     chosen: dict[str, list[Claim]] = {}
     for entry in entries:
         claims = claims_of(entry.name)
@@ -66,7 +68,14 @@ def verify(
         found = _side_by_side(chosen, data, log, progress)
     else:
         found = {name: [_judge(name, one, _quick_lab(data, log)) for one in claims] for name, claims in chosen.items()}
-    return [{"name": name, "quick": not full, "claims": verdicts} for name, verdicts in found.items()]
+    answers = []
+    for name, verdicts in found.items():
+        reached = {one["says"] for one in verdicts}
+        left = [one.says for one in chosen[name] if one.says not in reached]
+        if left:
+            log(f"{name}: {len(left)} of {len(chosen[name])} claims left when ten minutes were over; `laconic verify {name}` runs them")
+        answers.append({"name": name, "quick": not full, "claims": verdicts, "left": left})
+    return answers
 
 
 # ---- quick
@@ -75,6 +84,7 @@ def verify(
 def _side_by_side(
     chosen: Mapping[str, Sequence[Claim]], data: Path | None, log: Log, progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
+    until = time.time() + LATEST
     found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in chosen}
     total = sum(map(len, chosen.values()))
 
@@ -82,40 +92,48 @@ def _side_by_side(
         found[name][i] = verdict
         progress("verifying", sum(map(len, found.values())), total, name)
 
-    numbers = {name: [i for i, one in enumerate(claims) if not one.timed] for name, claims in chosen.items()}
-    # the longest begin first, as far as their number of claims tells
-    waiting = sorted((name for name, which in numbers.items() if which), key=lambda name: -len(numbers[name]))
     threads = torch.get_num_threads()
-    workers = max(1, min(threads, len(waiting), measurement.hardware()["memory_bytes"] // ROOM))
+    workers = max(1, min(threads, len(chosen), measurement.hardware()["memory_bytes"] // ROOM))
     # memory that methods leave behind goes with their process
     short: dict[str, Any] = {"max_tasks_per_child": 2} if sys.version_info >= (3, 11) else {}
-    # a method a task, as its claims share models and what was measured on them
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads // workers,), **short) as pool:
-        running = {pool.submit(_quick, name, numbers[name], data): name for name in waiting}
         try:
-            for future in as_completed(running):
-                name = running[future]
-                verdicts, lines = future.result()
-                for line in lines:
-                    log(line)
-                for i, verdict in zip(numbers[name], verdicts, strict=True):
-                    add(name, i, verdict)
+            # the first claims of all methods, then the others while there is time: a method a task, as its claims share models and what
+            # was measured on them
+            for which, latest in ((slice(0, 1), math.inf), (slice(1, None), until)):
+                numbers = {name: [i for i in range(len(claims))[which] if not claims[i].timed] for name, claims in chosen.items()}
+                running = {pool.submit(_quick, name, those, data, latest): name for name, those in numbers.items() if those}
+                for future in as_completed(running):
+                    name = running[future]
+                    verdicts, lines = future.result()
+                    for line in lines:
+                        log(line)
+                    # fewer where the time was over
+                    for i, verdict in zip(numbers[name], verdicts, strict=False):
+                        add(name, i, verdict)
         except BrokenProcessPool as error:
             raise UserError("a process that checked claims was killed, mostly for want of memory: verify the methods one by one") from error
         finally:
             pool.shutdown(cancel_futures=True)
-    for name, claims in chosen.items():
-        for i, one in enumerate(claims):
-            if one.timed:
-                add(name, i, _judge(name, one, _quick_lab(data, log)))
+    for first in (True, False):
+        for name, claims in chosen.items():
+            for i, one in enumerate(claims):
+                if one.timed and (i == 0) == first and (first or time.time() < until):
+                    add(name, i, _judge(name, one, _quick_lab(data, log)))
     return {name: [verdict for _, verdict in sorted(verdicts.items())] for name, verdicts in found.items()}
 
 
-def _quick(name: str, which: Sequence[int], data: Path | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """In a process of its own: verdicts of a method's claims by number from 0, and what was logged."""
+def _quick(name: str, which: Sequence[int], data: Path | None, latest: float) -> tuple[list[dict[str, Any]], list[str]]:
+    """In a process of its own: verdicts of a method's claims by number from 0, none begun after `latest` (of time.time()), and what was
+    logged."""
     claims = claims_of(name)
     lines: list[str] = []
-    return [_judge(name, claims[i], _quick_lab(data, lines.append)) for i in which], lines
+    verdicts = []
+    for i in which:
+        if time.time() >= latest:
+            break
+        verdicts.append(_judge(name, claims[i], _quick_lab(data, lines.append)))
+    return verdicts, lines
 
 
 def _quick_lab(data: Path | None, log: Log) -> Lab:
