@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from laconic import catalogue, job, measurement
+from laconic.claims.lab import forget, quick_rows
 from laconic.core.claim import Claim, Lab, Measurement, Verdict
 from laconic.core.errors import UserError
 from laconic.pipeline import Log, Progress, quiet
@@ -95,8 +96,8 @@ def _side_by_side(
     threads = torch.get_num_threads()
     workers = max(1, min(threads, len(chosen), measurement.hardware()["memory_bytes"] // ROOM))
     # memory that methods leave behind goes with their process
-    short: dict[str, Any] = {"max_tasks_per_child": 2} if sys.version_info >= (3, 11) else {}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads // workers,), **short) as pool:
+    short: dict[str, Any] = {"max_tasks_per_child": 8} if sys.version_info >= (3, 11) else {}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (threads // workers,), **short) as pool:
         try:
             # the first claims of all methods, then the others while there is time: a method a task, as its claims share models and what
             # was measured on them
@@ -123,6 +124,12 @@ def _side_by_side(
     return {name: [verdict for _, verdict in sorted(verdicts.items())] for name, verdicts in found.items()}
 
 
+def _begin(threads: int) -> None:
+    """A process of a family's quick forms: so many threads, half of the rows."""
+    torch.set_num_threads(threads)
+    quick_rows.set(quick_rows.get() // 2)
+
+
 def _quick(name: str, which: Sequence[int], data: Path | None, latest: float) -> tuple[list[dict[str, Any]], list[str]]:
     """In a process of its own: verdicts of a method's claims by number from 0, none begun after `latest` (of time.time()), and what was
     logged."""
@@ -133,6 +140,7 @@ def _quick(name: str, which: Sequence[int], data: Path | None, latest: float) ->
         if time.time() >= latest:
             break
         verdicts.append(_judge(name, claims[i], _quick_lab(data, lines.append)))
+    forget()
     return verdicts, lines
 
 

@@ -10,8 +10,10 @@ import math
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +50,8 @@ from laconic.zoo import corpus, mamba, nano
 SEEDS = (0, 1, 2)
 # a claim fails where one draw does, so one draw that fails is enough for a stand-in
 ONE = SEEDS[:1]
+# rows of text of each part that a quick form takes (of images 32 times as many): half of them where a family's are run side by side
+quick_rows: ContextVar[int] = ContextVar("quick_rows", default=16)
 # rows that a lesson over a whole model may make of its own
 ROOM = 1024
 # how much louder planted channels are, and how many
@@ -170,9 +174,33 @@ def swapped(router: Router, kind: type[Routed]) -> Router:
 # ---- models
 
 
-@lru_cache(maxsize=3)
 def open_bench(name: str, data: Path | None, quick: bool) -> Bench | None:
     """nano, mamba, stories260k or resnet20; None where its data is not there. Quick: 16 rows of 512 tokens of each part, or 512 images."""
+    return _open_bench(name, data, quick, _rows(quick))
+
+
+def _rows(quick: bool) -> int:
+    return quick_rows.get() if quick else 64
+
+
+def forget() -> None:
+    """Gives back what claims kept with the models that are open."""
+    for bench in _OPENED:
+        bench.kept.clear()
+
+
+_OPENED: deque[Bench] = deque(maxlen=3)
+
+
+@lru_cache(maxsize=3)
+def _open_bench(name: str, data: Path | None, quick: bool, rows: int) -> Bench | None:
+    bench = _bench_on(name, data, quick)
+    if bench is not None:
+        _OPENED.append(bench)
+    return bench
+
+
+def _bench_on(name: str, data: Path | None, quick: bool) -> Bench | None:
     if name in ("nano", "mamba"):
         source = open_model(None, default=nano.path() if name == "nano" else mamba.path())
         return bench_of(name, source, None, quick)
@@ -182,20 +210,21 @@ def open_bench(name: str, data: Path | None, quick: bool) -> Bench | None:
         folder, text = data / "stories260k", data / "text" / "tinystories_1000.jsonl.gz"
         return bench_of(name, open_model(folder), str(text), quick) if folder.is_dir() and text.is_file() else None
     weights, images = data / "resnet_cifar10" / "resnet20.safetensors", data / "cifar10" / "cifar10_10k_1k.npz"
-    return _images(name, weights, images, quick) if weights.is_file() and images.is_file() else None
+    return _images(name, weights, images, _rows(quick)) if weights.is_file() and images.is_file() else None
 
 
 def bench_of(name: str, source: Source, spec: str | None, quick: bool) -> Bench:
     """A language model on a text, or on Python's own modules."""
-    split = open_data(spec, source, seed=0, limits=(128, 1, 16 if quick else 64), default=_texts)
-    return _bench(name, source, split.calibrate.inputs, split.certify, 8, 16 if quick else 64)
+    rows = _rows(quick)
+    split = open_data(spec, source, seed=0, limits=(128, 1, rows), default=_texts)
+    return _bench(name, source, split.calibrate.inputs, split.certify, 8, rows)
 
 
 def _texts() -> Texts:
     return Texts(**{part: [text for _, text in corpus.named(part)] for part in corpus.LISTS}, record={})
 
 
-def _images(name: str, weights: Path, images: Path, quick: bool) -> Bench:
+def _images(name: str, weights: Path, images: Path, rows: int) -> Bench:
     import numpy as np
     from safetensors.torch import load_file
 
@@ -206,9 +235,9 @@ def _images(name: str, weights: Path, images: Path, quick: bool) -> Bench:
         train, test, classes = (torch.from_numpy(stored[key]) for key in ("train_x", "test_x", "test_y"))
     source = open_model(module)
     source.trace(normal(train[:2]))
-    limit = 512 if quick else 1000
+    limit = min(1000, 32 * rows)
     certify = Samples(normal(test[:limit]), classes[:limit].long(), 1, limit, "")
-    return _bench(name, source, normal(train[:2048]), certify, 128, 256 if quick else 1024)
+    return _bench(name, source, normal(train[:2048]), certify, 128, 16 * rows)
 
 
 def normal(pixels: Tensor) -> Tensor:
