@@ -232,7 +232,7 @@ def test_scopes_in_recipes():
         build("quantize.round.flexround(scope=blocks)")
 
 
-@pytest.mark.parametrize("name", ["flexround", "adaround"])
+@pytest.mark.parametrize("name", ["flexround", "adaround", "practice"])
 def test_the_shipped_recipes(name):
     loaded = load_recipe(name)
     check(loaded)
