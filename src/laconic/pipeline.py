@@ -59,6 +59,8 @@ Log = Callable[[str], None]
 
 # why a tensor is kept whose values are not
 LEARNED = "learned in the same bytes"
+# of a recipe that acts on a smaller share of the weights the user is told
+SCANT = 0.1
 UNIT, PREDICTED, UNPRICED = "nats/token", "model output, second order", "not priced"
 
 
@@ -424,7 +426,12 @@ def make_plan(
         menu, bound, judge=judge, rng=torch.Generator().manual_seed(seed), log=log,
         progress=lambda done, total, note: progress("searching", done, total, note),
     )  # fmt: skip
-    return plan_words(source, split, recipe, budget, bound, menu, plan, kept, seed)
+    made = plan_words(source, split, recipe, budget, bound, menu, plan, kept, seed)
+    share = sum(math.prod(source.infos[name].shape) for name in covered) / source.parameters
+    if share < SCANT:
+        made["notes"].append(f"recipe {recipe.name} acts on {share:.1%} of the weights, the others are kept as they are")
+        log(made["notes"][-1])
+    return made
 
 
 def trials(source: Any, inputs: Tensor, objective: Objective, work: Any) -> Trials:

@@ -77,6 +77,17 @@ def test_where_nothing_can_be_moved_a_scheme_says_so_and_goes_on(flat_net, tmp_p
         laconic.compress(factory, data, recipe="smoothquant", budget="bits=10", out=tmp_path / "no", log=lambda _: None)
 
 
+def test_a_recipe_that_acts_on_little_of_a_model_says_so(flat_net, tmp_path):
+    factory, data = flat_net(4)
+    for keep, told in (("1|3", True), ("5", False)):
+        lines: list[str] = []
+        recipe = load_recipe("fp8").model_copy(update={"keep": keep})
+        laconic.compress(factory, data, recipe=recipe, out=tmp_path / f"out{told}", log=lines.append)
+        notes = json.loads((tmp_path / f"out{told}" / "plan.json").read_text())["notes"]
+        said = [note for note in notes if "acts on 4." in note and "kept as they are" in note]
+        assert bool(said) == told and all(note in lines for note in said)
+
+
 def test_weights_that_are_moved_first_are_taken_for_the_model(small, tmp_path):
     moves = "quantize.restore.restorative(steps=8, rank=4, rates=(('a', 0.1), ('b', 0.1)))"
     recipe = quicker("ptq161").model_copy(update={"restore": moves, "tune": None})
