@@ -12,7 +12,7 @@ rounded, its gradient passing as it is.  The others are driven to whole steps by
 A grid may be uneven too: a step then leads from one level that is held to the next (floats, Lloyd-Max).  Not here: tables of powers of even
 steps; mixed samples, whose target nothing knows inside a block; biases, which no form of a matrix holds; and the paper's mixed precision by
 importance, in whose place a `Search` prices layers.  Only the abstract was followed: values of the defaults are ours.
-Sibling: quantize.round.adaround (one step up or down, scales stay, a penalty and a constant rate)."""
+Sibling: quantize.round.adaround (one step up or down, scales stay)."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ CARD = Card(
     Paper("Yvinec et al.", 2023, "arXiv:2308.07662", "abstract"),
     catalogue="gradient-ptq-practice",
     sibling="quantize.round.adaround",
+    exceptions={
+        "a soft form computes what it stores": "h(V) lies between steps until the penalty has driven it to one",
+    },
 )
 
 # h(V) and the V that it is of
@@ -233,16 +236,18 @@ ERROR = SquaredError()
 
 @dataclass(frozen=True)
 class Practice(Lesson):
-    """Defaults: straight, two codes on each side of a weight, scales that learn, Adam whose rates fall along a cosine, block by block."""
+    """Defaults: AdaRound's soft choice over two codes on each side of a weight, scales that learn, Adam at constant rates, block by block.
+    Fewer steps want higher rates and weigh; very few want no soft choice, and rates that fall: of one block of stories260k at 3 bits, 60
+    steps on 16 rows come to a KL of 0.033 so (AdaRound 0.048), 200 steps on 64 rows to 0.024 (AdaRound and the default 0.020)."""
 
     objective: Objective = ERROR
-    rates: tuple[tuple[str, float], ...] = (("v", 1e-2), ("step", 3e-3))
+    rates: tuple[tuple[str, float], ...] = (("v", 5e-3), ("step", 3e-4))
     steps: int = 5000
     batch: int = 32
     optimiser: Literal["adam", "signed", "momentum"] = "adam"
-    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    decay: Literal["constant", "linear", "cosine"] = "constant"
     scope: Scope = BLOCK
-    soft: Literal["rectified", "sigmoid", "cosine", "straight"] = "straight"
+    soft: Literal["rectified", "sigmoid", "cosine", "straight"] = "rectified"
     reach: int = 2
     weigh: float = 0.01
     share: float = 1.0
