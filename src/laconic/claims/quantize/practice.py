@@ -17,7 +17,7 @@ from laconic.kernels.grids import Grid
 from laconic.kernels.losses import Euclidean
 from laconic.methods.quantize.round.practice import Practice
 
-# for steps so few; of eight settings of soft choice, reach, rates and weigh the least error of one block of stories260k after 200 steps
+# for steps so few; of six settings of soft choice, reach, rates and weigh the least error of one block of stories260k after 200 steps
 OURS = Practice(rates=(("v", 7e-2), ("step", 3e-3)), weigh=0.1)
 ASTRAY = replace(OURS, objective=Swapped())
 LEVEL = Grid(3, None)
@@ -98,7 +98,7 @@ PROBLEM = {
     "the distance as loss": Way(replace(OURS, objective=Euclidean())),
     "one step up or down and scales as they are": Way(replace(OURS, reach=1, rates=ADA.rates, weigh=ADA.weigh)),
 }
-# steps of one size have rates as Adam's are; without a soft choice, at the best of seven rates
+# steps of one size have rates as Adam's are; without a soft choice, at the better of two rates
 PROCESS = {
     "steps of one size along the gradient's sign": Way(replace(OURS, optimiser="signed")),
     "rates that fall along a cosine": Way(replace(OURS, decay="cosine")),
