@@ -358,7 +358,7 @@ def train(images: Digits, test: Digits, recipe: Recipe, minutes: float, scratch:
             optimiser.step()
             optimiser.zero_grad()
         step += 1
-        mean += (float(loss) - mean) / min(step, 20)
+        mean += (float(loss.detach()) - mean) / min(step, 20)
         if step % 20 == 0:
             say(f"step {step} images {step * recipe.batch:,} done {done:.2f} loss {mean:.4f}")
         if time.monotonic() - saved > 60:
@@ -404,7 +404,7 @@ A small text-conditioned diffusion model of digits: a subject for methods that a
 
 A transformer over {PATCHES} patches of {PATCH} x {PATCH} pixels: {LAYERS} blocks of attention, cross-attention over the caption and
 feed-forward, hidden {HIDDEN}, intermediate {INNER}, {HEADS} heads, {record["parameters"]:,} parameters stored in bf16. A caption has
-{WORDS} of {len(VOCABULARY)} words, the first always `<start>`, and ends in `<end>`. It answers with the log-densities of a unit normal about
+{WORDS} of {len(VOCABULARY)} words, the first `<start>`, and ends in `<end>`. It answers with the log-densities of a unit normal about
 the noise of each pixel, at {BINS} bins from {-OUTERMOST:g} to {OUTERMOST:g}.
 
 ## Data
