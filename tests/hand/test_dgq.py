@@ -31,12 +31,12 @@ def test_alike_ranges_are_one_cluster():
 
 
 def test_steps_of_a_group():
-    """Channels of -1 to 2 and of -2 to 1 together have -2 to 2; 15 steps of 4 / 15. Zero is 7.5 steps up: the even 8."""
-    low, high = ends_of(torch.tensor([-1.0, -2, 1]), torch.tensor([2.0, 1, 5]), torch.tensor([0, 0, 1]), 3)
-    assert low.tolist() == [-2, 0, 0] and high.tolist() == [2, 5, 0]
-    scale, zero = steps_of(low, high, 4)
-    torch.testing.assert_close(scale, torch.tensor([4 / 15, 5 / 15, 1.0]))
-    assert zero.tolist() == [8, 0, 0]
+    """Channels of -1 to 4 and of -2 to 1 together have -2 to 4: 3 steps of 2, and zero one of them up. 1 to 5 has zero inside."""
+    low, high = ends_of(torch.tensor([-1.0, -2, 1]), torch.tensor([4.0, 1, 5]), torch.tensor([0, 0, 1]), 3)
+    assert low.tolist() == [-2, 0, 0] and high.tolist() == [4, 5, 0]
+    scale, zero = steps_of(low, high, 2)
+    torch.testing.assert_close(scale, torch.tensor([2.0, 5 / 3, 1.0]))
+    assert zero.tolist() == [1, 0, 0]
     x = torch.tensor([0.3, 9.0, -9.0], requires_grad=True)
     y = evenly(x, torch.tensor(0.25), torch.tensor(2.0), 2)
     # codes 0 to 3 are -0.5 to 0.25

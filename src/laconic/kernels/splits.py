@@ -62,7 +62,7 @@ def numbers(rank: Tensor, split: Split) -> Tensor:
 
 def _units(ratio: Tensor, split: Split) -> tuple[Tensor, Tensor]:
     """Sizes (...) in steps of their own binade, not yet whole, and how many steps lie below its first number less that number in steps."""
-    power = (torch.frexp(ratio).exponent - 1).clamp(min=split.least)
+    power = torch.where(ratio > 0, torch.frexp(ratio).exponent - 1, split.least).clamp(min=split.least)
     return torch.ldexp(ratio, split.mantissa - power), (power - split.least) << split.mantissa
 
 

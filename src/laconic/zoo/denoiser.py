@@ -240,13 +240,12 @@ calibrate.metric = certify.metric = "kl"  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Images a step, and rates of Muon for the matrices of the blocks and AdamW for the rest; decay_at: share of the time."""
+    """Images a step, AdamW's rate and how it rises, in steps, and falls, from a share of the time on."""
 
     batch: int = 64
-    muon: float = 0.01
-    adamw: float = 0.004
-    warmup: int = 20
-    decay_at: float = 0.5
+    rate: float = 0.003
+    warmup: int = 40
+    decay_at: float = 0.4
 
 
 class Digits(NamedTuple):
@@ -327,44 +326,43 @@ def held_out(model: Denoiser, images: Digits, count: int = 2048) -> float:
 
 
 def train(images: Digits, test: Digits, recipe: Recipe, minutes: float, scratch: Path, say: Any) -> tuple[Denoiser, dict[str, Any]]:
-    """Train for so many minutes of the processor; weights go to `scratch` each minute, and a run that was cut short goes on there."""
+    """Train for so many minutes of the processor; what was learned goes to `scratch` each minute, and a run cut short goes on there.
+    A file FINISH there lets the rate fall from then on, for a third of what was spent so far."""
     torch.manual_seed(0)
     model, generator, kept = Denoiser(), torch.Generator().manual_seed(0), scratch / "training.pt"
-    hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if all(p is not one for one in hidden)]
-    steps: list[tuple[torch.optim.Optimizer, float]] = [
-        (torch.optim.Muon(hidden, lr=recipe.muon, weight_decay=0.0, adjust_lr_fn="original"), recipe.muon),
-        (torch.optim.AdamW(others, lr=recipe.adamw, betas=(0.9, 0.98), weight_decay=0.0), recipe.adamw),
-    ]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     before, step = 0.0, 0
     if kept.is_file():
         stored = torch.load(kept, weights_only=True)
         model.load_state_dict(stored["model"])
-        for (optimiser, _), state in zip(steps, stored["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
+        optimiser.load_state_dict(stored["optimiser"])
         before, step = stored["minutes"], stored["step"]
         generator.manual_seed(step)
-    began, saved, mean = time.process_time() / 60 - before, time.monotonic(), 0.0
-    while (spent := time.process_time() / 60 - began) < minutes:
+    began, saved, mean, finish = time.process_time() / 60 - before, time.monotonic(), 0.0, math.inf
+    while (spent := time.process_time() / 60 - began) < min(minutes, 4 / 3 * finish):
         done = spent / minutes
+        if finish < math.inf:
+            done = max(done, recipe.decay_at + (1 - recipe.decay_at) * (spent / finish - 1) * 3)
+        elif (scratch / "FINISH").is_file():
+            finish = spent
         scale = min(1.0, (step + 1) / recipe.warmup, (1 - done) / (1 - recipe.decay_at))
         inputs, noise, _ = noisy(images, torch.randint(len(images.pixels), (recipe.batch,), generator=generator), generator)
         with narrowly():
             loss = loss_of(model, inputs, noise)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser, rate in steps:
-            optimiser.param_groups[0]["lr"] = rate * scale
-            optimiser.step()
-            optimiser.zero_grad()
+        optimiser.param_groups[0]["lr"] = recipe.rate * scale
+        optimiser.step()
+        optimiser.zero_grad()
         step += 1
         mean += (float(loss.detach()) - mean) / min(step, 20)
         if step % 20 == 0:
             say(f"step {step} images {step * recipe.batch:,} done {done:.2f} loss {mean:.4f}")
         if time.monotonic() - saved > 60:
             saved = time.monotonic()
-            states = [optimiser.state_dict() for optimiser, _ in steps]
-            torch.save({"model": model.state_dict(), "optimisers": states, "minutes": spent, "step": step}, kept)
+            held = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "minutes": spent, "step": step}
+            torch.save(held, kept.with_suffix(".new"))
+            kept.with_suffix(".new").replace(kept)
             say(f"held-out {held_out(model, test, 256):.4f}")
     run = {**asdict(recipe), "steps": step, "images": step * recipe.batch, "minutes": round(time.process_time() / 60 - began, 1)}
     return model.eval(), run
@@ -415,8 +413,8 @@ bold and whether it is slanted, both against the middle one of its digit; one ca
 ## Training
 
 {run["images"]:,} images in {run["minutes"]:.1f} minutes of one core, {run["batch"]} a step, noise levels even over {LEAST} to {MOST}.
-Muon for the matrices of the blocks (rate {run["muon"]}), AdamW for all else ({run["adamw"]}), gradient norm clipped at 1; linear decay to
-zero. It has seen few images, and an under-trained model is easier to quantize than a finished one.
+AdamW (rate {run["rate"]}), gradient norm clipped at 1; linear warm-up, stable, linear decay to zero. It has seen few images, and an
+under-trained model is easier to quantize than a finished one.
 
 Retrain with `python -m laconic.zoo.denoiser --data FOLDER`, the folder of mnist.npz.
 
@@ -450,9 +448,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a.out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(a.out.parent, os.W_OK):
         p.error(f"{a.out.parent} cannot be written to; give another folder with --out")
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(f"training needs torch.optim.Muon, which torch {torch.__version__} lacks; install torch 2.9 or later")
     a.scratch.mkdir(parents=True, exist_ok=True)
+    (a.scratch / "FINISH").unlink(missing_ok=True)
 
     def say(line: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
