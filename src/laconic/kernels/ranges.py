@@ -77,7 +77,8 @@ def powers(shares: Tensor, greatest: Tensor, bits: int) -> Tensor:
     greatest = greatest.float().clamp(min=2.0**-120)
     # none below what is left of a normal number
     codes = -(shares.detach().float() / greatest).clamp(min=2.0**-126).log2()
-    return through(shares, torch.ldexp(greatest, -codes.round_().clamp_(0, 2**bits - 1).int()).to(shares.dtype))
+    halved = torch.ldexp(torch.ones_like(codes), -codes.round_().clamp_(0, 2**bits - 1).int())
+    return through(shares, (halved * greatest).to(shares.dtype))
 
 
 def apart(shares: Tensor, bits: int, greatest: Tensor | None = None) -> Tensor:
