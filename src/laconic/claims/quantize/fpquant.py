@@ -9,66 +9,24 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from laconic.claims.lab import ONE, SEEDS, Bench, Duel, gathered, held, put, spread
 from laconic.claims.quantize.dgq import Ranged, Shown, better, open_denoiser, shown
 from laconic.core.claim import Claim, Lab, Paper
-from laconic.core.packed import Packed, Soft, Way, below, restore
+from laconic.core.packed import Packed
 from laconic.core.site import Conv, Linear, Site
 from laconic.core.transform import Change, Stats, Transform
 from laconic.kernels.grids import Grid, encode, fit_clipped
+from laconic.methods.quantize.grid.flat import Flat
 from laconic.methods.quantize.grid.grouped import Grouped
-from laconic.methods.quantize.round.dgq import GroupedInputs, Spanned
+from laconic.methods.quantize.round.dgq import GroupedInputs
 from laconic.methods.quantize.round.fpquant import Floating, FPQuant, Single, SplitBits
 
 W8A8, W4A8 = SplitBits(8, 8), SplitBits(4, 8)
 FLOATS = FPQuant()
-
-
-class Whole(Packed):
-    """A matrix (n, m) as `inner` (1, n m), so that it has one scale."""
-
-    form = ""
-
-    def __init__(self, shape: tuple[int, ...], inner: Packed) -> None:
-        super().__init__()
-        self.shape, self.inner = tuple(shape), inner
-
-    def dense(self) -> Tensor:
-        return self.inner.dense().reshape(self.shape)
-
-    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
-        soft = self.inner.soften(target.reshape(1, -1), way)
-        return None if soft is None else SoftWhole(self.shape, soft)
-
-    def describe(self) -> dict[str, Any]:
-        return {"form": "", "shape": list(self.shape), "inner": self.inner.describe()}
-
-    @classmethod
-    def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        return cls(tuple(described["shape"]), restore(described["inner"], below(tensors, "inner")))
-
-
-class SoftWhole(Soft):
-    """A Whole that is learned."""
-
-    def __init__(self, shape: tuple[int, ...], inner: Soft) -> None:
-        super().__init__()
-        self.shape, self.inner = shape, inner
-
-    def dense(self) -> Tensor:
-        return self.inner.dense().reshape(self.shape)
-
-    def penalty(self, done: float) -> Tensor | None:
-        return self.inner.penalty(done)
-
-    def harden(self) -> Whole:
-        return Whole(self.shape, self.inner.harden())
 
 
 @dataclass(frozen=True)
@@ -82,7 +40,7 @@ class Even(Transform):
         flat = weights["weight"].float().reshape(1, -1)
         scale, zero = fit_clipped(flat, level, least=0.05, steps=20)
         inner = Grouped.of((1, flat.shape[1]), level, encode(flat, scale, zero, level), scale, zero)
-        return Change(hold={site.tensors["weight"]: Whole(site.shape, inner)})
+        return Change(hold={site.tensors["weight"]: Flat(site.shape, inner)})
 
     def stored(self, site: Site, level: Grid) -> int:
         n, m = site.matrix
@@ -141,7 +99,7 @@ def nearest(bench: Bench, method: Transform, level: SplitBits, seed: int, quick:
 
 def grid_of(form: Packed) -> Single | None:
     """The floats that a form holds weights in."""
-    inner = form.inner if isinstance(form, Floating | Spanned) else form
+    inner = form.inner if isinstance(form, Floating) else form
     return inner if isinstance(inner, Single) else None
 
 
