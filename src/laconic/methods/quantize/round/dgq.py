@@ -84,8 +84,8 @@ class Spanned(Packed):
     @classmethod
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         inner = restore(described["inner"], below(tensors, "inner"))
-        words = (described[name] for name in ("bits", "axis", "length"))
-        return cls(inner, *words, tensors["index"], tensors["scale"], tensors["zero"])
+        bits, axis, length = (described[name] for name in ("bits", "axis", "length"))
+        return cls(inner, bits, axis, length, tensors["index"], tensors["scale"], tensors["zero"])
 
 
 class SoftSpanned(Soft):
