@@ -352,8 +352,8 @@ CLAIMS: tuple[Claim, ...] = (
         broken=partial(_whole, MISPLACED, "run-time powers", BITS[:1], ONE),
     ),
     Claim(
-        says="Groups of inputs alone have a lower KL than one range a tensor, from the least to the greatest or of least squared error, and "
-        "nearer images from the same noise, at W4A8, W4A6 and W4A4.",
+        says="Groups of inputs alone have a lower KL than one range a tensor, from the least to the greatest or of least squared error, "
+        "and nearer images from the same noise, at W4A8, W4A6 and W4A4.",
         where=Paper("Ryu et al.", 2025, "arXiv:2501.04304", "section 4.1"),
         scale=SCALE + ", maps as they are" + DRAWS,
         check=partial(_groups, OURS, RIVALS, SEEDS),
