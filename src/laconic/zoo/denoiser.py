@@ -438,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m laconic.zoo.denoiser", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--data", type=Path, required=True, help="folder of mnist.npz")
-    p.add_argument("--minutes", type=float, default=3, help="end after this many minutes of the processor (default %(default)s)")
+    p.add_argument("--minutes", type=float, default=5, help="end after this many minutes of the processor (default %(default)s)")
     p.add_argument("--out", type=Path, default=path(), help="folder to write (default: the package's own)")
     p.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "laconic-denoiser", help="checkpoints")
     a = p.parse_args(arguments)

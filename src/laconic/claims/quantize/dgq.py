@@ -60,8 +60,8 @@ class Shown(NamedTuple):
 
 @lru_cache(maxsize=2)
 def open_denoiser(quick: bool) -> Bench:
-    """The denoiser, 16 chains of 16 steps (in full 48) of each part; a seed draws half of the calibration states."""
-    chains, steps = (16, 16) if quick else (48, 16)
+    """The denoiser, 16 chains of 16 steps (in full 24) of each part; a seed draws half of the calibration states."""
+    chains, steps = (16, 16) if quick else (24, 16)
     source = open_model("laconic.zoo.denoiser:denoiser")
     model = source.load(torch.float32)
     pool, seen = ([torch.cat(part) for part in zip(*denoiser.states(seed, chains, steps, model), strict=True)] for seed in (1, 2))
@@ -73,8 +73,8 @@ def open_denoiser(quick: bool) -> Bench:
 
 
 def images(bench: Bench, model: nn.Module, seed: int, quick: bool) -> Tensor:
-    """What a model makes of the noise and the captions of a seed, (20 or 60, pixels), in 16 steps."""
-    *_, (last, _) = denoiser.sampled(model, *denoiser.drawn(100 + seed, 20 if quick else 60), 16)
+    """What a model makes of the noise and the captions of a seed, (20 or 40, pixels), in 16 steps."""
+    *_, (last, _) = denoiser.sampled(model, *denoiser.drawn(100 + seed, 20 if quick else 40), 16)
     return last[:, : denoiser.PIXELS]
 
 
@@ -328,7 +328,7 @@ def _digits(ours: Transform, maps: Maps, seeds: Sequence[int], lab: Lab) -> Verd
 
 PAPER = Paper("Ryu et al.", 2025, "arXiv:2501.04304", "section 5, tables 1 to 3")
 SCALE = "denoiser, matrices of the blocks in 4 bits, a scale a row, and their inputs in 8, 6 and 4, in 8 groups"
-DRAWS = ", 16 steps of 48 chains, 3 draws of half the calibration states and of 60 images (quick: 16 chains, 20 images)"
+DRAWS = ", 16 steps of 24 chains, 3 draws of half the calibration states and of 40 images (quick: 16 chains, 20 images)"
 MISPLACED = Ranged(groups="misplaced")
 
 LOT = (("groups by lot", Ranged(groups="random")),)

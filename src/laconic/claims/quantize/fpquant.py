@@ -130,7 +130,7 @@ def _floats(ours: Transform, level: SplitBits, seeds: Sequence[int], lab: Lab) -
 
 PAPER = Paper("Chen et al.", 2024, "arXiv:2408.06995", "section 5")
 SCALE = "denoiser, matrices of the blocks and their inputs, one scale a tensor"
-DRAWS = ", 16 steps of 48 chains, 3 draws of half the calibration states and of 60 images (quick: 16 chains, 20 images)"
+DRAWS = ", 16 steps of 24 chains, 3 draws of half the calibration states and of 40 images (quick: 16 chains, 20 images)"
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
