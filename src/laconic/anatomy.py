@@ -25,6 +25,7 @@ from laconic.core.site import (
     IndexMap,
     Kind,
     Linear,
+    Map,
     Member,
     Norm,
     Segment,
@@ -140,6 +141,10 @@ def traced_anatomy(module: nn.Module, example_input: Any) -> TracedAnatomy:
             context["tied"] = tuple(others)
         roles = {"tied": others[0]} if others else {}
         context["after"] = watched.after(name)
+        if (positions := watched.positions_of(name)) > 1:
+            context["positions"] = positions
+        if (found := watched.map_of(name)) is not None:
+            context["map"] = found
         sites.append(Site(name, SITES[type(inner)], tensors, tuple(weight.shape), roles, context))
     stages, folds = watched.stages(sites), watched.folds(sites, example)
     return TracedAnatomy(module, example, names, tuple(sites), stages, watched.layers, watched.positions, folds)
@@ -163,6 +168,7 @@ class _Watched:
     def __init__(self, run: _Run, names: Mapping[str, str]) -> None:
         self.real, self.names = run, names
         self.calls: dict[str, list[_Called]] = {}
+        self.maps: list[str] = []
         self.layers: dict[str, int] = {}
         self.ends: list[int] = []
         self.positions = 1
@@ -190,7 +196,8 @@ class _Watched:
             return hook
 
         try:
-            for name, inner in (*layers.items(), *((n, self.real.names[n]) for n in (*self.real.order, *self.real.norms))):
+            self.maps = [name for name, inner in self.real.names.items() if type(inner) is nn.Softmax]
+            for name, inner in (*layers.items(), *((n, self.real.names[n]) for n in (*self.real.order, *self.real.norms, *self.maps))):
                 hooks += [inner.register_forward_pre_hook(before(name)), inner.register_forward_hook(after(name))]
             self.real(example)
         finally:
@@ -236,6 +243,26 @@ class _Watched:
     def after(self, site: str) -> int:
         """Stacks that were through when a site first ran."""
         return sum(end < self.calls[site][0].began for end in self.ends)
+
+    def positions_of(self, site: str) -> int:
+        """Of what a linear site is given (b, t, m), t; 1 for any other input."""
+        given = [call.given for call in self.calls[site]]
+        alike = isinstance(self.real.names[site], nn.Linear) and len({value.shape[1:] for value in given}) == 1 and given[0].dim() == 3
+        return int(given[0].shape[1]) if alike else 1
+
+    def map_of(self, site: str) -> Map | None:
+        """The softmax that ran once, beside a site, before it and behind all other sites of their module, where these are two or more."""
+        parent = site.rpartition(".")[0]
+        for name in self.maps:
+            if name.rpartition(".")[0] != parent or len(self.calls.get(name, [])) != 1:
+                continue
+            (own,) = self.calls[name]
+            beside = [(n, call) for n in self.real.order if n.rpartition(".")[0] == parent for call in self.calls[n]]
+            before = [call for _, call in beside if call.ended < own.began]
+            behind = [n for n, call in beside if call.began > own.ended]
+            if len(before) > 1 and behind[:1] == [site]:
+                return Map(name, len({id(call.given) for call in before}) > 1)
+        return None
 
     def stages(self, sites: list[Site]) -> tuple[Stage, ...]:
         """Sites that follow one another and are given the very same tensor are one stage of a layer."""

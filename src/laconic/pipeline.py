@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic import __version__
-from laconic.artifact import holdable
+from laconic.artifact import holdable, stand
 from laconic.budget import parse_budget
 from laconic.calibration import (
     KEPT,
@@ -35,7 +35,7 @@ from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
 from laconic.core.packed import Dense, Packed, Soft, Transposed, below, restore, stored_class
-from laconic.core.part import Part, restore_part
+from laconic.core.part import Part, Rounding, restore_part
 from laconic.core.router import Routed, Router
 from laconic.core.site import Anatomy, Embedding, Segment, Site, Sublayer
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
@@ -98,6 +98,7 @@ class Parts:
         # of what is gone zeros are held; what is routed runs in parts
         made = {path: restore_part(described) for path, described in self.placed.items()}
         install(bare, {path: part for path, part in made.items() if isinstance(part, Routed)})
+        rounded(bare, "", self.placed)
         return bare
 
     def _tensors(self, key: str) -> dict[str, Tensor]:
@@ -137,6 +138,15 @@ class Parts:
                 else:
                     fed(layer, form)
         self.cached = ("", {})
+
+
+def rounded(module: nn.Module, prefix: str, placed: Mapping[str, Any]) -> bool:
+    """Those parts that round in the place of what is below `prefix`, whose module this is; whether there are any."""
+    parts = {path: restore_part(described) for path, described in placed.items() if path.startswith(prefix)}
+    rounding = {path: part for path, part in parts.items() if isinstance(part, Rounding)}
+    for path, part in rounding.items():
+        stand(module, path.removeprefix(prefix), part)
+    return bool(rounding)
 
 
 # ---- what is offered
@@ -707,6 +717,7 @@ def apply_plan(
         else:
             view.add(key, value)
             module = walk.take(segment)
+            rounded(module, f"{segment.name}.", value.get("placed", {}))
         take_in(key, value)
         walk.advance(module, segment)
         release(module)
@@ -738,13 +749,15 @@ def _pack(
         return {"forms": {}, "kept": [name], "bytes": kept.numel() * kept.element_size(), "notes": []}, {name: kept}
     change = offer.transform(site, weights, {s: stats[s] for s in offer.transform.wants}, offer.level)
     size = _same_bytes(offer, change)
-    forms, tensors = _stored(change, site)
-    return {"forms": forms, "kept": [], "bytes": size, "notes": list(change.notes)}, tensors
+    found, tensors = _formed(change, site)
+    return {**found, "kept": [], "bytes": size, "notes": list(change.notes)}, tensors
 
 
 def _take_in(value: dict[str, Any], tensors: dict[str, Tensor], one: Mapping[str, Any], held: Mapping[str, Tensor]) -> None:
     """Adds one site's journal value and tensors to those of a segment."""
     value["forms"].update(one["forms"])
+    if "placed" in one:
+        value.setdefault("placed", {}).update(one["placed"])
     value["kept"] += one["kept"]
     value["notes"] += one["notes"]
     value["bytes"] += one["bytes"]
@@ -807,13 +820,18 @@ def _compress_segment(
             with suited(weight.numel()):
                 change = offer.transform(offer.site, {"weight": weight}, observed(stats, offer.site, offer.transform.wants), offer.level)
             value["bytes"] += _same_bytes(offer, change)
-            forms, held = _stored(change, offer.site)
-            value["forms"].update(forms)
+            found, held = _formed(change, offer.site)
+            value["forms"].update(found["forms"])
             value["notes"] += change.notes
             tensors.update(held)
             form = change.hold[offer.site.tensors["weight"]]
             target.weight.data.copy_(oriented(offer.site, form.dense().reshape(weight.shape)))  # type: ignore[union-attr, operator]
             fed(target, form)
+            if placed := found.get("placed"):
+                value.setdefault("placed", {}).update(placed)
+                if rounded(module, f"{segment.name}." if segment.name else "", placed):
+                    # what was kept of this stage's inputs does not know of it
+                    walk.forget()
     _keep(value, tensors, source, [name for name in segment.tensors if name not in value["forms"]])
     # later blocks see what is stored of norms and biases too, as they do in a run that goes on from the journal
     for path, own in (*module.named_parameters(), *module.named_buffers()):

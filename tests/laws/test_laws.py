@@ -55,7 +55,7 @@ def weight(n: int, m: int, seed: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize("statistic", found.STATISTICS, ids=lambda s: type(s).__name__)
 def test_statistic_two_halves_are_one_pass(statistic):
-    site = found.site(12, 10)
+    site = found.site(12, 10)._replace(context={"positions": 4})
     ids = "Lookups" in type(statistic).__name__
     x = torch.randint(0, 12, (64,)) if ids else rows(64, 10)
     grad = torch.randn(64, 10 if type(statistic).__name__ == "LookupFisher" else 12)

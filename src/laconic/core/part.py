@@ -37,6 +37,11 @@ class Part(nn.Module, ABC):
         """The part again, from `describe()`; buffers come with the model's tensors."""
 
 
+class Rounding(Part):
+    """A part without tensors, in the place of a module without tensors (a softmax), that computes what that one did and rounds it. It
+    stands in the model from the moment that it is placed, so that whatever comes later sees what it does."""
+
+
 def restore_part(described: Mapping[str, Any]) -> Part:
     """Any stored part again, by the path in `described["part"]`."""
     found: type[Part] = stored_class(str(described["part"]))

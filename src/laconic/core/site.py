@@ -126,6 +126,13 @@ class Site(NamedTuple):
         return self.shape[0], width
 
 
+class Map(NamedTuple):
+    """A softmax module between sites, shares of keys for each query: its path, and whether queries and keys come from different inputs."""
+
+    path: str
+    crossed: bool
+
+
 @dataclass(frozen=True)
 class IndexMap:
     """Which of the `width` indices of one member's axis fall together with index i of a group's canonical axis: the `block` of them from

@@ -303,3 +303,35 @@ class Total(Statistic):
 
     def finish(self, state: dict[str, Tensor]) -> Tensor:
         return state["sum"]
+
+
+@dataclass(frozen=True)
+class Extremes(Statistic):
+    """Least and greatest input of each channel and of each position of a sequence, (2, m + t): row 0 the least, channels first. t is
+    `positions` of the site's context, 0 where that says nothing or one; sequences of another length tell of channels alone."""
+
+    needs = frozenset({"x"})
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        t = int(site.context.get("positions", 1))
+        return {name: torch.full((2, size), -torch.inf) for name, size in (("channels", site.matrix[1]), ("positions", t if t > 1 else 0))}
+
+    def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
+        assert seen.x is not None
+        rows = _rows(seen.x, seen.mask).float()
+        found = {"channels": torch.stack([(-rows).amax(0), rows.amax(0)])} if len(rows) else {}
+        t = state["positions"].shape[1]
+        if t and seen.x.shape[0] == t * seen.sequences:
+            low, high = seen.x.float().aminmax(dim=1)
+            ends = torch.stack([-low, high])
+            ends = ends if seen.mask is None else ends.masked_fill(~seen.mask, -torch.inf)
+            found["positions"] = ends.reshape(2, seen.sequences, t).amax(1)
+        return {name: torch.maximum(part, found[name]) if name in found else part for name, part in state.items()}
+
+    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.maximum(a[name], b[name]) for name in a}
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        ends = torch.cat([state["channels"], state["positions"]], 1)
+        ends = torch.where(torch.isfinite(ends), ends, 0.0)
+        return torch.stack([-ends[0], ends[1]])
