@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import multiprocessing
-import sys
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,15 @@ from laconic import catalogue, job, measurement
 from laconic.claims.lab import forget, quick_rows
 from laconic.core.claim import Claim, Lab, Measurement, Verdict
 from laconic.core.errors import UserError
+from laconic.kernels.memory import give_back, trim
 from laconic.pipeline import Log, Progress, quiet
 
 # the quick form takes one of a claim's draws; older witnesses took all
 QUICK = 1
 # what the quick forms of a method may take of the memory, in bytes: workers beyond it are not started
 ROOM = 4 * 1024**3
-# seconds: a family is checked in ten minutes, so no claim but a method's first begins later than this
-LATEST = 8 * 60
+# seconds: a family is checked in ten minutes, so no claim begins later than this
+LATEST = 7.5 * 60
 
 
 def claims_of(name: str) -> tuple[Claim, ...]:
@@ -51,7 +52,7 @@ def verify(
 ) -> list[dict[str, Any]]:
     """Each method's name, scale, verdicts and the claims that were `left`, in the order given; methods without a claim are left out. claim:
     one of a single method's by its number, from 1. Quick forms of several methods run side by side, a process for each core, those whose
-    figures are times alone after them; every method's first claim, the others as far as ten minutes last."""
+    figures are times alone after them; one claim of every method, then the others, as far as ten minutes last."""
     chosen: dict[str, list[Claim]] = {}
     for entry in entries:
         claims = claims_of(entry.name)
@@ -95,15 +96,16 @@ def _side_by_side(
 
     threads = torch.get_num_threads()
     workers = max(1, min(threads, len(chosen), measurement.hardware()["memory_bytes"] // ROOM))
-    # memory that methods leave behind goes with their process
-    short: dict[str, Any] = {"max_tasks_per_child": 8} if sys.version_info >= (3, 11) else {}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (threads // workers,), **short) as pool:
+    leading = {name: _smallest(claims, data) for name, claims in chosen.items()}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (threads // workers,)) as pool:
         try:
-            # the first claims of all methods, then the others while there is time: a method a task, as its claims share models and what
-            # was measured on them
-            for which, latest in ((slice(0, 1), math.inf), (slice(1, None), until)):
-                numbers = {name: [i for i in range(len(claims))[which] if not claims[i].timed] for name, claims in chosen.items()}
-                running = {pool.submit(_quick, name, those, data, latest): name for name, those in numbers.items() if those}
+            # one claim of every method, then the others: a method a task, as its claims share models and what was measured on them
+            for first in (True, False):
+                numbers = {
+                    name: [i for i, one in enumerate(claims) if (i == leading[name]) == first and not one.timed]
+                    for name, claims in chosen.items()
+                }
+                running = {pool.submit(_quick, name, those, data, until): name for name, those in numbers.items() if those}
                 for future in as_completed(running):
                     name = running[future]
                     verdicts, lines = future.result()
@@ -119,15 +121,22 @@ def _side_by_side(
     for first in (True, False):
         for name, claims in chosen.items():
             for i, one in enumerate(claims):
-                if one.timed and (i == 0) == first and (first or time.time() < until):
+                if one.timed and (i == leading[name]) == first and time.time() < until:
                     add(name, i, _judge(name, one, _quick_lab(data, log)))
     return {name: [verdict for _, verdict in sorted(verdicts.items())] for name, verdicts in found.items()}
 
 
+def _smallest(claims: Sequence[Claim], data: Path | None) -> int:
+    """The first claim on the smallest models that are here; those that are always here are the largest."""
+    here = range(len(claims)) if data is not None else []
+    return next((i for i in here if not re.search(r"\b(nano|mamba)\b", claims[i].scale)), 0)
+
+
 def _begin(threads: int) -> None:
-    """A process of a family's quick forms: so many threads, half of the rows."""
+    """A process of a family's quick forms: so many threads, a quarter of the rows."""
     torch.set_num_threads(threads)
-    quick_rows.set(quick_rows.get() // 2)
+    give_back()
+    quick_rows.set(quick_rows.get() // 4)
 
 
 def _quick(name: str, which: Sequence[int], data: Path | None, latest: float) -> tuple[list[dict[str, Any]], list[str]]:
@@ -141,6 +150,7 @@ def _quick(name: str, which: Sequence[int], data: Path | None, latest: float) ->
             break
         verdicts.append(_judge(name, claims[i], _quick_lab(data, lines.append)))
     forget()
+    trim()
     return verdicts, lines
 
 
@@ -213,8 +223,9 @@ def _judge(name: str, claim: Claim, lab: Lab) -> dict[str, Any]:
         verdict = claim.check(lab)
         # where the claim cannot be checked, neither can its stand-in
         broken = claim.broken(lab) if verdict.result != "cannot be checked here" else verdict
-    lab.log(f"{name}: {verdict.result}" + (f" ({verdict.reason})" if verdict.reason else ""))
-    made = {"seconds": round(time.monotonic() - began, 1), "versions": job.versions(), "hardware": measurement.hardware()}
+    took = time.monotonic() - began
+    lab.log(f"{name}: {verdict.result}" + (f" ({verdict.reason})" if verdict.reason else "") + f", in {took:.0f} s")
+    made = {"seconds": round(took, 1), "versions": job.versions(), "hardware": measurement.hardware()}
     return {"says": claim.says, "where": asdict(claim.where), "scale": claim.scale, **_plain(verdict), "broken": _plain(broken), **made}
 
 

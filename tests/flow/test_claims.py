@@ -180,14 +180,24 @@ def test_methods_of_a_family_are_checked_side_by_side() -> None:
     assert sum("cannot be checked here" in line for line in lines) == total
 
 
-def test_where_ten_minutes_are_over_each_method_has_its_first_claim_and_the_rest_is_named(monkeypatch) -> None:
+def test_what_ten_minutes_do_not_reach_is_named(monkeypatch) -> None:
     monkeypatch.setattr(verifying, "LATEST", -1)
     lines: list[str] = []
     entries = catalogue.select(family="route")
     for one in verifying.verify(entries, None, full=False, log=lines.append):
         says = catalogue.claims(one["name"])
-        assert [claim["says"] for claim in one["claims"]] == says[:1] and one["left"] == says[1:] != []
-        assert any(line.startswith(f"{one['name']}: {len(says) - 1} of {len(says)} claims left") for line in lines)
+        assert one["claims"] == [] and one["left"] == says
+        assert any(line.startswith(f"{one['name']}: {len(says)} of {len(says)} claims left") for line in lines)
+
+
+def test_of_each_method_a_claim_on_the_smallest_model_comes_first() -> None:
+    def check(lab: Lab) -> Verdict:
+        return Verdict("holds", {})
+
+    paper = Paper("Somebody", 2020, "arXiv:2001.00001")
+    claims = [Claim("Quick.", paper, scale, check, check) for scale in ("nano, 3 draws", "stories260k, 3 draws", "random matrices")]
+    assert verifying._smallest(claims, Path()) == 1 and verifying._smallest(claims, None) == 0
+    assert verifying._smallest(claims[:1], Path()) == 0
 
 
 def test_times_are_taken_alone_and_in_one_draw() -> None:

@@ -50,7 +50,7 @@ from laconic.zoo import corpus, mamba, nano
 SEEDS = (0, 1, 2)
 # a claim fails where one draw does, so one draw that fails is enough for a stand-in
 ONE = SEEDS[:1]
-# rows of text of each part that a quick form takes (of images 32 times as many): half of them where a family's are run side by side
+# rows of text of each part that a quick form takes: a quarter of them where a family's are run side by side
 quick_rows: ContextVar[int] = ContextVar("quick_rows", default=16)
 # rows that a lesson over a whole model may make of its own
 ROOM = 1024
@@ -235,9 +235,9 @@ def _images(name: str, weights: Path, images: Path, rows: int) -> Bench:
         train, test, classes = (torch.from_numpy(stored[key]) for key in ("train_x", "test_x", "test_y"))
     source = open_model(module)
     source.trace(normal(train[:2]))
-    limit = min(1000, 32 * rows)
+    limit = min(1000, max(256, 32 * rows))
     certify = Samples(normal(test[:limit]), classes[:limit].long(), 1, limit, "")
-    return _bench(name, source, normal(train[:2048]), certify, 128, 16 * rows)
+    return _bench(name, source, normal(train[:2048]), certify, 128, max(128, 16 * rows))
 
 
 def normal(pixels: Tensor) -> Tensor:
