@@ -154,8 +154,8 @@ def test_rows_do_not_depend_on_each_other_or_on_threads(level: str) -> None:
     stored, x = held(40, 512, grid), torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
     together = grouped_linear(x, *stored, grid)
     alone = torch.cat([grouped_linear(row[None], *stored, grid) for row in x])
-    # sums of 512 terms in another order where many rows go another way
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4 if level == "plain" else 0)
+    # sums of 512 terms in another order where many rows go another way: a few last digits of fp32, of values up to 500
+    torch.testing.assert_close(together, alone, rtol=1e-6 if level == "plain" else 0, atol=1e-4 if level == "plain" else 0)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2 if before == 1 else 1)
