@@ -96,9 +96,9 @@ class Parts:
     def skeleton(self) -> nn.Module:
         bare: nn.Module = self.source.skeleton()
         # of what is gone zeros are held; what is routed runs in parts
-        made = {path: restore_part(described) for path, described in self.placed.items()}
+        made = _parts(self.placed)
         install(bare, {path: part for path, part in made.items() if isinstance(part, Routed)})
-        rounded(bare, "", self.placed)
+        rounded(bare, "", made)
         return bare
 
     def _tensors(self, key: str) -> dict[str, Tensor]:
@@ -140,10 +140,14 @@ class Parts:
         self.cached = ("", {})
 
 
-def rounded(module: nn.Module, prefix: str, placed: Mapping[str, Any]) -> bool:
-    """Those parts that round in the place of what is below `prefix`, whose module this is; whether there are any."""
-    parts = {path: restore_part(described) for path, described in placed.items() if path.startswith(prefix)}
-    rounding = {path: part for path, part in parts.items() if isinstance(part, Rounding)}
+def _parts(placed: Mapping[str, Any]) -> dict[str, Part]:
+    return {path: restore_part(described) for path, described in placed.items()}
+
+
+def rounded(module: nn.Module, segment: str, parts: Mapping[str, Part]) -> bool:
+    """Puts those parts that round where they stand in a segment's module, or in the whole model's (""); whether there are any."""
+    prefix = f"{segment}." if segment else ""
+    rounding = {path: part for path, part in parts.items() if path.startswith(prefix) and isinstance(part, Rounding)}
     for path, part in rounding.items():
         stand(module, path.removeprefix(prefix), part)
     return bool(rounding)
@@ -717,7 +721,7 @@ def apply_plan(
         else:
             view.add(key, value)
             module = walk.take(segment)
-            rounded(module, f"{segment.name}.", value.get("placed", {}))
+            rounded(module, segment.name, _parts(value.get("placed", {})))
         take_in(key, value)
         walk.advance(module, segment)
         release(module)
@@ -748,9 +752,7 @@ def _pack(
         kept = kept_tensor(weights["weight"])
         return {"forms": {}, "kept": [name], "bytes": kept.numel() * kept.element_size(), "notes": []}, {name: kept}
     change = offer.transform(site, weights, {s: stats[s] for s in offer.transform.wants}, offer.level)
-    size = _same_bytes(offer, change)
-    found, tensors = _formed(change, site)
-    return {**found, "kept": [], "bytes": size, "notes": list(change.notes)}, tensors
+    return _packed(offer, change)
 
 
 def _take_in(value: dict[str, Any], tensors: dict[str, Tensor], one: Mapping[str, Any], held: Mapping[str, Tensor]) -> None:
@@ -762,6 +764,13 @@ def _take_in(value: dict[str, Any], tensors: dict[str, Tensor], one: Mapping[str
     value["notes"] += one["notes"]
     value["bytes"] += one["bytes"]
     tensors.update(held)
+
+
+def _packed(offer: Offer, change: Change) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What an offer makes of its site: journal value and tensors, in the bytes that were foreseen."""
+    size = _same_bytes(offer, change)
+    found, tensors = _formed(change, offer.site)
+    return {**found, "kept": [], "bytes": size, "notes": list(change.notes)}, tensors
 
 
 def _formed(change: Change, site: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -819,19 +828,14 @@ def _compress_segment(
             weight = oriented(offer.site, target.weight.detach())  # type: ignore[union-attr, arg-type, operator]
             with suited(weight.numel()):
                 change = offer.transform(offer.site, {"weight": weight}, observed(stats, offer.site, offer.transform.wants), offer.level)
-            value["bytes"] += _same_bytes(offer, change)
-            found, held = _formed(change, offer.site)
-            value["forms"].update(found["forms"])
-            value["notes"] += change.notes
-            tensors.update(held)
+            found, held = _packed(offer, change)
+            _take_in(value, tensors, found, held)
             form = change.hold[offer.site.tensors["weight"]]
             target.weight.data.copy_(oriented(offer.site, form.dense().reshape(weight.shape)))  # type: ignore[union-attr, operator]
             fed(target, form)
-            if placed := found.get("placed"):
-                value.setdefault("placed", {}).update(placed)
-                if rounded(module, f"{segment.name}." if segment.name else "", placed):
-                    # what was kept of this stage's inputs does not know of it
-                    walk.forget()
+            if rounded(module, segment.name, _parts(found.get("placed", {}))):
+                # what was kept of this stage's inputs does not know of it
+                walk.forget()
     _keep(value, tensors, source, [name for name in segment.tensors if name not in value["forms"]])
     # later blocks see what is stored of norms and biases too, as they do in a run that goes on from the journal
     for path, own in (*module.named_parameters(), *module.named_buffers()):
@@ -847,11 +851,8 @@ def _take_out(walk: Walk, module: nn.Module, segment: Segment, offer: Offer, sou
     own = {name: module.get_parameter(path) for name, path in stored_paths(source, module, segment.name).items()}
     weights = {role: own[tensor.name].data for role, tensor in offer.site.tensors.items()}
     change = offer.transform(offer.site, weights, {}, offer.level)
-    value["bytes"] += _same_bytes(offer, change)
-    found, _ = _formed(change, offer.site)
-    value["forms"].update(found["forms"])
-    value.setdefault("placed", {}).update(found.get("placed", {}))
-    value["notes"] += change.notes
+    # what is absent has no tensors
+    _take_in(value, {}, *_packed(offer, change))
     for tensor, form in change.hold.items():
         own[tensor.name].data.copy_(form.dense())
     walk.forget()

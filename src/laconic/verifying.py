@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from laconic import catalogue, job, measurement
-from laconic.claims.lab import forget, quick_rows
 from laconic.core.claim import Claim, Lab, Measurement, Verdict
 from laconic.core.errors import UserError
 from laconic.kernels.memory import give_back, trim
@@ -134,6 +133,9 @@ def _smallest(claims: Sequence[Claim], data: Path | None) -> int:
 
 def _begin(threads: int) -> None:
     """A process of a family's quick forms: so many threads, a quarter of the rows."""
+    # where no claim is checked nothing of theirs is loaded
+    from laconic.claims.lab import quick_rows
+
     torch.set_num_threads(threads)
     give_back()
     quick_rows.set(quick_rows.get() // 4)
@@ -142,6 +144,8 @@ def _begin(threads: int) -> None:
 def _quick(name: str, which: Sequence[int], data: Path | None, latest: float) -> tuple[list[dict[str, Any]], list[str]]:
     """In a process of its own: verdicts of a method's claims by number from 0, none begun after `latest` (of time.time()), and what was
     logged."""
+    from laconic.claims.lab import forget
+
     claims = claims_of(name)
     lines: list[str] = []
     verdicts = []

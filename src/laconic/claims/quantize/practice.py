@@ -57,11 +57,10 @@ def _gains(bench: Bench, way: Way, seeds: Sequence[int], quick: bool) -> list[fl
 
 
 def _robust(ours: Way, others: dict[str, Way], share: float, seeds: Sequence[int], quick: bool, bench: Bench) -> Verdict:
-    draws = seeds[:1] if quick else seeds
-    numbers: dict[str, Measurement] = {"KL falls by, default": spread(_gains(bench, ours, draws, quick), "share")}
+    numbers: dict[str, Measurement] = {"KL falls by, default": spread(_gains(bench, ours, seeds, quick), "share")}
     wrong = []
     for name, way in others.items():
-        numbers[f"KL falls by, {name}"] = found = spread(_gains(bench, way, draws, quick), "share")
+        numbers[f"KL falls by, {name}"] = found = spread(_gains(bench, way, seeds, quick), "share")
         if found.value < share * numbers["KL falls by, default"].value:
             wrong.append(f"with {name} KL falls by less than {share:g} of what it falls by")
     return judged(wrong, numbers)
@@ -73,11 +72,10 @@ def robust(ours: Way, others: dict[str, Way], share: float, seeds: Sequence[int]
 
 
 def _matters(ours: Way, others: dict[str, Way], factor: float, seeds: Sequence[int], quick: bool, bench: Bench) -> Verdict:
-    draws = seeds[:1] if quick else seeds
-    numbers = {"KL, default": spread([learned(bench, ours, seed, quick).kl for seed in draws], "nats/token")}
+    numbers = {"KL, default": spread([learned(bench, ours, seed, quick).kl for seed in seeds], "nats/token")}
     wrong = []
     for name, way in others.items():
-        numbers[f"KL, {name}"] = found = spread([learned(bench, way, seed, quick).kl for seed in draws], "nats/token")
+        numbers[f"KL, {name}"] = found = spread([learned(bench, way, seed, quick).kl for seed in seeds], "nats/token")
         if found.value < factor * numbers["KL, default"].value:
             wrong.append(f"with {name} KL is not {factor:g} times that of the default")
     return judged(wrong, numbers)
