@@ -143,6 +143,8 @@ def traced_anatomy(module: nn.Module, example_input: Any) -> TracedAnatomy:
         context["after"] = watched.after(name)
         if (positions := watched.positions_of(name)) > 1:
             context["positions"] = positions
+        if watched.outside(name):
+            context["outside"] = True
         if (found := watched.map_of(name)) is not None:
             context["map"] = found
         sites.append(Site(name, SITES[type(inner)], tensors, tuple(weight.shape), roles, context))
@@ -250,6 +252,15 @@ class _Watched:
         alike = isinstance(self.real.names[site], nn.Linear) and len({value.shape[1:] for value in given}) == 1 and given[0].dim() == 3
         return int(given[0].shape[1]) if alike else 1
 
+    def outside(self, site: str) -> bool:
+        """Whether a site of another layer is given the very same tensor: it comes to all layers from outside their stack."""
+        layer, given = self._layer_of(site), {id(call.given) for call in self.calls[site]}
+        others = (call for name in self.real.order if self._layer_of(name) not in ("", layer) for call in self.calls[name])
+        return layer != "" and any(id(call.given) in given for call in others)
+
+    def _layer_of(self, site: str) -> str:
+        return next((name for name in self.layers if site.startswith(f"{name}.")), "")
+
     def map_of(self, site: str) -> Map | None:
         """The softmax that ran once, beside a site, before it and behind all other sites of their module, where these are two or more."""
         parent = site.rpartition(".")[0]
@@ -269,7 +280,7 @@ class _Watched:
         stages: list[list[Site]] = []
         layer = None
         for site in sites:
-            own = next((name for name in self.layers if site.name.startswith(f"{name}.")), "")
+            own = self._layer_of(site.name)
             if stages and own and own == layer and self._same(stages[-1][0].name, site.name):
                 stages[-1].append(site)
             else:

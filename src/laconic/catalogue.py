@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -223,4 +223,10 @@ def ground(name: str, scale: str) -> str:
     """A hash of what a verdict of a method stands on: its file, its claims' file, the definitions of core, methods and kernels that these
     name and those name in turn, and the embedded models that the claim's scale names. Not of what else moves data and models about."""
     models = [folder / "model.safetensors" for folder in sorted(MODELS.iterdir()) if re.search(rf"\b{folder.name}\b", scale)]
+    return _ground(name, tuple(models))
+
+
+@cache
+def _ground(name: str, models: tuple[Path, ...]) -> str:
+    """Once in a process, whose code is what it was when it was imported."""
     return hash_of_code(definitions([METHODS.joinpath(*name.split(".")).with_suffix(".py"), claims_file(name)]), models)

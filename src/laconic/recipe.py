@@ -14,6 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,7 +174,7 @@ def named() -> dict[str, Path]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """A named recipe or a YAML file."""
+    """A named recipe or a YAML file. One that comes with laconic is read once."""
     known = named()
     # schemes are written W4A16 as often as w4a16
     name = name.lower() if name.lower() in known else name
@@ -182,6 +183,15 @@ def load_recipe(name: str) -> Recipe:
         if path.suffix in (".yaml", ".yml") or "/" in name:
             raise UserError(f"recipe file {name} does not exist; named recipes are {', '.join(known)}")
         raise UserError(f"unknown recipe {name!r}{nearest(name, known)}")
+    return _shipped(path) if name in known else _read(name, path)
+
+
+@cache
+def _shipped(path: Path) -> Recipe:
+    return _read(path.stem, path)
+
+
+def _read(name: str, path: Path) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -308,10 +318,11 @@ def paths() -> list[str]:
     return sorted(".".join(p.relative_to(root).with_suffix("").parts) for p in root.glob("*/*/*.py") if p.stem != "__init__")
 
 
+@cache
 def method_class(path: str) -> type:
     """The one public class of a role in the file of that path."""
-    if path not in paths():
-        raise UserError(f"unknown method {path!r}{nearest(path, paths())}")
+    if path not in (known := paths()):
+        raise UserError(f"unknown method {path!r}{nearest(path, known)}")
     module = importlib.import_module(f"laconic.methods.{path}")
     found = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__ and issubclass(c, ROLES)]
     if len(found) != 1:
@@ -372,20 +383,24 @@ def level_of(transform: Transform, level: Mapping[str, Any]) -> Any:
 
 def _dataclass(cls: type, values: Mapping[str, Any], owner: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
             raise UserError(f"a level of {owner} has no {key!r}{nearest(key, fields)}")
     made = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            made[key] = _dataclass(_plain(hints[key]), value, owner)
+            made[key] = _dataclass(_plain(_hints(cls)[key]), value, owner)
         else:
             made[key] = value
     try:
         return cls(**made)
     except (TypeError, ValueError) as error:
         raise UserError(f"a level of {owner} is not right: {error}") from None
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _plain(hint: Any) -> type:

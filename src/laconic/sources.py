@@ -8,6 +8,7 @@ import io
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 HOME = Path(__file__).parent
@@ -29,6 +30,7 @@ def _code_lines(text: str, tree: ast.Module) -> dict[int, str]:
     return {number: line for number, line in kept.items() if line}
 
 
+@lru_cache(4096)
 def code_of(text: str) -> str:
     """Python source without comments, docstrings and blank lines: what its behaviour depends on."""
     return "\n".join(_code_lines(text, ast.parse(text)).values())
@@ -74,11 +76,15 @@ class _Module:
     # local name -> file, and the name in it (none: the file itself)
     imports: dict[str, tuple[Path, str | None]]
 
-    @classmethod
-    def read(cls, path: Path) -> _Module:
-        text = path.read_text(encoding="utf-8")
+    # name -> what defines it in code, and what that names elsewhere, as they were asked for
+    asked: dict[str, tuple[str | None, tuple[tuple[Path, str | None], ...]]]
+
+    @staticmethod
+    @lru_cache(4096)
+    def of(path: Path, text: str) -> _Module:
+        """A file with that text."""
         tree = ast.parse(text)
-        module = cls({}, [], _code_lines(text, tree), {})
+        module = _Module({}, [], _code_lines(text, tree), {}, {})
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
                 module.imports.update(_sources(node))
@@ -89,6 +95,15 @@ class _Module:
             if not names and not isinstance(node, ast.Import | ast.ImportFrom):
                 module.others.append(node)
         return module
+
+    def definition(self, name: str, here: Path) -> tuple[str | None, tuple[tuple[Path, str | None], ...]]:
+        """The code that gives a name its meaning (name "": what the file does besides defining names), and all that it names; none where
+        nothing does."""
+        if name not in self.asked:
+            nodes = self.defines.get(name, []) if name else self.others
+            code = "\n".join(map(self.code, nodes)) if nodes else None
+            self.asked[name] = code, tuple(one for node in nodes for one in self.named(node, here))
+        return self.asked[name]
 
     def code(self, node: ast.stmt) -> str:
         first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", ()))])
@@ -124,7 +139,7 @@ def definitions(start: Iterable[Path]) -> dict[tuple[Path, str], str]:
         if (path, name) in found:
             continue
         if path not in modules:
-            modules[path] = _Module.read(path)
+            modules[path] = _Module.of(path, path.read_text(encoding="utf-8"))
             waiting.append((path, ""))
         module = modules[path]
         if name is None:
@@ -132,10 +147,10 @@ def definitions(start: Iterable[Path]) -> dict[tuple[Path, str], str]:
             continue
         if name in module.imports:
             waiting.append(module.imports[name])
-        nodes = module.defines.get(name, []) if name else module.others
-        if nodes:
-            found[path, name] = "\n".join(module.code(node) for node in nodes)
-            waiting += [reference for node in nodes for reference in module.named(node, path)]
+        code, names = module.definition(name, path)
+        if code is not None:
+            found[path, name] = code
+            waiting += names
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.calibration import WIDE, FewRows, Walk, fed, kept_tensor, release
-from laconic.core.menu import Damage, Judge, Plan, Row
+from laconic.core.menu import Damage, Judges, Plan, Row
 from laconic.core.packed import Dense, Packed, below, restore
 from laconic.core.site import Segment
 from laconic.core.transform import Objective
@@ -36,7 +36,7 @@ def form_key(row: Row) -> str:
     return f"form/{where}/{row.method}{json.dumps(dict(row.level), sort_keys=True)}"
 
 
-class Trials(Judge):
+class Trials(Judges):
     """Plans over rows of search data, their forms read from the journal as they are needed. original: gives the outputs that each row must
     meet, asked once and only if there is anything to measure. The damage is the objective's mean over rows."""
 
@@ -45,6 +45,16 @@ class Trials(Judge):
         self.rows = len(rows)
         self._original = original
         self._wanted: Targets | None = None
+
+    def by(self, objective: Objective) -> Trials:
+        """The same plans by another objective. The outputs that they must meet are made once for both."""
+        return Trials(self.source, self.inputs, self.wanted, objective, self.work)
+
+    def wanted(self) -> Targets:
+        """The outputs that each row must meet."""
+        if self._wanted is None:
+            self._wanted = self._original()
+        return self._wanted
 
     def form(self, row: Row, name: str) -> Packed:
         """What the row would store of a tensor, as pricing made it."""
@@ -69,14 +79,13 @@ class Trials(Judge):
         return 4 * tokens * width
 
     def _together(self, plans: Sequence[Plan], part: Sequence[int]) -> list[Damage]:
-        if self._wanted is None:
-            self._wanted = self._original()
+        targets = self.wanted()
         rows = [self.inputs[i] for i in part]
         walk = Walk(self.source, torch.cat(rows), batch=rows[0].shape[0])
         walk.batches = rows * len(plans)
         found = [0.0] * len(plans)
         for i, out in enumerate(_outputs(walk, _Placing(self, walk, plans, len(rows)))):
-            wanted = self._wanted[part[i % len(rows)]]
+            wanted = targets[part[i % len(rows)]]
             if self.source.task == "text":
                 # the last token of a row predicts nothing that is here
                 out, wanted = out[:, :-1], wanted[:, :-1]
@@ -190,17 +199,20 @@ def _outputs(walk: Walk, placing: _Placing) -> Iterator[Tensor]:
     yield from walk.logits(placing.head if placing.owner is not None else None)
 
 
-class Recorded(Judge):
+class Recorded(Judges):
     """What a judge said, journalled question by question. A search is a function of its arguments, so one that was cut off is run again: it
     gets the answers that were given, goes on where it stood, and ends as it would have."""
 
-    def __init__(self, judge: Judge, work: Any) -> None:
-        self.judge, self.work = judge, work
+    def __init__(self, judge: Judges, work: Any, measure: str = "") -> None:
+        self.judge, self.work, self.measure = judge, work, measure
         self.rows = judge.rows
+
+    def by(self, objective: Objective) -> Recorded:
+        return Recorded(self.judge.by(objective), self.work, repr(objective))
 
     def __call__(self, plans: Sequence[Plan], part: Sequence[int] | None = None) -> list[Damage]:
         asked = json.dumps([[sorted(form_key(row) for row in plan.rows) for plan in plans], None if part is None else list(part)])
-        key = f"search/{hashlib.sha256(asked.encode()).hexdigest()}"
+        key = f"search/{hashlib.sha256((self.measure + asked).encode()).hexdigest()}"
         found = self.work.done(key)
         if found is None:
             found = {"said": [list(damage) for damage in self.judge(plans, part)]}

@@ -11,9 +11,11 @@ from laconic import artifact
 from laconic.core.site import Linear
 from laconic.data import Samples, Split
 from laconic.job import compress
+from laconic.kernels.densities import densities, means
 from laconic.measurement import outputs
 from laconic.methods.quantize.round.dgq import Powers, Spanned
 from laconic.methods.quantize.round.fpquant import Floating
+from laconic.methods.quantize.round.mixdq import Ranged
 from laconic.models import ModuleSource
 from laconic.recipe import load_recipe
 from laconic.zoo import denoiser
@@ -42,9 +44,9 @@ def test_its_answers_are_noise_and_their_kl_its_squared_difference(opened: tuple
     x = opened[1].certify.inputs
     model = blank()
     noise = model.noise(x)
-    torch.testing.assert_close(denoiser.noise_of(model(x)), noise, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(means(model(x)), noise, rtol=1e-4, atol=1e-4)
     near = noise.clamp(-0.5, 0.5)
-    p, q = (((-0.5 * (value[..., None] - model.bins).square()).log_softmax(-1)) for value in (near, near + 0.3))
+    p, q = ((densities(value).log_softmax(-1)) for value in (near, near + 0.3))
     torch.testing.assert_close((p.exp() * (p - q)).sum(-1), torch.full_like(near, 0.045), rtol=0.05, atol=0)
 
 
@@ -67,9 +69,11 @@ def test_the_trace_knows_blocks_and_maps(opened: tuple[ModuleSource, Split]) -> 
         "blocks.1.cross.out": True,
     }
     assert next(s for s in anatomy.sites() if s.name == "blocks.1.cross.key").context["positions"] == denoiser.WORDS
+    outside = {site.name for site in anatomy.sites() if site.context.get("outside")}
+    assert outside == {f"blocks.{i}.{name}" for i in range(3) for name in ("level", "cross.key", "cross.value")}
 
 
-@pytest.mark.parametrize(("name", "form"), [("dgq", Spanned), ("fp-quant-w8a8", Floating)])
+@pytest.mark.parametrize(("name", "form"), [("dgq", Spanned), ("fp-quant-w8a8", Floating), ("mixdq", Ranged)])
 def test_it_is_compressed_and_read_back(
     opened: tuple[ModuleSource, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: type
 ) -> None:
@@ -84,5 +88,40 @@ def test_it_is_compressed_and_read_back(
     assert placed == ([f"blocks.{i}.cross.softmax" for i in range(3)] if name == "dgq" else [])
     x = split.certify.inputs[:8]
     with torch.no_grad():
-        near, original = (denoiser.noise_of(outputs(one)(x)) for one in (model, source.load(torch.float32)))
+        near, original = (means(outputs(one)(x)) for one in (model, source.load(torch.float32)))
     assert 0 < float((near - original).norm()) < 0.5 * float(original.norm())
+
+
+def drawing() -> denoiser.Painter:
+    """A painter that has learned nothing."""
+    model = denoiser.Painter()
+    model.load_state_dict(blank().state_dict())
+    model.example_input = blank().example_input
+    return model.eval().requires_grad_(False)
+
+
+def test_a_painter_sees_the_image_in_its_inputs() -> None:
+    model, words, start = drawing(), *denoiser.drawn(5, 4)
+    (x, image), *more = denoiser.drafts(5, 4, 4, model)
+    assert not more and torch.equal(x, denoiser.joined(start, torch.full((4,), denoiser.MOST), words))
+    noise = means(blank()(x))
+    angle = torch.tensor(denoiser.MOST * torch.pi / 2)
+    torch.testing.assert_close(angle.cos() * image + angle.sin() * noise, start, rtol=1e-3, atol=1e-3)
+
+
+def test_bits_are_bought_by_structure_and_by_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    source, lines = ModuleSource("test_denoiser:drawing", drawing()), []
+    pairs = [[torch.cat(part) for part in zip(*denoiser.drafts(seed, 16, 8, source.module), strict=True)] for seed in (1, 2)]
+    parts = [Samples(x, y, 1, len(x), "") for x, y in (pairs[0], pairs[1], pairs[1])]
+    split = Split(*parts, {"kind": "pairs"}, "kl")
+    recipe = load_recipe("mixdq-mixed")
+    found = compress(source, split, budget=["bits=4.6"], recipe=recipe, out=tmp_path / "out", log=lines.append)
+    assert found["reload"]["difference"] <= 1e-4 and found["bytes"] <= 4.6 * source.parameters / 8
+    # cross-attention and feed-forward of three blocks, six matrices each
+    assert any("18 matrices are content, 19 quality" in line for line in lines)
+    assert {form.inner.grid.bits for form in forms_of(artifact.load(tmp_path / "out"))} <= {2, 4, 8}
+
+
+def forms_of(model: torch.nn.Module) -> list[Ranged]:
+    return [layer.weight for layer in model.modules() if hasattr(layer, "weight") and isinstance(layer.weight, Ranged)]

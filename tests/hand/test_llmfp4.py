@@ -99,7 +99,7 @@ def test_folded_weights_give_the_same_bits():
         weight, x = torch.randn(24, 40, generator=g), loud(64, 40, seed)
         form = held(weight, x)
         assert form.shifts.unique().numel() > 2
-        feed = form.floats
+        feed = form.feed
         explicit = F.linear(feed(x), form.dense())
         # 2^c Q has no exponents of channels left, and the weights have them
         assert torch.equal(F.linear(feed.shifted(feed(x)), form.folded().dense()), explicit)

@@ -16,12 +16,39 @@ from laconic.core.packed import Packed
 from laconic.core.score import Score
 from laconic.core.site import Conv, Linear, Site, TensorId
 from laconic.core.state import State
-from laconic.core.statistic import CrossGram, Extremes, Fisher, Gram, LookupFisher, Lookups, Norms, Peaks, Sample, Seen, Sizes, Total
+from laconic.core.statistic import (
+    CrossGram,
+    Extremes,
+    Fisher,
+    Gram,
+    LookupFisher,
+    Lookups,
+    Norms,
+    Opening,
+    Peaks,
+    Sample,
+    Seen,
+    Sizes,
+    Total,
+)
 from laconic.core.transform import Lesson, Transform
 from laconic.recipe import ROLES, build, level_of, load_recipe, named, paths
 
 PLAINEST = {Transform: "quantize.round.rtn", Score: "prune.score.magnitude", Search: "search.allocate.uniform"}
-STATISTICS = (Gram(), Fisher(), CrossGram(), Lookups(), LookupFisher(), Norms(), Peaks(), Sample(), Sizes(), Total("all"), Extremes())
+STATISTICS = (
+    Gram(),
+    Fisher(),
+    CrossGram(),
+    Lookups(),
+    LookupFisher(),
+    Norms(),
+    Peaks(),
+    Sample(),
+    Sizes(),
+    Total("all"),
+    Extremes(),
+    Opening(),
+)
 
 
 def classes(role: type) -> list[tuple[str, type]]:
@@ -106,7 +133,7 @@ def stats_of(x: torch.Tensor, where: Site) -> dict[Any, torch.Tensor]:
     """What a pass over rows x (t, m) leaves behind, all transforms' wishes filled."""
     # samples of examples are compared by counts, which are never negative
     target, pool = Total("target"), Total("pool")
-    seen = {Gram(): x, Norms(): x, Peaks(): x, Sample(): x, Extremes(): x, target: x[: len(x) // 2].abs(), pool: x.abs()}
+    seen = {Gram(): x, Norms(): x, Peaks(): x, Sample(): x, Extremes(): x, Opening(): x, target: x[: len(x) // 2].abs(), pool: x.abs()}
     return {kind: kind.finish(kind.update(kind.init(where), Seen(x=rows))) for kind, rows in seen.items()}
 
 

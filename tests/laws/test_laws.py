@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from laconic.core.errors import UserError
-from laconic.core.menu import Budget, Cost, Damage, Judge, Menu, Order, Row, Search, cheapest, plan_of, total
+from laconic.core.menu import Budget, Cost, Damage, Judges, Menu, Order, Row, Search, cheapest, plan_of, total
 from laconic.core.packed import Dense, Held, Product, Scaled, Sum, Transposed, restore
 from laconic.core.score import Across, Everywhere, NofM, PerRow, Score, Unit, keep_top
 from laconic.core.site import Conv, Group, IndexMap, Linear, Member, Norm, Site, TensorId
@@ -418,7 +418,7 @@ def menu(seed: int, sites: int = 7, choices: int = 6) -> Menu:
     return Menu(tuple(made), fixed=123)
 
 
-class Truth(Judge):
+class Truth(Judges):
     """What plans of a menu really lose: other damages than the menu predicts, with pairs that hurt together, seen through noise that
     fewer rows leave larger. Keeps what it was asked."""
 
@@ -433,6 +433,12 @@ class Truth(Judge):
         assert plans
         self.asked.append((list(plans), part))
         return [Damage(sum(self.seen(plan, row) for row in part) / len(part), "nats/token", "the output") for plan in plans]
+
+    def by(self, objective):
+        # another measure asks other things of the same plans
+        other = Truth(self.seed + 500)
+        other.asked = self.asked
+        return other
 
     def seen(self, plan, row):
         levels = {r.site: r.level["bits"] for r in plan.rows}

@@ -115,6 +115,14 @@ class Judge(ABC):
         the work up to where they differ."""
 
 
+class Judges(Judge):
+    """A Judge for a search that measures in more ways than one."""
+
+    @abstractmethod
+    def by(self, objective: Objective) -> Judges:
+        """The same that measures something else."""
+
+
 def silent(done: int, total: int, note: str) -> None:
     """A progress that shows nothing."""
 

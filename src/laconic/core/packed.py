@@ -2,7 +2,8 @@
 nothing, and its bytes are counted from those buffers: scales and indices included.
 
 The algebra makes new forms from old: Sum (base plus correction), Product (low rank), Scaled (a factor a column), Joined (slices along an
-axis), Transposed, Dense (kept as it is). What is held in parts (`parts`, `first`) may be cut to its first ones when it is loaded."""
+axis), Transposed, Feeding (inputs are changed first), Dense (kept as it is). What is held in parts (`parts`, `first`) may be cut to its
+first ones when it is loaded."""
 
 from __future__ import annotations
 
@@ -463,6 +464,75 @@ class SoftJoined(Soft):
 
     def harden(self) -> Joined:
         return Joined([piece.harden() for piece in self._soft()], self.joined.axis, self.joined.runs)
+
+
+class Feeding(Packed):
+    """`inner`, whose products change their inputs first, as `feed` says: nothing else of it is another's. A subclass stores how."""
+
+    def __init__(self, inner: Packed) -> None:
+        super().__init__()
+        self.inner, self.shape = inner, inner.shape
+
+    inner: Packed
+
+    @property
+    @abstractmethod
+    def feed(self) -> Callable[[Tensor], Tensor]:
+        """What becomes of an input."""
+
+    @abstractmethod
+    def over(self, inner: Packed) -> Feeding:
+        """The same before another form."""
+
+    def dense(self) -> Tensor:
+        return self.inner.dense()
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        return self.inner.rows(index)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.inner.matmul(self.feed(x))
+
+    @property
+    def parts(self) -> int:
+        return self.inner.parts
+
+    def first(self, count: int) -> Feeding:
+        return self.over(self.inner.first(count))
+
+    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
+        soft = self.inner.soften(target, way)
+        return None if soft is None else SoftFeeding(self.over(soft))
+
+
+class SoftFeeding(Soft):
+    """A Feeding whose inner form is learned: `around` holds that, a Soft."""
+
+    def __init__(self, around: Feeding) -> None:
+        super().__init__()
+        self.around, self.shape = around, around.shape
+
+    @property
+    def inner(self) -> Soft:
+        """What is learned."""
+        assert isinstance(self.around.inner, Soft)
+        return self.around.inner
+
+    @property
+    def feed(self) -> Callable[[Tensor], Tensor]:
+        return self.around.feed
+
+    def dense(self) -> Tensor:
+        return self.around.dense()
+
+    def penalty(self, done: float) -> Tensor | None:
+        return self.inner.penalty(done)
+
+    def settle(self) -> None:
+        self.inner.settle()
+
+    def harden(self) -> Feeding:
+        return self.around.over(self.inner.harden())
 
 
 class Transposed(Packed):

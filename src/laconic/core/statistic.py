@@ -335,3 +335,29 @@ class Extremes(Statistic):
         ends = torch.cat([state["channels"], state["positions"]], 1)
         ends = torch.where(torch.isfinite(ends), ends, 0.0)
         return torch.stack([-ends[0], ends[1]])
+
+
+@dataclass(frozen=True)
+class Opening(Statistic):
+    """Least and greatest input of each channel at the first position of a sequence, (2, m): row 0 the least. The length of a sequence is
+    `positions` of the site's context; sequences of another length, and sites where it says nothing, tell nothing."""
+
+    needs = frozenset({"x"})
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        return {"ends": torch.full((2, site.matrix[1]), -torch.inf), "positions": torch.tensor(int(site.context.get("positions", 1)))}
+
+    def update(self, state: dict[str, Tensor], seen: Seen) -> dict[str, Tensor]:
+        assert seen.x is not None
+        t = int(state["positions"])
+        if t < 2 or seen.x.shape[0] != t * seen.sequences:
+            return state
+        rows = _rows(seen.x[::t], None if seen.mask is None else seen.mask[::t]).float()
+        return {**state, "ends": torch.maximum(state["ends"], torch.stack([(-rows).amax(0), rows.amax(0)]))} if len(rows) else state
+
+    def merge(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.maximum(a[name], b[name]) for name in a}
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        ends = torch.where(torch.isfinite(state["ends"]), state["ends"], 0.0)
+        return torch.stack([-ends[0], ends[1]])

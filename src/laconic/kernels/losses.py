@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from laconic.core.errors import UserError
 from laconic.core.transform import Objective
+from laconic.kernels.densities import means
 
 
 @dataclass(frozen=True)
@@ -134,3 +136,46 @@ class Euclidean(Objective):
     def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         each = (output.float() - target.float()).norm(dim=-1)
         return each.mean() if mask is None else each[mask].mean()
+
+
+@dataclass(frozen=True)
+class NoiseToSignal(Objective):
+    """Energy of the difference of two answers over that of the wished one, in decibels, a mean over samples: the signal to quantization
+    noise ratio turned about. Both are log-densities (b, ..., bins) of numbers (`kernels.densities`)."""
+
+    name = "noise to signal"
+    unit: ClassVar[str] = "dB"
+
+    def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        given, wanted = (means(logits if mask is None else logits[mask]).flatten(1) for logits in (output, target))
+        energies = [values.float().square().sum(1).clamp(min=torch.finfo(torch.float32).tiny) for values in (given - wanted, wanted)]
+        return 10 * (energies[0] / energies[1]).log10().mean()
+
+
+@dataclass(frozen=True)
+class Dissimilarity(Objective):
+    """1 - SSIM, a mean over square images of one channel, entries from -1 to 1: Wang et al. 2004, 10.1109/TIP.2003.819861, sections III-B
+    and III-C, with its Gaussian window of 11 x 11 and its constants. What a window has beyond the edge is mirrored. Both are
+    log-densities (b, side^2, bins) of entries (`kernels.densities`)."""
+
+    name = "structural dissimilarity"
+    unit: ClassVar[str] = "1 - SSIM"
+
+    def __call__(self, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        side = math.isqrt(output.shape[1]) if output.dim() == 3 else 0
+        if side * side != output.shape[1] or side < 6:
+            raise UserError(
+                f"structural similarity is of square images, not of answers {tuple(output.shape)}; use search.allocate.knapsack"
+            )
+        x, y = (means(logits if mask is None else logits[mask]).float().reshape(-1, 1, side, side) for logits in (output, target))
+        line = torch.exp(-(torch.arange(-5.0, 6.0, device=x.device) / 1.5).square() / 2)
+        window = (line[:, None] * line / line.sum().square())[None, None]
+
+        def local(values: Tensor) -> Tensor:
+            return nn.functional.conv2d(nn.functional.pad(values, (5,) * 4, mode="reflect"), window)
+
+        steady, little = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+        a, b = local(x), local(y)
+        spread_a, spread_b, common = local(x * x) - a * a, local(y * y) - b * b, local(x * y) - a * b
+        same = (2 * a * b + steady) * (2 * common + little) / ((a * a + b * b + steady) * (spread_a + spread_b + little))
+        return 1 - same.mean()

@@ -71,6 +71,23 @@ class Spans:
         return evenly(x, self.scale[at], self.zero[at], self.bits)
 
 
+@dataclass(frozen=True, eq=False)
+class Beyond:
+    """Inputs x (..., t, m) go to even steps of one range, what is beyond to its ends; where there is a `first` (m,), it stands in the place
+    of the first position. scale, zero (1,) fp32."""
+
+    bits: int
+    first: Tensor | None
+    scale: Tensor
+    zero: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.first is None:
+            return evenly(x, self.scale, self.zero, self.bits)
+        first = self.first.to(x.dtype).expand_as(x[..., :1, :])
+        return torch.cat([first, evenly(x[..., 1:, :], self.scale, self.zero, self.bits)], -2)
+
+
 def powers(shares: Tensor, greatest: Tensor, bits: int) -> Tensor:
     """shares (...) from 0 on to greatest times a power of a half, 1 to 2^-(2^bits - 1), nearest by the logarithm; greatest has a shape that
     goes with theirs; the gradient passes as if nothing was rounded."""

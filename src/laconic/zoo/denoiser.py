@@ -9,7 +9,8 @@ and it is given as the log-densities of a unit normal about it at 16 bins: the K
 noise, in nats a pixel, so that a denoiser is judged as all else is.
 
 `laconic compress laconic.zoo.denoiser:denoiser --data laconic.zoo.denoiser:calibrate --data-certify laconic.zoo.denoiser:certify` gives it
-states of its own sampling, at all noise levels.
+states of its own sampling, at all noise levels. `painter` is the same network as a generator of one step, from noise to an image, with
+`drafts_to_calibrate` and `drafts_to_certify`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.core.errors import UserError
+from laconic.kernels.densities import BINS, OUTERMOST, densities, means
 from laconic.kernels.pairs import narrowly
 from laconic.zoo import small
 
@@ -43,8 +45,6 @@ VOCABULARY = (
 WORDS = 8
 # how often an adjective is left out of a training caption, and how often all of it
 SILENT, BLANK = 0.3, 0.1
-# bins of noise, and the noise of the outermost
-BINS, OUTERMOST = 16, 4.0
 # the least and the greatest noise level that sampling begins and ends with
 LEAST, MOST = 0.02, 0.98
 # frequencies of the noise level
@@ -99,7 +99,6 @@ class Denoiser(nn.Module):
     """Inputs (b, pixels + 1 + words), one row an image, its noise level in 0 to 1 and its caption -> log-densities (b, pixels, bins) of the
     noise."""
 
-    bins: Tensor
     waves: Tensor
 
     def __init__(self) -> None:
@@ -112,7 +111,6 @@ class Denoiser(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(PATCHES, HIDDEN))
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.norm, self.head = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, PATCH * PATCH)
-        self.register_buffer("bins", torch.linspace(-OUTERMOST, OUTERMOST, BINS), persistent=False)
         self.register_buffer("waves", 2.0 ** torch.linspace(0, 7, WAVES), persistent=False)
         nn.init.normal_(self.words.weight, std=1.0)
         nn.init.zeros_(self.head.weight)
@@ -138,23 +136,38 @@ class Denoiser(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The log-densities, up to a number for each pixel."""
-        return -0.5 * (self.noise(inputs)[..., None] - self.bins).square()
+        return densities(self.noise(inputs))
 
 
-def noise_of(logits: Tensor) -> Tensor:
-    """Log-densities (..., bins) -> the noise that they are of, from the first and the last of them."""
-    bins = torch.linspace(-OUTERMOST, OUTERMOST, BINS, device=logits.device)
-    return (logits[..., -1] - logits[..., 0]) / (bins[-1] - bins[0])
+class Painter(Denoiser):
+    """The same network as a generator of one step: inputs of the highest noise level -> log-densities (b, pixels, bins) of the image that
+    is seen in them."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The log-densities, up to a number for each pixel."""
+        pixels, level, _ = inputs.split([PIXELS, 1, WORDS], 1)
+        return densities(seen(pixels, self.noise(inputs), level))
 
 
 def denoiser() -> Denoiser:
     """Return the shipped model in fp32. UserError where the package holds no weights."""
+    return _filled(Denoiser())
+
+
+def painter() -> Painter:
+    """Return the shipped model in fp32 as a generator of one step. UserError where the package holds no weights."""
+    return _filled(Painter())
+
+
+Model = TypeVar("Model", bound=Denoiser)
+
+
+def _filled(model: Model) -> Model:
     from safetensors.torch import load_file
 
     file = path() / "model.safetensors"
     if not file.is_file():
         raise UserError(f"{file} is missing: train it with python -m laconic.zoo.denoiser --data FOLDER, or install the package anew")
-    model = Denoiser()
     model.load_state_dict({name: value.float() for name, value in load_file(file).items()})
     model.eval().requires_grad_(False)
     words, start = drawn(0, 2)
@@ -190,6 +203,12 @@ def joined(pixels: Tensor, level: Tensor, words: Tensor) -> Tensor:
     return torch.cat([pixels, level[:, None], words.float()], 1)
 
 
+def seen(pixels: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    """The image (b, pixels) in pixels that hold so much noise, at levels that go with them."""
+    angle = level * (math.pi / 2)
+    return (pixels - angle.sin() * noise) / angle.cos()
+
+
 def sampled(model: nn.Module, words: Tensor, start: Tensor, steps: int = STEPS) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and noise of each step of a chain from start (b, pixels) to an image, which comes last with zeros for noise (DDIM, Song et al.
     2020, arXiv:2010.02502, eq. 12, without chance); what is seen of the image is kept within its range."""
@@ -198,13 +217,13 @@ def sampled(model: nn.Module, words: Tensor, start: Tensor, steps: int = STEPS) 
     for number, level in enumerate(levels):
         inputs = joined(x, level.expand(len(x)), words)
         with torch.no_grad():
-            noise = noise_of(model(inputs))
+            noise = means(model(inputs))
         yield inputs, noise
         angle = level * (math.pi / 2)
-        seen = ((x - angle.sin() * noise) / angle.cos()).clamp(-1, 1)
-        noise = (x - angle.cos() * seen) / angle.sin()
+        image = seen(x, noise, level).clamp(-1, 1)
+        noise = (x - angle.cos() * image) / angle.sin()
         after = levels[number + 1] * (math.pi / 2) if number + 1 < steps else torch.zeros(())
-        x = after.cos() * seen + after.sin() * noise
+        x = after.cos() * image + after.sin() * noise
     yield joined(x, torch.zeros(len(x)), words), torch.zeros_like(x)
 
 
@@ -232,7 +251,27 @@ def certify() -> Iterator[tuple[Tensor, Tensor]]:
     return states(2)
 
 
-calibrate.metric = certify.metric = "kl"  # type: ignore[attr-defined]
+def drafts(seed: int, count: int = 256, batch: int = 64, model: nn.Module | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of inputs of one step, noise alone and captions, and the images that a model makes of them."""
+    model = painter() if model is None else model
+    words, start = drawn(seed, count)
+    for inputs in joined(start, torch.full((count,), MOST), words).split(batch):
+        with torch.no_grad():
+            yield inputs, means(model(inputs))
+
+
+def drafts_to_calibrate() -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs of a painter to search and calibrate on."""
+    return drafts(1)
+
+
+def drafts_to_certify() -> Iterator[tuple[Tensor, Tensor]]:
+    """Others."""
+    return drafts(2)
+
+
+for _data in (calibrate, certify, drafts_to_calibrate, drafts_to_certify):
+    _data.metric = "kl"  # type: ignore[attr-defined]
 
 
 # ---- training

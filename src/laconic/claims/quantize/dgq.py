@@ -287,7 +287,7 @@ def _groups(ours: Transform, rivals: Sequence[tuple[str, Transform]], seeds: Seq
 
 
 @lru_cache(maxsize=1)
-def _classifier(folder: Path) -> nn.Module:
+def digit_reader(folder: Path) -> nn.Module:
     """Tells digits of the denoiser's size, learned on MNIST for 600 steps."""
     train, _ = denoiser.digits(folder)
     generator = torch.Generator().manual_seed(0)
@@ -308,7 +308,7 @@ def _digits(ours: Transform, maps: Maps, seeds: Sequence[int], lab: Lab) -> Verd
     """The digits of images, as an independent classifier sees them."""
     if lab.data is None or not (Path(lab.data) / "mnist" / "mnist.npz").is_file():
         return Verdict("cannot be checked here", {}, "the real data of MNIST is not here; name its folder with --lab")
-    classifier, bench = _classifier(Path(lab.data) / "mnist"), open_denoiser(lab.quick)
+    classifier, bench = digit_reader(Path(lab.data) / "mnist"), open_denoiser(lab.quick)
     wrong: list[str] = []
     numbers: dict[str, Measurement] = {}
 
@@ -391,4 +391,4 @@ CLAIMS: tuple[Claim, ...] = (
     ),
 )
 
-__all__ = ["BITS", "CLAIMS", "Ranged", "Shown", "at", "better", "open_denoiser", "shown"]
+__all__ = ["BITS", "CLAIMS", "Ranged", "Shown", "at", "better", "digit_reader", "open_denoiser", "shown"]

@@ -91,7 +91,7 @@ def _folds(bench: Bench, misplaced: bool) -> Verdict:
     same, generator = [], torch.Generator().manual_seed(0)
     for form in forms.values():
         assert isinstance(form, Floating)
-        feed, folded = form.floats, _turned(form) if misplaced else form.folded()
+        feed, folded = form.feed, _turned(form) if misplaced else form.folded()
         loud = feed.scale * feed.levels.top * 2.0 ** -feed.shifts.float()
         x = torch.randn(64, form.matrix[1], generator=generator) * loud
         same.append(torch.equal(F.linear(feed.shifted(feed(x)), folded.dense()), F.linear(feed(x), form.dense())))

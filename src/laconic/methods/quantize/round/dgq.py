@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from laconic.core.claim import Card, Paper
-from laconic.core.packed import Packed, Soft, Way, below, restore
+from laconic.core.packed import Feeding, Packed, below, restore
 from laconic.core.part import Part, Rounding
 from laconic.core.site import Embedding, Linear, Site
 from laconic.core.statistic import Extremes
@@ -34,7 +34,7 @@ CARD = Card(Paper("Ryu et al.", 2025, "arXiv:2501.04304", "section 4"), catalogu
 Axis = Literal["channels", "positions"]
 
 
-class Spanned(Packed):
+class Spanned(Feeding):
     """`inner`, whose products round their inputs x (..., m) by groups of an axis. index (max(m, t),), filled up with zeros; scale and zero
     (g,)."""
 
@@ -44,8 +44,8 @@ class Spanned(Packed):
     zero: Tensor
 
     def __init__(self, inner: Packed, bits: int, axis: Axis, length: int, index: Tensor, scale: Tensor, zero: Tensor) -> None:
-        super().__init__()
-        self.inner, self.bits, self.axis, self.length, self.shape = inner, bits, axis, length, inner.shape
+        super().__init__(inner)
+        self.bits, self.axis, self.length = bits, axis, length
         self.register_buffer("index", index)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
@@ -54,29 +54,8 @@ class Spanned(Packed):
     def feed(self) -> Callable[[Tensor], Tensor]:
         return Spans(self.bits, self.axis, self.index[: self.length].clone(), self.scale.clone(), self.zero.clone())
 
-    def dense(self) -> Tensor:
-        return self.inner.dense()
-
-    def rows(self, index: Tensor | slice) -> Tensor:
-        return self.inner.rows(index)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return self.inner.matmul(self.feed(x))
-
-    @property
-    def parts(self) -> int:
-        return self.inner.parts
-
     def over(self, inner: Packed) -> Spanned:
-        """The same groups before another form."""
         return Spanned(inner, self.bits, self.axis, self.length, self.index, self.scale, self.zero)
-
-    def first(self, count: int) -> Spanned:
-        return self.over(self.inner.first(count))
-
-    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
-        soft = self.inner.soften(target, way)
-        return None if soft is None else SoftSpanned(soft, self)
 
     def describe(self) -> dict[str, Any]:
         return {"form": self.form, "bits": self.bits, "axis": self.axis, "length": self.length, "inner": self.inner.describe()}
@@ -86,27 +65,6 @@ class Spanned(Packed):
         inner = restore(described["inner"], below(tensors, "inner"))
         bits, axis, length = (described[name] for name in ("bits", "axis", "length"))
         return cls(inner, bits, axis, length, tensors["index"], tensors["scale"], tensors["zero"])
-
-
-class SoftSpanned(Soft):
-    """A Spanned whose inner form is learned."""
-
-    def __init__(self, inner: Soft, held: Spanned) -> None:
-        super().__init__()
-        self.inner, self.shape, self.held = inner, inner.shape, [held]
-
-    @property
-    def feed(self) -> Callable[[Tensor], Tensor]:
-        return self.held[0].feed
-
-    def dense(self) -> Tensor:
-        return self.inner.dense()
-
-    def penalty(self, done: float) -> Tensor | None:
-        return self.inner.penalty(done)
-
-    def harden(self) -> Spanned:
-        return self.held[0].over(self.inner.harden())
 
 
 class Powers(Rounding):

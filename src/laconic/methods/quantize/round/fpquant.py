@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from laconic.core.claim import Card, Paper
-from laconic.core.packed import Packed, Soft, Way, below, restore
+from laconic.core.packed import Feeding, Packed, Soft, Way, below, restore
 from laconic.core.site import Conv, Embedding, Linear, Site
 from laconic.core.statistic import Peaks, Sample
 from laconic.core.transform import Change, Stats, Transform
@@ -70,40 +70,23 @@ class Single(Packed):
         return cls(tuple(described["shape"]), split, tensors["codes"], tensors["scale"])
 
 
-class Floating(Packed):
+class Floating(Feeding):
     """`inner`, whose products round their inputs to floats of a split, times scale (1,) fp32."""
 
     form = "quantize.round.fpquant.Floating"
     scale: Tensor
 
     def __init__(self, inner: Packed, split: Split, scale: Tensor) -> None:
-        super().__init__()
-        self.inner, self.split, self.shape = inner, split, inner.shape
+        super().__init__(inner)
+        self.split = split
         self.register_buffer("scale", scale)
 
     @property
     def feed(self) -> Callable[[Tensor], Tensor]:
         return Floated(self.split, self.scale.clone())
 
-    def dense(self) -> Tensor:
-        return self.inner.dense()
-
-    def rows(self, index: Tensor | slice) -> Tensor:
-        return self.inner.rows(index)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return self.inner.matmul(self.feed(x))
-
-    @property
-    def parts(self) -> int:
-        return self.inner.parts
-
-    def first(self, count: int) -> Floating:
-        return Floating(self.inner.first(count), self.split, self.scale)
-
-    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
-        soft = self.inner.soften(target, way)
-        return None if soft is None else SoftFloating(soft, self.split, self.scale)
+    def over(self, inner: Packed) -> Floating:
+        return Floating(inner, self.split, self.scale)
 
     def describe(self) -> dict[str, Any]:
         split = {"exponent": self.split.exponent, "mantissa": self.split.mantissa}
@@ -113,30 +96,6 @@ class Floating(Packed):
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         inner = restore(described["inner"], below(tensors, "inner"))
         return cls(inner, Split(described["exponent"], described["mantissa"]), tensors["scale"])
-
-
-class SoftFloating(Soft):
-    """A Floating whose inner form is learned."""
-
-    scale: Tensor
-
-    def __init__(self, inner: Soft, split: Split, scale: Tensor) -> None:
-        super().__init__()
-        self.inner, self.split, self.shape = inner, split, inner.shape
-        self.register_buffer("scale", scale)
-
-    @property
-    def feed(self) -> Callable[[Tensor], Tensor]:
-        return Floated(self.split, self.scale.clone())
-
-    def dense(self) -> Tensor:
-        return self.inner.dense()
-
-    def penalty(self, done: float) -> Tensor | None:
-        return self.inner.penalty(done)
-
-    def harden(self) -> Floating:
-        return Floating(self.inner.harden(), self.split, self.scale)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from laconic.core.claim import Card, Paper
-from laconic.core.packed import Packed, Soft, Way, below, restore
+from laconic.core.packed import Feeding, Packed, Soft, SoftFeeding, Way, below, restore
 from laconic.core.site import Conv, Embedding, Linear, Site
 from laconic.core.transform import Change, Stats, Transform, at_level
 from laconic.kernels.grids import Grid
@@ -46,7 +46,7 @@ def _learned(x: Tensor, bits: Bits, axes: int, ends: Tensor) -> Tensor:
     return _fed(x, bits, axes, ends.exp())
 
 
-class Fed(Packed):
+class Fed(Feeding):
     """`inner`, whose products round their inputs to `bits`: each token by its last axis, of a convolution each sample as a whole; share
     (1,) fp32, where there is one: of the largest entry."""
 
@@ -54,33 +54,20 @@ class Fed(Packed):
     share: Tensor | None
 
     def __init__(self, inner: Packed, bits: Bits, share: Tensor | None = None) -> None:
-        super().__init__()
-        self.inner, self.bits, self.shape = inner, bits, inner.shape
+        super().__init__(inner)
+        self.bits = bits
         self.register_buffer("share", share)
 
     @property
     def feed(self) -> Callable[[Tensor], Tensor]:
         return partial(_fed, bits=self.bits, axes=len(self.shape), share=self.share)
 
-    def dense(self) -> Tensor:
-        return self.inner.dense()
-
-    def rows(self, index: Tensor | slice) -> Tensor:
-        return self.inner.rows(index)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return self.inner.matmul(self.feed(x))
-
-    @property
-    def parts(self) -> int:
-        return self.inner.parts
-
-    def first(self, count: int) -> Fed:
-        return Fed(self.inner.first(count), self.bits, self.share)
+    def over(self, inner: Packed) -> Fed:
+        return Fed(inner, self.bits, self.share)
 
     def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
         soft = self.inner.soften(target, way)
-        return None if soft is None else SoftFed(soft, self.bits, self.share)
+        return None if soft is None else SoftFed(self.over(soft))
 
     def describe(self) -> dict[str, Any]:
         return {"form": self.form, "bits": self.bits, "inner": self.inner.describe()}
@@ -90,26 +77,17 @@ class Fed(Packed):
         return cls(restore(described["inner"], below(tensors, "inner")), described["bits"], tensors.get("share"))
 
 
-class SoftFed(Soft):
+class SoftFed(SoftFeeding):
     """A Fed whose inner form is learned, and where it holds a share the logarithm of that, ends (1,)."""
 
-    def __init__(self, inner: Soft, bits: Bits, share: Tensor | None) -> None:
-        super().__init__()
-        self.inner, self.bits, self.shape = inner, bits, inner.shape
-        self.ends = None if share is None else nn.Parameter(share.log())
+    def __init__(self, around: Fed) -> None:
+        super().__init__(around)
+        self.bits = around.bits
+        self.ends = None if around.share is None else nn.Parameter(around.share.log())
 
     @property
     def feed(self) -> Callable[[Tensor], Tensor]:
-        axes = len(self.shape)
-        return (
-            partial(_fed, bits=self.bits, axes=axes) if self.ends is None else partial(_learned, bits=self.bits, axes=axes, ends=self.ends)
-        )
-
-    def dense(self) -> Tensor:
-        return self.inner.dense()
-
-    def penalty(self, done: float) -> Tensor | None:
-        return self.inner.penalty(done)
+        return self.around.feed if self.ends is None else partial(_learned, bits=self.bits, axes=len(self.shape), ends=self.ends)
 
     def harden(self) -> Fed:
         return Fed(self.inner.harden(), self.bits, None if self.ends is None else self.ends.detach().exp())

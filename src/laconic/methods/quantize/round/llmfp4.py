@@ -12,7 +12,7 @@ Sibling: quantize.round.inputs (integers, a scale for each token)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from laconic.core.claim import Card, Paper
-from laconic.core.packed import Packed, Scaled, Soft, Way, below, restore
+from laconic.core.packed import Feeding, Packed, Scaled, below, restore
 from laconic.core.site import Embedding, Linear, Site
 from laconic.core.statistic import Peaks, Sample
 from laconic.core.transform import Change, Stats, Transform
@@ -35,7 +35,7 @@ CARD = Card(Paper("Liu et al.", 2023, "arXiv:2310.16836", "section 4"), catalogu
 MOST, LEAST = 1.2, 0.3
 
 
-class Floating(Packed):
+class Floating(Feeding):
     """`inner`, whose products round their inputs to floats."""
 
     form = "quantize.round.llmfp4.Floating"
@@ -43,43 +43,21 @@ class Floating(Packed):
     scale: Tensor
 
     def __init__(self, inner: Packed, table: str, shifts: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.inner, self.table, self.shape = inner, table, inner.shape
+        super().__init__(inner)
+        self.table = table
         self.register_buffer("shifts", shifts)
         self.register_buffer("scale", scale)
 
     @property
-    def floats(self) -> Floats:
-        """How inputs are rounded."""
-        return Floats(row_of(self.table), self.shifts, self.scale)
-
-    @property
-    def feed(self) -> Callable[[Tensor], Tensor]:
+    def feed(self) -> Floats:
         return Floats(row_of(self.table), self.shifts.clone(), self.scale.clone())
 
-    def dense(self) -> Tensor:
-        return self.inner.dense()
-
-    def rows(self, index: Tensor | slice) -> Tensor:
-        return self.inner.rows(index)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return self.inner.matmul(self.floats(x))
+    def over(self, inner: Packed) -> Floating:
+        return Floating(inner, self.table, self.shifts, self.scale)
 
     def folded(self) -> Scaled:
         """The weights with the exponents of the input channels in theirs: what is multiplied with inputs that keep none."""
         return Scaled(self.inner, torch.ldexp(torch.ones(self.shifts.shape), -self.shifts.int()).bfloat16())
-
-    @property
-    def parts(self) -> int:
-        return self.inner.parts
-
-    def first(self, count: int) -> Floating:
-        return Floating(self.inner.first(count), self.table, self.shifts, self.scale)
-
-    def soften(self, target: Tensor, way: Way | None = None) -> Soft | None:
-        soft = self.inner.soften(target, way)
-        return None if soft is None else SoftFloating(soft, self)
 
     def describe(self) -> dict[str, Any]:
         return {"form": self.form, "table": self.table, "inner": self.inner.describe()}
@@ -88,32 +66,6 @@ class Floating(Packed):
     def restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         inner = restore(described["inner"], below(tensors, "inner"))
         return cls(inner, described["table"], tensors["shifts"], tensors["scale"])
-
-
-class SoftFloating(Soft):
-    """A Floating whose inner form is learned."""
-
-    def __init__(self, inner: Soft, held: Floating) -> None:
-        super().__init__()
-        self.inner, self.table, self.shape = inner, held.table, inner.shape
-        self.register_buffer("shifts", held.shifts)
-        self.register_buffer("scale", held.scale)
-
-    shifts: Tensor
-    scale: Tensor
-
-    @property
-    def feed(self) -> Callable[[Tensor], Tensor]:
-        return Floats(row_of(self.table), self.shifts.clone(), self.scale.clone())
-
-    def dense(self) -> Tensor:
-        return self.inner.dense()
-
-    def penalty(self, done: float) -> Tensor | None:
-        return self.inner.penalty(done)
-
-    def harden(self) -> Floating:
-        return Floating(self.inner.harden(), self.table, self.shifts, self.scale)
 
 
 def row_of(table: str) -> Levels:
