@@ -615,3 +615,22 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+class Below:
+    """A part of a run's journal: stages of a run within the run, whose keys stand below a name."""
+
+    def __init__(self, work: Work, name: str) -> None:
+        self.work, self.name, self.folder = work, name, work.folder / name
+
+    def done(self, key: str) -> dict[str, Any] | None:
+        """As `Work.done`."""
+        return self.work.done(f"{self.name}/{key}")
+
+    def finish(self, key: str, value: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """As `Work.finish`."""
+        self.work.finish(f"{self.name}/{key}", value, tensors)
+
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        """As `Work.tensors`."""
+        return self.work.tensors(f"{self.name}/{key}")

@@ -13,7 +13,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,8 @@ KINDS = {"linear": Linear, "conv": Conv, "embedding": Embedding, "sublayer": Sub
 # a matrix that any method can be asked about before a model is opened
 PROBE = Site("probe", Linear(), {"weight": TensorId("probe.weight")}, (64, 64))
 ROLES = (Transform, Score, Search, Lesson, Cut, Align, Order, State, Pattern, Schedule, Decoder, Router)
+# what a recipe may do to a model, stage by stage
+STAGES = ("cut", "align", "nest", "choices", "tune", "restore", "order", "decode", "route")
 # what a lesson's scope may be called
 SCOPES: dict[str, type[Scope]] = {"layer": Layer, "block": Window, "window": Window, "model": Model}
 
@@ -215,30 +217,30 @@ def _first(error: ValidationError) -> str:
     return f"{place}: {found['msg'].lower()}"
 
 
+def _said(recipe: Recipe, *but: str) -> list[str]:
+    """The stages that a recipe says something of, `but` left out."""
+    return [stage for stage in STAGES if stage not in but and getattr(recipe, stage)]
+
+
+def _named(stages: Sequence[str]) -> str:
+    return ", ".join(f"`{stage}`" for stage in stages)
+
+
 def check(recipe: Recipe) -> None:
     """Builds every method and level once, so that a mistake is found before work starts."""
     if recipe.vectors is not None:
         if not isinstance(build(recipe.vectors.lesson), Lesson):
             raise UserError(f"recipe {recipe.name}: {recipe.vectors.lesson} is no lesson; try nest.vector.mrl")
-        if recipe.choices or any(
-            (recipe.cut, recipe.align, recipe.nest, recipe.tune, recipe.restore, recipe.order, recipe.route, recipe.decode)
-        ):
+        if _said(recipe):
             raise UserError(f"recipe {recipe.name} is for vectors (`vectors`) and says something of models beside; keep one")
         return
-    if (
-        not recipe.choices
-        and recipe.decode is None
-        and all(stage is None for stage in (recipe.cut, recipe.align, recipe.nest, recipe.route))
-    ):
+    if not _said(recipe, "tune", "restore", "order"):
         raise UserError(f"recipe {recipe.name} changes nothing; give it `choices`, a `cut`, `nest`, `decode` or `route`")
     if recipe.route is not None:
         if not isinstance(build(recipe.route), Router):
             raise UserError(f"recipe {recipe.name}: {recipe.route} is no router; try route.gate.factorllm")
-        others = [key for key in ("choices", "cut", "align", "nest", "tune", "order", "decode") if getattr(recipe, key)]
-        if others:
-            raise UserError(
-                f"recipe {recipe.name}: `route` beside {', '.join(f'`{key}`' for key in others)} is not there yet; leave one out"
-            )
+        if others := _said(recipe, "route"):
+            raise UserError(f"recipe {recipe.name}: `route` beside {_named(others)} is not there yet; leave one out")
     if recipe.cut is not None:
         if not isinstance(build(recipe.cut.method), Cut):
             raise UserError(f"recipe {recipe.name}: {recipe.cut.method} cuts no channels; try prune.cut.obspa")
@@ -285,9 +287,9 @@ def _check_restore(recipe: Recipe, restore: str) -> None:
     lesson = build(restore)
     if not isinstance(lesson, Lesson) or not isinstance(lesson.scope, Model):
         raise UserError(f"recipe {recipe.name}: {restore} is no lesson over the whole model; try quantize.restore.restorative")
-    others = [key for key in ("cut", "align", "nest", "order", "decode") if getattr(recipe, key)]
+    others = _said(recipe, "choices", "tune", "restore")
     if others or not recipe.choices:
-        beside = "beside " + ", ".join(f"`{key}`" for key in others) if others else "without `choices`"
+        beside = f"beside {_named(others)}" if others else "without `choices`"
         raise UserError(f"recipe {recipe.name}: `restore` {beside} is not there yet; leave it out")
 
 

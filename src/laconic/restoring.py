@@ -17,7 +17,7 @@ from laconic.core.packed import Dense, Soft
 from laconic.core.site import Anatomy
 from laconic.core.transform import Lesson, Model
 from laconic.data import Split
-from laconic.journal import Work
+from laconic.journal import Below, Work
 from laconic.models import Derived, Source
 from laconic.pipeline import TUNABLE, Log, Progress, apply_plan, calibration_rows, learn_whole, make_plan, tune_plan
 from laconic.recipe import Recipe, build
@@ -47,25 +47,6 @@ class Restored(Derived):
 
     def skeleton(self) -> nn.Module:
         return self.original.skeleton()
-
-
-class Below:
-    """A part of a run's journal: stages of a run within the run, whose keys stand below a name."""
-
-    def __init__(self, work: Work, name: str) -> None:
-        self.work, self.name, self.folder = work, name, work.folder / name
-
-    def done(self, key: str) -> dict[str, Any] | None:
-        """As `Work.done`."""
-        return self.work.done(f"{self.name}/{key}")
-
-    def finish(self, key: str, value: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
-        """As `Work.finish`."""
-        self.work.finish(f"{self.name}/{key}", value, tensors)
-
-    def tensors(self, key: str) -> dict[str, Tensor]:
-        """As `Work.tensors`."""
-        return self.work.tensors(f"{self.name}/{key}")
 
 
 def restore(
