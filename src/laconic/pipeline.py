@@ -33,7 +33,7 @@ from laconic.calibration import (
 )
 from laconic.core.decoder import Decoder
 from laconic.core.errors import UserError
-from laconic.core.menu import Budget, Cost, Damage, Menu, Plan, Row, cheapest
+from laconic.core.menu import Budget, Cost, Damage, Measuring, Menu, Plan, Row, cheapest
 from laconic.core.packed import Dense, Packed, Soft, Transposed, below, restore, stored_class
 from laconic.core.part import Part, Rounding, restore_part
 from laconic.core.router import Routed, Router
@@ -432,6 +432,11 @@ def make_plan(
             f"ask for size={least / 1e6:.2f}MB (bits={math.ceil(least * 8e3 / source.parameters) / 1e3:g}) or more"
         )
     search = build(recipe.search)
+    if isinstance(search, Measuring):
+        row = here(split.search.inputs[:1])
+        answer = next(iter(finished_logits(source, row, 1)))
+        for measure in search.also():
+            measure(answer, answer, None)
     objective = search.asks()
     rows, _ = price(source, inputs, recipe, seed=seed, work=work, progress=progress, batch=batch_of(source), keep=objective is not None)
     menu = Menu(tuple(rows), fixed)

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from laconic import artifact
+from laconic.core.errors import UserError
 from laconic.core.site import Linear
-from laconic.data import Samples, Split
+from laconic.data import Samples, Split, open_data
 from laconic.job import compress
 from laconic.kernels.densities import densities, means
 from laconic.measurement import outputs
 from laconic.methods.quantize.round.dgq import Powers, Spanned
 from laconic.methods.quantize.round.fpquant import Floating
 from laconic.methods.quantize.round.mixdq import Ranged
-from laconic.models import ModuleSource
+from laconic.models import ModuleSource, open_model
 from laconic.recipe import load_recipe
 from laconic.zoo import denoiser
 
@@ -121,6 +122,14 @@ def test_bits_are_bought_by_structure_and_by_noise(tmp_path: Path, monkeypatch: 
     # cross-attention and feed-forward of three blocks, six matrices each
     assert any("18 matrices are content, 19 quality" in line for line in lines)
     assert {form.inner.grid.bits for form in forms_of(artifact.load(tmp_path / "out"))} <= {2, 4, 8}
+
+
+def test_bits_by_structure_are_refused_before_work_where_there_are_no_images(small: tuple[Path, Path], tmp_path: Path) -> None:
+    source = open_model(small[0])
+    split = open_data(str(small[1]), source, seed=0, length=24, limits=(8, 2, 4))
+    with pytest.raises(UserError, match="structural similarity is of square images, not of answers"):
+        compress(source, split, budget=["bits=16"], recipe=load_recipe("mixdq-mixed"), out=tmp_path / "out", log=lambda _: None)
+    assert not (tmp_path / "out").exists()
 
 
 def forms_of(model: torch.nn.Module) -> list[Ranged]:

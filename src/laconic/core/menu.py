@@ -150,6 +150,15 @@ class Search(ABC):
         stands."""
 
 
+class Measuring(Search):
+    """A Search that is given `Judges`, as it measures in more ways than one."""
+
+    @abstractmethod
+    def also(self) -> tuple[Objective, ...]:
+        """What it measures besides `asks()`. Each is tried on an answer of the model before anything is priced, so that one that is not for
+        such answers says so at once."""
+
+
 def undominated(menu: Menu) -> list[int]:
     """Indices of rows that no other row over the same tensors beats in bytes, examples and damage; rows bound to others always stay."""
     bound = {i for row in menu.rows for i in (*row.requires, *row.excludes)}

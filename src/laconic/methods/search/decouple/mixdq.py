@@ -21,7 +21,7 @@ import torch
 
 from laconic.core.claim import Card, Paper
 from laconic.core.errors import UserError
-from laconic.core.menu import Budget, Judge, Judges, Menu, Plan, Row, Search, cheapest, plan_of, refuse, silent
+from laconic.core.menu import Budget, Judge, Judges, Measuring, Menu, Plan, Row, Search, cheapest, plan_of, refuse, silent
 from laconic.core.transform import Objective
 from laconic.kernels.losses import Dissimilarity, Divergence, NoiseToSignal
 
@@ -55,7 +55,7 @@ def split_at(room: int, weights: tuple[int, int], ratio: float) -> int:
 
 
 @dataclass(frozen=True)
-class MixDQ(Search):
+class MixDQ(Measuring):
     """start: its plan is looked at too, search.allocate.uniform in the paper's tables. solve: buys inside a group. content: a regular
     expression that finds the names of content layers. ratios: average bits of content over those of quality, from, to, and how many are
     tried, the paper's for weights."""
@@ -76,6 +76,9 @@ class MixDQ(Search):
 
     def asks(self) -> Objective | None:
         return Divergence()
+
+    def also(self) -> tuple[Objective, ...]:
+        return Dissimilarity(), NoiseToSignal()
 
     def __call__(
         self,
@@ -99,7 +102,7 @@ class MixDQ(Search):
         log(f"{len(groups[0])} matrices are content, {len(groups[1])} quality")
         finest = {covers: rows[0] for covers, rows in units.items()}
         scored: list[Menu] = []
-        for number, (group, objective) in enumerate(zip(groups, (Dissimilarity(), NoiseToSignal()), strict=True)):
+        for number, (group, objective) in enumerate(zip(groups, self.also(), strict=True)):
             progress(number, 3, f"one matrix at a time: {objective.name}")
             scored.append(self._scored(menu, group, finest, judge.by(objective)) if group else Menu(()))
         plans = self._bought(menu, room, scored, rng)
