@@ -8,11 +8,16 @@ import math
 import pytest
 import torch
 
+from laconic.core.packed import Dense, Joined, Sum, Transposed
 from laconic.core.site import Conv, Linear, Site, TensorId
 from laconic.core.transform import Layer, Window
 from laconic.kernels.grids import Grid
+from laconic.methods.quantize.grid.apart import Apart
+from laconic.methods.quantize.grid.flat import Flat
+from laconic.methods.quantize.rotate.hadamard import Rotated
 from laconic.methods.quantize.round.adaround import AdaRound, indecision, rectified, unrectified
 from laconic.methods.quantize.round.flexround import FlexRound, divided
+from laconic.methods.quantize.round.inputs import Fed
 from laconic.methods.quantize.round.rtn import RTN
 from laconic.tuning import tune
 
@@ -99,6 +104,42 @@ def test_adaround_begins_at_the_float_weight_and_goes_one_way_or_the_other():
     # -1 and 2 are codes themselves: up is one more, which the greatest code does not have
     assert soft.harden().dense().tolist() == [[0.0, 1.0, 0.0, 2.0]]
     torch.testing.assert_close(soft.dense(), soft.harden().dense())
+
+
+WRAPPED = {
+    "a sum": lambda form: Sum(form, Dense(torch.ones(2, 8))),
+    "transposed": Transposed,
+    "joined": lambda form: Joined([form, form], 0, 1),
+    "inputs rounded": lambda form: Fed(form, 8),
+    "rotated": Rotated,
+    "flat": lambda form: Flat((2, 2, 4), form),
+    "few columns apart": lambda form: Apart((2, 16), form, form, torch.arange(8, dtype=torch.int16)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_is_learned_inside_another_form_pays_its_penalty_and_is_told_of_each_step(name):
+    inner = held(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)))
+    form = WRAPPED[name](inner)
+    made, told = [], []
+
+    def way(one, target):
+        soft = AdaRound(weigh=1.0).soften(one, target)
+        soft.settle = lambda: told.append(soft)
+        made.append(soft)
+        return soft
+
+    soft = form.soften(form.dense(), way)
+    assert made and soft.within()
+    with torch.no_grad():
+        for one in made:
+            # half way between two codes
+            one.v.zero_()
+    paid = sum(float(one.penalty(0.9).detach()) for one in made)
+    assert paid > 0 and float(soft.penalty(0.9).detach()) == pytest.approx(paid)
+    assert soft.penalty(0.0) is None
+    soft.settle()
+    assert told == made
 
 
 def learned(lesson, weight: torch.Tensor, x: torch.Tensor, grid: Grid) -> float:

@@ -152,13 +152,28 @@ class Soft(Packed):
     def harden(self) -> Packed:
         """The stored form of what has been learned so far."""
 
+    def within(self) -> list[Soft]:
+        """The forms being learned that this one is made of, not what those are made of in turn."""
+        found: list[Soft] = []
+        waiting = list(self.children())
+        while waiting:
+            module = waiting.pop(0)
+            if isinstance(module, Soft):
+                found.append(module)
+            else:
+                waiting += module.children()
+        return found
+
     def penalty(self, done: float) -> Tensor | None:
-        """What the form adds to the objective once the share `done` of the steps is behind it: a scalar, None for nothing."""
-        return None
+        """What the form adds to the objective once the share `done` of the steps is behind it: a scalar, None for nothing. By default what
+        those within it add."""
+        added = [penalty for soft in self.within() if (penalty := soft.penalty(done)) is not None]
+        return torch.stack(added).sum() if added else None
 
     def settle(self) -> None:
-        """Called after each step of the optimiser: what the form makes of what that proposed. By default that stands as it is."""
-        return
+        """Called after each step of the optimiser: what the form makes of what that proposed. By default what those within it do."""
+        for soft in self.within():
+            soft.settle()
 
     def describe(self) -> dict[str, Any]:
         raise TypeError("a form that is being learned is not stored: harden it first")
@@ -524,12 +539,6 @@ class SoftFeeding(Soft):
 
     def dense(self) -> Tensor:
         return self.around.dense()
-
-    def penalty(self, done: float) -> Tensor | None:
-        return self.inner.penalty(done)
-
-    def settle(self) -> None:
-        self.inner.settle()
 
     def harden(self) -> Feeding:
         return self.around.over(self.inner.harden())

@@ -47,8 +47,5 @@ class SoftFlat(Soft):
     def dense(self) -> Tensor:
         return self.inner.dense().reshape(self.shape)
 
-    def penalty(self, done: float) -> Tensor | None:
-        return self.inner.penalty(done)
-
     def harden(self) -> Flat:
         return Flat(self.shape, self.inner.harden())

@@ -90,9 +90,6 @@ class SoftRotated(Soft):
     def dense(self) -> Tensor:
         return unhadamard(self.inner.dense())
 
-    def penalty(self, done: float) -> Tensor | None:
-        return self.inner.penalty(done)
-
     def harden(self) -> Rotated:
         return Rotated(self.inner.harden())
 

@@ -32,8 +32,8 @@ CARD = Card(Paper("Zhao et al.", 2024, "arXiv:2405.17873", "section 4.1"), catal
 
 # what goes up and down by less than this share of the greatest input never changes
 STILL = 1e-5
-# singular values below this share of the greatest are none: what would be asked of them is noise
-RANK = 1e-3
+# of the trace of a rounded matrix's gram, added to its diagonal
+RIDGE = 1e-9
 
 
 class Ranged(Feeding):
@@ -145,5 +145,10 @@ def still(opening: Tensor, ends: Tensor) -> bool:
 
 def stand_in(rounded: Tensor, weight: Tensor, first: Tensor) -> Tensor:
     """The shortest input (m,) that a rounded matrix (n, m) takes nearest to what the matrix makes of `first` (m,)."""
-    found: Tensor = torch.linalg.pinv(rounded.double(), rtol=RANK) @ (weight.double() @ first.double())
-    return found.float()
+    a, wished = rounded.double(), weight.double() @ first.double()
+    wide = a.shape[0] < a.shape[1]
+    gram = a @ a.T if wide else a.T @ a
+    # one that is singular reads nothing of what would be asked of it
+    gram.diagonal().add_(RIDGE * gram.diagonal().sum().clamp(min=torch.finfo(torch.float32).tiny))
+    found = torch.cholesky_solve((wished if wide else a.T @ wished)[:, None], torch.linalg.cholesky(gram))[:, 0]
+    return (a.T @ found if wide else found).float()
