@@ -18,6 +18,7 @@ import torch
 import laconic
 from laconic import artifact, catalogue
 from laconic.core.errors import UserError
+from laconic.core.menu import Measuring
 from laconic.core.score import Score
 from laconic.core.site import Embedding, Site
 from laconic.core.transform import Transform
@@ -92,7 +93,8 @@ def holding(name: str) -> Recipe:
     for other in (name, *alikes):
         for known in named():
             recipe = load_recipe(known)
-            if other in names_in(recipe):
+            # what is measured of images in other ways has its own model
+            if other in names_in(recipe) and not isinstance(build(recipe.search), Measuring):
                 return short(recipe if other == name else exchanged(recipe, other, name))
     transform = build(written(name))
     levels = [level_words(level) for level in found.levels(name, transform)[:LEVELS]]
