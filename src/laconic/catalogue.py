@@ -77,15 +77,20 @@ def files() -> Iterator[tuple[str, Path]]:
     yield from sorted((".".join(path.relative_to(METHODS).with_suffix("").parts), path) for path in found)
 
 
+# what methods hold tensors in and put into a model: a file's role is another where there is one
+HELD = ("Packed", "Part", "Routed")
+
+
 @lru_cache(maxsize=1)
-def roles() -> tuple[str, ...]:
-    """Names of the abstract classes in `core/`: the questions that a method may answer."""
-    found = []
+def roles() -> dict[str, str]:
+    """The abstract classes in `core/`, the questions that a method may answer, by their names and those of what is built on them there."""
+    found: dict[str, str] = {}
     for path in sorted((HOME / "core").glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and "ABC" in _bases(node):
-                found.append(node.name)
-    return tuple(found)
+            if isinstance(node, ast.ClassDef):
+                own = [node.name] if "ABC" in _bases(node) else [found[base] for base in _bases(node) if base in found]
+                found.update(dict.fromkeys([node.name] if own else [], own[0] if own else ""))
+    return found
 
 
 def _bases(node: ast.ClassDef) -> list[str]:
@@ -94,7 +99,8 @@ def _bases(node: ast.ClassDef) -> list[str]:
 
 def _role(tree: ast.Module) -> str:
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
-    return next((base for node in classes for base in _bases(node) if base in roles()), "")
+    answered = [roles()[base] for node in classes for base in _bases(node) if base in roles()]
+    return next((role for role in answered if role not in HELD), answered[0] if answered else "")
 
 
 def _arguments(call: ast.Call, names: tuple[str, ...]) -> dict[str, ast.expr]:
@@ -156,9 +162,9 @@ def select(family: str | None = None, role: str | None = None) -> tuple[Entry, .
     if family is not None and family not in (families := sorted({entry.family for entry in entries()})):
         raise UserError(f"unknown family {family!r}{nearest(family, families)}")
     if role is not None:
-        by_word = {name.lower(): name for name in roles()}
+        by_word = {name.lower(): name for name in roles().values()}
         if role.lower() not in by_word:
-            raise UserError(f"unknown role {role!r}{nearest(role, roles())}")
+            raise UserError(f"unknown role {role!r}{nearest(role, by_word.values())}")
         role = by_word[role.lower()]
     return tuple(entry for entry in entries() if family in (None, entry.family) and role in (None, entry.role))
 
