@@ -200,6 +200,8 @@ def _run(
     applied = _tuned(source, split, recipe, seed, plan, applied, stacks, work, progress, log)
     if recipe.route is not None:
         applied = route_plan(source, split.calibrate.inputs, applied, build(recipe.route), seed=seed, work=work, progress=progress)
+        if applied.bytes != plan["predicted"]["bytes"]:
+            raise ValueError(f"the routed result holds {applied.bytes} bytes where the plan says {plan['predicted']['bytes']}")
     placed: dict[str, Any] = {}
     if recipe.decode is not None:
         rows = calibration_rows(source, split)

@@ -36,7 +36,7 @@ from laconic.core.errors import UserError
 from laconic.core.menu import Budget, Cost, Damage, Measuring, Menu, Plan, Row, cheapest
 from laconic.core.packed import Dense, Packed, Soft, Transposed, below, restore, stored_class
 from laconic.core.part import Part, Rounding, restore_part
-from laconic.core.router import Routed, Router
+from laconic.core.router import Routed, Router, Settling
 from laconic.core.site import Anatomy, Embedding, Segment, Site, Sublayer
 from laconic.core.statistic import Fisher, Gram, LookupFisher, Lookups, Statistic
 from laconic.core.transform import Change, Lesson, Model, Objective, Transform, Window
@@ -58,7 +58,7 @@ Progress = Callable[[str, int, int, str], None]
 Log = Callable[[str], None]
 
 # why a tensor is kept whose values are not
-LEARNED = "learned in the same bytes"
+LEARNED, ANEW = "learned in the same bytes", "learned, and held in a form of the routed part"
 # of a recipe that acts on a smaller share of the weights the user is told
 SCANT = 0.1
 UNIT, PREDICTED, UNPRICED = "nats/token", "model output, second order", "not priced"
@@ -409,7 +409,7 @@ def make_plan(
     covered = {name for offer in offered for name in offer.site.covers}
     if recipe.choices and not covered:
         raise UserError(f"recipe {recipe.name} offers nothing for this model; look at `where`, `kinds` and `keep` in it")
-    kept = kept_bytes(source, covered)
+    kept = kept_bytes(source, covered) | held_anew(source, recipe)
     fixed = sum(kept.values()) + sum(beside(source, recipe).values())
     if not covered:
         # all that the recipe does is done elsewhere: what is there is kept
@@ -540,7 +540,9 @@ def _learned_words(source: Any, recipe: Recipe, kept: list[dict[str, Any]]) -> l
     learned = {
         entry["tensor"] for entry in kept if entry["tensor"].startswith(under) and source.infos[entry["tensor"]].dtype.is_floating_point
     }
-    return [entry | {"why": LEARNED} if entry["tensor"] in learned else entry for entry in kept]
+    before = kept_bytes(source, set())
+    anew = {name: {"before": before[name], "why": ANEW} for name in held_anew(source, recipe)}
+    return [entry | anew.get(entry["tensor"], {"why": LEARNED}) if entry["tensor"] in learned else entry for entry in kept]
 
 
 def predicted_memory(source: Any, split: Any = None, lesson: Lesson | None = None) -> int:
@@ -741,11 +743,17 @@ def apply_plan(
     take_in(key, value)
     probe = probed(view, probe_rows)
     view.cached = ("", {})
-    expected = int(plan["predicted"]["bytes"]) - _beside(plan)
+    # what a routed part holds anew is held as it was until that has learned
+    later = sum(entry.get("before", entry["bytes"]) - entry["bytes"] for entry in plan["kept"])
+    expected = int(plan["predicted"]["bytes"]) - _beside(plan) + later
     held = sum(entry["bytes"] for entry in (work.done(k) for k in parts))
     if held != expected:
         raise ValueError(f"the result holds {held} bytes where the plan says {expected}")
     return Applied(tuple(parts), dict(view.forms), held, tuple(dict.fromkeys(notes)), probe, view)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _pack(
@@ -755,7 +763,7 @@ def _pack(
     name = site.tensors["weight"].name
     if offer is None:
         kept = kept_tensor(weights["weight"])
-        return {"forms": {}, "kept": [name], "bytes": kept.numel() * kept.element_size(), "notes": []}, {name: kept}
+        return {"forms": {}, "kept": [name], "bytes": _size(kept), "notes": []}, {name: kept}
     change = offer.transform(site, weights, {s: stats[s] for s in offer.transform.wants}, offer.level)
     return _packed(offer, change)
 
@@ -913,7 +921,7 @@ def _keep(value: dict[str, Any], tensors: dict[str, Tensor], source: Any, names:
             kept = kept_tensor(source.read(name))
             tensors[name] = kept
             value["kept"].append(name)
-            value["bytes"] += kept.numel() * kept.element_size()
+            value["bytes"] += _size(kept)
 
 
 def _table_stats(source: Any, inputs: Tensor, site: Site, chosen: Mapping[str, Offer], work: Any) -> dict[Statistic, Tensor]:
@@ -1126,7 +1134,7 @@ def beside(source: Any, recipe: Recipe) -> dict[str, int]:
                 f"recipe {recipe.name} holds the whole model while it learns and is for {TUNABLE:,} weights at most, "
                 f"{source.spec} has {source.parameters:,}; take a smaller model, or another recipe"
             )
-        return {path: _own_bytes(part) for path, part in parts_of(source, build(recipe.route), source.skeleton())[0].items()}
+        return {path: _own_bytes(part) for path, part in _placed(source, recipe).items()}
     if recipe.decode is None:
         return {}
     if getattr(source, "config", None) is None:
@@ -1135,8 +1143,23 @@ def beside(source: Any, recipe: Recipe) -> dict[str, int]:
     return {path: _own_bytes(part) for path, part in placed.items()}
 
 
+def _placed(source: Any, recipe: Recipe) -> dict[str, Routed]:
+    """A recipe's routed parts, nothing of them filled."""
+    return {} if recipe.route is None else parts_of(source, build(recipe.route), source.skeleton())[0]
+
+
 def _own_bytes(part: nn.Module) -> int:
-    return sum(2 * p.numel() for p in part.parameters())
+    return part.settled()[""] if isinstance(part, Settling) else sum(2 * p.numel() for p in part.parameters())
+
+
+def held_anew(source: Any, recipe: Recipe) -> dict[str, int]:
+    """Bytes of the model's own tensors that a recipe's routed parts hold in another form, by stored name."""
+    found = {}
+    for path, part in _placed(source, recipe).items():
+        for name, size in part.settled().items() if isinstance(part, Settling) else ():
+            if name:
+                found[source.tied.get(f"{path}.{name}", f"{path}.{name}")] = size
+    return found
 
 
 def route_plan(
@@ -1148,7 +1171,17 @@ def route_plan(
     if not all(work.done(key) for key in keys):
         folder = work.folder / "routing"
         model, parts, said = learn_routed(source, applied.view, inputs, router, seed=seed, folder=folder, progress=progress)
-        stored = {source.tied.get(name, name): kept_tensor(value) for name, value in model.state_dict().items()}
+        forms = {
+            source.tied.get(f"{path}.{name}", f"{path}.{name}"): form
+            for path, part in parts.items()
+            for name, form in (part.settle() if isinstance(part, Settling) else {}).items()
+        }
+        stored = {
+            source.tied.get(name, name): kept_tensor(value)
+            for name, value in model.state_dict().items()
+            # what holds its form stands in the model already
+            if name.rpartition(".")[0] not in forms
+        }
         described = {path: part.describe() for path, part in parts.items()}
         # what comes next opens the model anew
         del model, parts
@@ -1156,12 +1189,17 @@ def route_plan(
         homes = {key: part.partition("/")[2] for key, part in zip(keys, applied.parts, strict=True)}
         for key, part in zip(keys, applied.parts, strict=True):
             mine = [name for name in fresh if _home(name, homes) == key]
-            value = dict(work.done(part))
-            tensors = {name: stored.get(name, tensor) for name, tensor in work.tensors(part).items()}
+            value, had = dict(work.done(part)), work.tensors(part)
+            anew = {name: form for name, form in forms.items() if name in had}
+            tensors = {name: stored.get(name, tensor) for name, tensor in had.items() if name not in anew}
             tensors |= {name: stored[name] for name in mine}
+            tensors |= {f"{name}.{leaf}": tensor for name, form in anew.items() for leaf, tensor in form.tensors().items()}
             value |= {
-                "kept": [*value["kept"], *mine],
-                "bytes": value["bytes"] + sum(stored[name].numel() * stored[name].element_size() for name in mine),
+                "kept": [*(name for name in value["kept"] if name not in anew), *mine],
+                "forms": {**value["forms"], **{name: form.describe() for name, form in anew.items()}},
+                "bytes": value["bytes"]
+                + sum(_size(stored[name]) for name in mine)
+                + sum(form.nbytes - _size(had[name]) for name, form in anew.items()),
                 "placed": {path: words for path, words in described.items() if _home(f"{path}.", homes) == key},
                 "notes": [*value["notes"], said],
             }

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from laconic.core.packed import Packed
 from laconic.core.part import Part
 from laconic.core.site import Anatomy, Kind, Site
 from laconic.core.transform import Change, Lesson
@@ -101,6 +102,19 @@ class Routed(Part):
     def load(self) -> Load:
         """For one input, over all since counting began."""
         return Load(*(value / max(self.seen, 1) for value in self.spent))
+
+
+class Settling(Routed):
+    """A part that holds weights in another form once it has learned."""
+
+    @abstractmethod
+    def settle(self) -> dict[str, Packed]:
+        """Called once, when learning is over: the forms of weights of what it stands around, by their names below it, which are stored in
+        their place. What is its own it exchanges itself."""
+
+    @abstractmethod
+    def settled(self) -> dict[str, int]:
+        """The bytes of those forms, by the same names, and under "" of all that is its own: known before anything has learned."""
 
 
 @contextmanager

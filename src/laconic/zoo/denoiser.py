@@ -15,15 +15,10 @@ states of its own sampling, at all noise levels. `painter` is the same network a
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
-import os
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -277,16 +272,6 @@ for _data in (calibrate, certify, drafts_to_calibrate, drafts_to_certify):
 # ---- training
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Images a step, AdamW's rate and how it rises, in steps, and falls, from a share of the time on."""
-
-    batch: int = 64
-    rate: float = 0.003
-    warmup: int = 40
-    decay_at: float = 0.4
-
-
 class Digits(NamedTuple):
     """Images (n, pixels) uint8 and what captions say of them."""
 
@@ -296,13 +281,7 @@ class Digits(NamedTuple):
 
 def digits(folder: Path) -> tuple[Digits, Digits]:
     """Training and test digits from mnist.npz of a folder. Bold is more ink than in the middle one of its digit, slanted more shear."""
-    import numpy as np
-
-    file = folder / "mnist.npz"
-    if not file.is_file():
-        raise UserError(f"no {file}: give the folder of mnist.npz (train_x, train_y, test_x, test_y) with --data")
-    with np.load(file) as stored:
-        parts = [(torch.from_numpy(stored[f"{part}_x"]), torch.from_numpy(stored[f"{part}_y"]).long()) for part in ("train", "test")]
+    parts = small.mnist(folder)
     looks = [_looks(images) for images, _ in parts]
     ends = [_middle(look, parts[0][1]) for look in looks[0]]
     first, second = (
@@ -364,46 +343,17 @@ def held_out(model: Denoiser, images: Digits, count: int = 2048) -> float:
     return float(torch.stack(errors).mean())
 
 
-def train(images: Digits, test: Digits, recipe: Recipe, minutes: float, scratch: Path, say: Any) -> tuple[Denoiser, dict[str, Any]]:
-    """Train for so many minutes of the processor; what was learned goes to `scratch` each minute, and a run cut short goes on there.
-    A file FINISH there lets the rate fall from then on, for a third of what was spent so far."""
+def train(images: Digits, test: Digits, recipe: small.Briefly, minutes: float, scratch: Path, say: Any) -> tuple[Denoiser, dict[str, Any]]:
+    """Train for so many minutes of the processor, as `small.by_minutes` does."""
     torch.manual_seed(0)
-    model, generator, kept = Denoiser(), torch.Generator().manual_seed(0), scratch / "training.pt"
-    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    before, step = 0.0, 0
-    if kept.is_file():
-        stored = torch.load(kept, weights_only=True)
-        model.load_state_dict(stored["model"])
-        optimiser.load_state_dict(stored["optimiser"])
-        before, step = stored["minutes"], stored["step"]
-        generator.manual_seed(step)
-    began, saved, mean, finish = time.process_time() / 60 - before, time.monotonic(), 0.0, math.inf
-    while (spent := time.process_time() / 60 - began) < min(minutes, 4 / 3 * finish):
-        done = spent / minutes
-        if finish < math.inf:
-            done = max(done, recipe.decay_at + (1 - recipe.decay_at) * (spent / finish - 1) * 3)
-        elif (scratch / "FINISH").is_file():
-            finish = spent
-        scale = min(1.0, (step + 1) / recipe.warmup, (1 - done) / (1 - recipe.decay_at))
+    model = Denoiser()
+
+    def loss(generator: torch.Generator) -> Tensor:
         inputs, noise, _ = noisy(images, torch.randint(len(images.pixels), (recipe.batch,), generator=generator), generator)
         with narrowly():
-            loss = loss_of(model, inputs, noise)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.param_groups[0]["lr"] = recipe.rate * scale
-        optimiser.step()
-        optimiser.zero_grad()
-        step += 1
-        mean += (float(loss.detach()) - mean) / min(step, 20)
-        if step % 20 == 0:
-            say(f"step {step} images {step * recipe.batch:,} done {done:.2f} loss {mean:.4f}")
-        if time.monotonic() - saved > 60:
-            saved = time.monotonic()
-            held = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "minutes": spent, "step": step}
-            torch.save(held, kept.with_suffix(".new"))
-            kept.with_suffix(".new").replace(kept)
-            say(f"held-out {held_out(model, test, 256):.4f}")
-    run = {**asdict(recipe), "steps": step, "images": step * recipe.batch, "minutes": round(time.process_time() / 60 - began, 1)}
+            return loss_of(model, inputs, noise)
+
+    run = small.by_minutes(model, loss, recipe, minutes, scratch, lambda: held_out(model, test, 256), say)
     return model.eval(), run
 
 
@@ -473,29 +423,10 @@ The weights come under laconic's licence, Apache-2.0. MNIST (LeCun, Cortes, Burg
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train from the command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m laconic.zoo.denoiser", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--data", type=Path, required=True, help="folder of mnist.npz")
-    p.add_argument("--minutes", type=float, default=5, help="end after this many minutes of the processor (default %(default)s)")
-    p.add_argument("--out", type=Path, default=path(), help="folder to write (default: the package's own)")
-    p.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "laconic-denoiser", help="checkpoints")
-    a = p.parse_args(arguments)
-    if a.minutes <= 0:
-        p.error("--minutes must be above 0")
-    # found out now rather than after the training
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(a.out.parent, os.W_OK):
-        p.error(f"{a.out.parent} cannot be written to; give another folder with --out")
-    a.scratch.mkdir(parents=True, exist_ok=True)
-    (a.scratch / "FINISH").unlink(missing_ok=True)
-
-    def say(line: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-
+    a = small.asked("denoiser", __doc__, arguments, minutes=5)
     images, test = digits(a.data)
-    model, run = train(images, test, Recipe(), a.minutes, a.scratch, say)
-    say(f"wrote {a.out}: {write(model, run, test, a.out)}")
+    model, run = train(images, test, small.Briefly(), a.minutes, a.scratch, small.say)
+    small.say(f"wrote {a.out}: {write(model, run, test, a.out)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Training of the zoo's small models, each in half an hour of two cores, on the standard library's sources: what they have in common."""
+"""Training of the zoo's small models: of those of text, each in half an hour of two cores, on the standard library's sources, and of those
+of digits, in minutes of one: what they have in common."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,9 +133,6 @@ by the model.
         self._train(a.minutes, a.tokens, a.out, a.scratch, a.threads)
 
     def _train(self, minutes: float, tokens: int, out: Path, scratch: Path, threads: int) -> None:
-        def say(line: str) -> None:
-            print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-
         everything, counts = corpus.training()
         sources = [s for s in everything if s.package.startswith("stdlib")]
         characters = sum(len(s.text) for s in sources)
@@ -180,3 +178,104 @@ by the model.
         say(f"{seen:,} tokens; held-out losses {final['losses']}")
         write(model, out, final)
         say(f"wrote {out}")
+
+
+# ---- digits, in minutes
+
+
+@dataclass(frozen=True)
+class Briefly:
+    """Images a step, AdamW's rate and how it rises, in steps, and falls, from a share of the time on."""
+
+    batch: int = 64
+    rate: float = 0.003
+    warmup: int = 40
+    decay_at: float = 0.4
+
+
+def mnist(folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images (n, 28, 28) uint8 and digits (n,) of training and test from mnist.npz of a folder; UserError where it is not there."""
+    import numpy as np
+    import torch
+
+    file = folder / "mnist.npz"
+    if not file.is_file():
+        raise UserError(f"no {file}: give the folder of mnist.npz (train_x, train_y, test_x, test_y) with --data")
+    with np.load(file) as stored:
+        return [(torch.from_numpy(stored[f"{part}_x"]), torch.from_numpy(stored[f"{part}_y"]).long()) for part in ("train", "test")]
+
+
+def by_minutes(
+    model: torch.nn.Module,
+    loss: Callable[[torch.Generator], torch.Tensor],
+    recipe: Briefly,
+    minutes: float,
+    scratch: Path,
+    held_out: Callable[[], float],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train a model for so many minutes of the processor, by the loss of a batch that is drawn, and return what the run was. What was
+    learned goes to `scratch` each minute, and a run cut short goes on there. A file FINISH there lets the rate fall from then on, for a
+    third of what was spent so far."""
+    import torch
+
+    generator, kept = torch.Generator().manual_seed(0), scratch / "training.pt"
+    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    before, step = 0.0, 0
+    if kept.is_file():
+        stored = torch.load(kept, weights_only=True)
+        model.load_state_dict(stored["model"])
+        optimiser.load_state_dict(stored["optimiser"])
+        before, step = stored["minutes"], stored["step"]
+        generator.manual_seed(step)
+    began, saved, mean, finish = time.process_time() / 60 - before, time.monotonic(), 0.0, math.inf
+    while (spent := time.process_time() / 60 - began) < min(minutes, 4 / 3 * finish):
+        done = spent / minutes
+        if finish < math.inf:
+            done = max(done, recipe.decay_at + (1 - recipe.decay_at) * (spent / finish - 1) * 3)
+        elif (scratch / "FINISH").is_file():
+            finish = spent
+        scale = min(1.0, (step + 1) / recipe.warmup, (1 - done) / (1 - recipe.decay_at))
+        found = loss(generator)
+        found.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.param_groups[0]["lr"] = recipe.rate * scale
+        optimiser.step()
+        optimiser.zero_grad()
+        step += 1
+        mean += (float(found.detach()) - mean) / min(step, 20)
+        if step % 20 == 0:
+            say(f"step {step} images {step * recipe.batch:,} done {done:.2f} loss {mean:.4f}")
+        if time.monotonic() - saved > 60:
+            saved = time.monotonic()
+            held = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "minutes": spent, "step": step}
+            torch.save(held, kept.with_suffix(".new"))
+            kept.with_suffix(".new").replace(kept)
+            say(f"held-out {held_out():.4f}")
+    return {**asdict(recipe), "steps": step, "images": step * recipe.batch, "minutes": round(time.process_time() / 60 - began, 1)}
+
+
+def say(line: str) -> None:
+    """Print a line with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def asked(name: str, description: str | None, arguments: Sequence[str] | None, minutes: float) -> argparse.Namespace:
+    """What a training of digits is asked for at the command line; its folders are there on return."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m laconic.zoo.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--data", type=Path, required=True, help="folder of mnist.npz")
+    p.add_argument("--minutes", type=float, default=minutes, help="end after this many minutes of the processor (default %(default)s)")
+    p.add_argument("--out", type=Path, default=path(name), help="folder to write (default: the package's own)")
+    p.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / f"laconic-{name}", help="checkpoints")
+    a = p.parse_args(arguments)
+    if a.minutes <= 0:
+        p.error("--minutes must be above 0")
+    # found out now rather than after the training
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(a.out.parent, os.W_OK):
+        p.error(f"{a.out.parent} cannot be written to; give another folder with --out")
+    a.scratch.mkdir(parents=True, exist_ok=True)
+    (a.scratch / "FINISH").unlink(missing_ok=True)
+    return a

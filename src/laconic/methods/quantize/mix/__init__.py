@@ -1,0 +1,1 @@
+"""Layers that mix cheap primitives with multiplications."""
