@@ -262,42 +262,40 @@ def _on(check: Check, kinds: Kinds, steps: int, broken: bool, lab: Lab) -> Verdi
 PAPER = Paper("You et al.", 2023, "arXiv:2306.06446", "section 5")
 
 
-def _claim(says: str, check: Check, kinds: Kinds, broken: Kinds, steps: int = 1000) -> Claim:
-    scale = (
-        f"a vision transformer of 0.1 M parameters on MNIST, 8,192 training images in {steps:,} steps of 64, KL to the original in place "
-        "of the loss of the classes, 2,000 test images, 3 orders"
-    )
-    ours, stand_in = (partial(_on, check, one, steps, spoiled) for one, spoiled in ((kinds, False), (broken, True)))
-    return Claim(says=says, where=PAPER, scale=scale, check=ours, broken=stand_in)
-
-
-WHOLE_MODEL: Kinds = (Mixture, Attention)
+SCALE = (
+    "a vision transformer of 0.1 M parameters on MNIST, 8,192 training images in {} steps of 64, KL to the original in place of the loss of "
+    "the classes, 2,000 test images, 3 orders"
+)
+WHOLE: Kinds = (Mixture, Attention)
+LONG, SHORT = 1000, 500
 
 CLAIMS: tuple[Claim, ...] = (
-    _claim(
-        "Attention of additions, shifts and a mixture lose at most two points of right classes, and fewer than shifts without the mixture.",
-        _accurate,
-        WHOLE_MODEL,
-        (Mixture, Blind),
+    Claim(
+        says="Attention of additions, shifts and a mixture lose at most two points of right classes, and fewer than shifts without the mixture.",
+        where=PAPER,
+        scale=SCALE.format("1,000"),
+        check=partial(_on, _accurate, WHOLE, LONG, False),
+        broken=partial(_on, _accurate, (Mixture, Blind), LONG, True),
     ),
-    _claim(
-        "Multiplications with weights, and the energy of an image in 45 nm, fall by 60 % or more.",
-        _cheap,
-        WHOLE_MODEL,
-        (Plain, Attention),
+    Claim(
+        says="Multiplications with weights, and the energy of an image in 45 nm, fall by 60 % or more.",
+        where=PAPER,
+        scale=SCALE.format("1,000"),
+        check=partial(_on, _cheap, WHOLE, LONG, False),
+        broken=partial(_on, _cheap, (Plain, Attention), LONG, True),
     ),
-    _claim(
-        "Tokens go to the experts in inverse proportion to the latencies that the balance is given, to a tenth of the tokens.",
-        _balanced,
-        WHOLE_MODEL,
-        (Crossed, Attention),
-        500,
+    Claim(
+        says="Tokens go to the experts in inverse proportion to the latencies that the balance is given, to a tenth of the tokens.",
+        where=PAPER,
+        scale=SCALE.format("500"),
+        check=partial(_on, _balanced, WHOLE, SHORT, False),
+        broken=partial(_on, _balanced, (Crossed, Attention), SHORT, True),
     ),
-    _claim(
-        "With attention as it was, the mixture has a lower KL than shifts alone.",
-        _needed,
-        (Mixture, None),
-        (Crossed, Blind),
-        500,
+    Claim(
+        says="With attention as it was, the mixture has a lower KL than shifts alone.",
+        where=PAPER,
+        scale=SCALE.format("500"),
+        check=partial(_on, _needed, (Mixture, None), SHORT, False),
+        broken=partial(_on, _needed, (Crossed, Blind), SHORT, True),
     ),
 )
