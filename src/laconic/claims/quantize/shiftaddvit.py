@@ -260,35 +260,33 @@ def _on(check: Check, kinds: Kinds, steps: int, broken: bool, lab: Lab) -> Verdi
 
 
 PAPER = Paper("You et al.", 2023, "arXiv:2306.06446", "section 5")
-
-
 SCALE = (
-    "a vision transformer of 0.1 M parameters on MNIST, 8,192 training images in {} steps of 64, KL to the original in place of the loss of "
-    "the classes, 2,000 test images, 3 orders"
+    "a vision transformer of 0.1 M parameters on MNIST, 8,192 training images in {} steps of 64, KL to the original in place of the loss "
+    "of the classes, 2,000 test images, 3 orders"
 )
-WHOLE: Kinds = (Mixture, Attention)
+BOTH: Kinds = (Mixture, Attention)
 LONG, SHORT = 1000, 500
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        says="Attention of additions, shifts and a mixture lose at most two points of right classes, and fewer than shifts without the mixture.",
+        says="Additions, shifts and a mixture lose at most two points of right classes, and fewer than shifts without the mixture.",
         where=PAPER,
         scale=SCALE.format("1,000"),
-        check=partial(_on, _accurate, WHOLE, LONG, False),
+        check=partial(_on, _accurate, BOTH, LONG, False),
         broken=partial(_on, _accurate, (Mixture, Blind), LONG, True),
     ),
     Claim(
         says="Multiplications with weights, and the energy of an image in 45 nm, fall by 60 % or more.",
         where=PAPER,
         scale=SCALE.format("1,000"),
-        check=partial(_on, _cheap, WHOLE, LONG, False),
+        check=partial(_on, _cheap, BOTH, LONG, False),
         broken=partial(_on, _cheap, (Plain, Attention), LONG, True),
     ),
     Claim(
         says="Tokens go to the experts in inverse proportion to the latencies that the balance is given, to a tenth of the tokens.",
         where=PAPER,
         scale=SCALE.format("500"),
-        check=partial(_on, _balanced, WHOLE, SHORT, False),
+        check=partial(_on, _balanced, BOTH, SHORT, False),
         broken=partial(_on, _balanced, (Crossed, Attention), SHORT, True),
     ),
     Claim(
