@@ -26,6 +26,8 @@ def _interpreted() -> None:
 
 
 _interpreted()
+# what a user's machine was measured to do is nothing to the tests
+os.environ["LACONIC_PICKS"] = "shipped"
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from laconic import artifact, catalogue, job, measurement, vectors, verifying
+from laconic import artifact, catalogue, job, measurement, picking, vectors, verifying
 from laconic.budget import parse_budget
 from laconic.core.decoder import Decoder, Draw, Stack
 from laconic.core.errors import BrokenPromise, UserError, nearest
@@ -584,7 +584,7 @@ def bench(
 ) -> dict[str, Any]:
     """Prefill and decode speed of a result and of its original, taking turns; memory; hardware. record: into its measurements.json too.
     inputs: 8 rounds inputs of the result's products to 8 bits. explain: `steps` says where the result's time goes, `details.steps` what
-    else runs it."""
+    else runs it, `picks` which way products with codes go (`kernels.picks`), which the first bench on a machine measures and keeps."""
     if record and inputs is not None:
         raise UserError("measurements.json keeps the speed of the result as it loads by itself: leave out --record or --inputs")
     if repeats < 1 or prompt < 1 or new < 1:
@@ -595,6 +595,7 @@ def bench(
         raise UserError(f"{source.spec} is no language model; speed is measured in tokens, so there is none to measure yet")
     _refuse_red(path)
     dtype = torch.bfloat16
+    ways = picking.known(progress, log)
     with measurement.watch() as peak:
         progress("timing", 0, 1, "the original and the result take turns")
         original = source.load(dtype).eval()
@@ -602,6 +603,7 @@ def bench(
         found = measurement.speed(original, compressed, prompt=prompt, new=new, repeats=repeats)
         progress("timing", 1, 1, "")
     if explain:
+        found["picks"] = [{"product": way.product.name, **way.words()} for way in ways]
         steps = steps_of(compressed)
         if isinstance(steps, Steps):
             with torch.inference_mode():

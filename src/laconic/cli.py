@@ -618,6 +618,15 @@ def bench(
         _show(table)
     if explain and "steps" not in found:
         print(found["details"]["steps"]["what"])
+    if found.get("picks"):
+        title = "products with codes on this machine: by a kernel up to so many rows of inputs, then over dense rows"
+        table = _table(title, "", "rows", "1 row: kernel, dense", "128 rows: kernel, dense")
+        for way in found["picks"]:
+            times = [f"{ms[0]:.3f}, {ms[1]:.3f} ms" if (ms := way["ms"].get(rows)) else "" for rows in ("1", "128")]
+            table.add_row(way["product"], "all" if way["rows"] is None else str(way["rows"]), *times)
+        _show(table)
+    elif explain:
+        print("How products with codes go was not measured here; numbers found on other processors are taken.")
 
 
 def drafting_line(found: Mapping[str, Any]) -> str:

@@ -282,7 +282,7 @@ class Steps(Stack):
             strides = [0 if t is None else t.shape[1] for t in stored]
             form = f"{codes.bits} bits{f', groups of {codes.group}' if codes.group else ''}{', inputs in 8' if codes.int8 else ''}"
             nbytes = sum(t.numel() * t.element_size() for t in stored if t is not None)
-            most = 1 << 40 if codes.int8 else rows_for(self._level, codes.bits, self.dtype, even(codes.group, m))
+            most = 1 << 40 if codes.int8 else rows_for(self._level, codes.bits, self.dtype, even(codes.group, m), n * m)
             step = self._tape.linear(
                 source, to, self._address(stored[0]), strides[0], self._address(stored[1]), self._address(stored[2]), strides[2],
                 n, m, codes.bits, codes.group, codes.half, self._address(bias), codes.int8, most,

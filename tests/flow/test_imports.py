@@ -50,6 +50,7 @@ LAYERS = [
         "nesting",
         "elastic",
         "measurement",
+        "picking",
         "routing",
         "selection",
     ),

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from laconic.kernels.bits import packed_width, unpack
 from laconic.kernels.grids import Grid, decode, through
 from laconic.kernels.native import native
+from laconic.kernels.picks import EVERY, rows_of
 
 # more rows of bf16 than this are quicker over dense rows, made PANEL weights at a time: by the kernel, and by bits where it has a quicker
 # way; rows of fp32 are more work
@@ -26,7 +27,6 @@ OTHER = {"plain": 4, "avx2": 16, "avx512": 96}
 # of bf16 where torch multiplies pairs of them (AMX) and these kernels do not, or do not for such groups
 PAIRS, OTHER_PAIRS = {2: 80, 4: 80}, 40
 FP32 = 4
-EVERY = 1 << 40
 PANEL = 1 << 20
 # columns of x that share a scale where x has 8 bits: a group, or so many of one that is longer
 RUN = 128
@@ -110,8 +110,15 @@ def reference_linear_int8(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tenso
     return out.to(x.dtype)
 
 
-def rows_for(level: str, bits: int, dtype: torch.dtype, known: bool = True) -> int:
-    """Rows of x up to which a product is quicker by the kernels than by torch over dense rows. known: `even` says so of its groups."""
+def rows_for(level: str, bits: int, dtype: torch.dtype, known: bool = True, weights: int = 0) -> int:
+    """Rows of x up to which a product with a matrix of so many weights is quicker by the kernels than by torch over dense rows. known:
+    `even` says so of its groups."""
+    shipped = _shipped(level, bits, dtype, known)
+    return rows_of("grouped", bits, dtype, weights, shipped) if known else shipped
+
+
+def _shipped(level: str, bits: int, dtype: torch.dtype, known: bool) -> int:
+    """What was found on other processors of the level."""
     most = ROWS[level].get(bits, OTHER[level])
     if dtype == torch.bfloat16 and pairs(level):
         if known and panels(level):
@@ -158,7 +165,7 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits
     rows = x.numel() // m if m else 0
     if there is None or not rows or not n:
         return reference_linear(x, codes, scales, zeros, grid)
-    if rows > rows_for(there.level, bits, x.dtype, even(group, m)):
+    if rows > rows_for(there.level, bits, x.dtype, even(group, m), n * m):
 
         def some(rows: slice, room: Tensor) -> Tensor:
             kept = codes[rows], scales[rows], None if zeros is None else zeros[rows]

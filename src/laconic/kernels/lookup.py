@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from laconic.kernels.bits import packed_width, unpack
 from laconic.kernels.levels import Levels, decode, scales_of, values
-from laconic.kernels.linear import EVERY, by_panels, even, pairs, panels
+from laconic.kernels.linear import by_panels, even, pairs, panels
 from laconic.kernels.native import native
+from laconic.kernels.picks import EVERY, rows_of
 
 # more rows of bf16 than this are quicker over dense rows, made some at a time, by the kernel; rows of fp32 are more work
 ROWS = {"plain": 4, "avx2": 4, "avx512": 256}
@@ -104,7 +105,9 @@ def _linear(x: Tensor, codes: Tensor, scales: Tensor, whole: Tensor | None, tabl
     rows = x.numel() // m if m else 0
     if there is None or not rows or not n:
         return reference_linear(x, codes, scales, whole, table, levels)
-    if rows > _rows_for(there.level, x.dtype, even(levels.group or 0, m)):
+    known = even(levels.group or 0, m)
+    shipped = _rows_for(there.level, x.dtype, known)
+    if rows > (rows_of("lookup", levels.bits, x.dtype, n * m, shipped) if known else shipped):
         return by_panels(x, n, lambda part, room: _dense(codes[part], scales[part], whole, table, levels, m, room), there.level)
     given = (x if x.dtype != torch.float16 else x.float()).contiguous()
     out = torch.empty(*x.shape[:-1], n, dtype=given.dtype)
