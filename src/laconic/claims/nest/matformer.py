@@ -327,7 +327,7 @@ CLAIMS: tuple[Claim, ...] = (
         broken=partial(_agree, seeds=ONE, odds=WIDEST),
     ),
     Claim(
-        says="Nested after its training, each narrower width has two thirds of the KL or less, and a lower perplexity, than when it is cut.",
+        says="Nested after its training, each narrower width has at most two thirds of the KL, and a lower perplexity, than when cut.",
         where=Paper("Devvrit et al.", 2024, PAPER, "section 3.2"),
         scale="stories260k on TinyStories, eighths of 1, 2 and 4 of the neurons, 512 steps of 2 rows, 3 draws of the calibration rows "
         "(quick: 48 steps, 1 draw)",

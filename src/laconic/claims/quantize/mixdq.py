@@ -192,7 +192,7 @@ CLAIMS: tuple[Claim, ...] = (
         broken=partial(_crossing, MISPLACED, ONE),
     ),
     Claim(
-        says="At W8A8 a loud first word kept out of the range leaves at most half the KL, and half the difference of images, of one taken in.",
+        says="At W8A8 a loud first word kept out of the range leaves at most half the KL and half the image difference of one taken in.",
         where=PAPER,
         scale=PLANTED,
         check=partial(_whole, OURS, SEEDS),
