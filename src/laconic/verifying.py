@@ -29,6 +29,8 @@ QUICK = 1
 ROOM = 4 * 1024**3
 # seconds: a family is checked in ten minutes, so no claim begins later than this
 LATEST = 7.5 * 60
+# what a quick form may cost of which nothing is known, in seconds
+UNKNOWN = 60.0
 
 
 def claims_of(name: str) -> tuple[Claim, ...]:
@@ -66,7 +68,11 @@ def verify(
     if full:
         found = {entry.name: _recorded(entry, chosen[entry.name], data, again, log) for entry in entries if entry.name in chosen}
     elif len(chosen) > 1:
-        found = _side_by_side(chosen, data, log, progress)
+        took = {
+            entry.name: {one["says"]: float(one["witness_seconds"]) for one in entry.verdicts if "witness_seconds" in one}
+            for entry in entries
+        }
+        found = _side_by_side(chosen, took, data, log, progress)
     else:
         found = {name: [_judge(name, one, _quick_lab(data, log)) for one in claims] for name, claims in chosen.items()}
     answers = []
@@ -83,8 +89,9 @@ def verify(
 
 
 def _side_by_side(
-    chosen: Mapping[str, Sequence[Claim]], data: Path | None, log: Log, progress: Progress
+    chosen: Mapping[str, Sequence[Claim]], took: Mapping[str, Mapping[str, float]], data: Path | None, log: Log, progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
+    """took: what quick forms are known to have cost, in seconds, by method and what the claim says."""
     until = time.time() + LATEST
     found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in chosen}
     total = sum(map(len, chosen.values()))
@@ -95,7 +102,8 @@ def _side_by_side(
 
     threads = torch.get_num_threads()
     workers = max(1, min(threads, len(chosen), measurement.hardware()["memory_bytes"] // ROOM))
-    leading = {name: _smallest(claims, data) for name, claims in chosen.items()}
+    leading = {name: _quickest(claims, took[name], data) for name, claims in chosen.items()}
+    spent = {name: [took[name].get(one.says, UNKNOWN) for one in claims] for name, claims in chosen.items()}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (threads // workers,)) as pool:
         try:
             # one claim of every method, then the others: a method a task, as its claims share models and what was measured on them
@@ -104,7 +112,10 @@ def _side_by_side(
                     name: [i for i, one in enumerate(claims) if (i == leading[name]) == first and not one.timed]
                     for name, claims in chosen.items()
                 }
-                running = {pool.submit(_quick, name, those, data, until): name for name, those in numbers.items() if those}
+                # what costs little first, so that more is reached
+                numbers = {name: sorted(those, key=lambda i, name=name: spent[name][i]) for name, those in numbers.items() if those}  # type: ignore[misc]
+                order = sorted(numbers, key=lambda name: sum(spent[name][i] for i in numbers[name]))
+                running = {pool.submit(_quick, name, numbers[name], data, until): name for name in order}
                 for future in as_completed(running):
                     name = running[future]
                     verdicts, lines = future.result()
@@ -125,8 +136,11 @@ def _side_by_side(
     return {name: [verdict for _, verdict in sorted(verdicts.items())] for name, verdicts in found.items()}
 
 
-def _smallest(claims: Sequence[Claim], data: Path | None) -> int:
-    """The first claim on the smallest models that are here; those that are always here are the largest."""
+def _quickest(claims: Sequence[Claim], took: Mapping[str, float], data: Path | None) -> int:
+    """The claim that is known to cost least; where nothing is known, the first on the smallest models that are here: those that are always
+    here are the largest."""
+    if known := [i for i, one in enumerate(claims) if one.says in took]:
+        return min(known, key=lambda i: took[claims[i].says])
     here = range(len(claims)) if data is not None else []
     return next((i for i in here if not re.search(r"\b(nano|mamba)\b", claims[i].scale)), 0)
 
@@ -178,8 +192,9 @@ def _verdict(entry: catalogue.Entry, claim: Claim, says: Sequence[str], data: Pa
     had = None if again else next((one for one in entry.verdicts if one["says"] == claim.says), None)
     if had is not None and had.get("ground") != ground and had["scale"] == claim.scale and "witness" in had:
         log(f"{entry.name}: the quick form on the present code, for a verdict of earlier code: {claim.says}")
-        if _same(had["witness"], _witness(claim, data, log, had.get("witness_draws"))):
-            had |= {"ground": ground, "confirmed": job.versions()}
+        witness, seconds = _witness(claim, data, log, had.get("witness_draws"))
+        if _same(had["witness"], witness):
+            had |= {"ground": ground, "confirmed": job.versions(), "witness_seconds": seconds}
             catalogue.record(entry.name, had, says)
     if had is not None and had.get("ground") == ground:
         log(f"{entry.name}: {had['result']}, as recorded (--again runs it anew): {claim.says}")
@@ -198,16 +213,18 @@ def _witnessed(
     if "witness" in verdict or verdict["result"] == "cannot be checked here":
         return verdict
     log(f"{entry.name}: the quick form, as a witness: {claim.says}")
-    verdict = verdict | {"witness": _witness(claim, data, log, QUICK), "witness_draws": QUICK}
+    witness, seconds = _witness(claim, data, log, QUICK)
+    verdict = verdict | {"witness": witness, "witness_draws": QUICK, "witness_seconds": seconds}
     catalogue.record(entry.name, verdict, says)
     return verdict
 
 
-def _witness(claim: Claim, data: Path | None, log: Log, draws: int | None) -> dict[str, float]:
-    """Numbers of a claim's quick form in so many of its draws (None: all), without its stand-in."""
+def _witness(claim: Claim, data: Path | None, log: Log, draws: int | None) -> tuple[dict[str, float], float]:
+    """Numbers of a claim's quick form in so many of its draws (None: all), without its stand-in, and the seconds that it took."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="laconic-") as scratch:
         verdict = claim.check(Lab(data, True, log, Path(scratch), draws))
-    return {key: float(one.value) for key, one in verdict.numbers.items()}
+    return {key: float(one.value) for key, one in verdict.numbers.items()}, round(time.monotonic() - began, 1)
 
 
 def _same(a: Mapping[str, float], b: Mapping[str, float]) -> bool:

@@ -196,8 +196,10 @@ def test_of_each_method_a_claim_on_the_smallest_model_comes_first() -> None:
 
     paper = Paper("Somebody", 2020, "arXiv:2001.00001")
     claims = [Claim("Quick.", paper, scale, check, check) for scale in ("nano, 3 draws", "stories260k, 3 draws", "random matrices")]
-    assert verifying._smallest(claims, Path()) == 1 and verifying._smallest(claims, None) == 0
-    assert verifying._smallest(claims[:1], Path()) == 0
+    assert verifying._quickest(claims, {}, Path()) == 1 and verifying._quickest(claims, {}, None) == 0
+    assert verifying._quickest(claims[:1], {}, Path()) == 0
+    # what is known to cost little goes before what is only thought to
+    assert verifying._quickest(claims, {claims[0].says: 3.0}, Path()) == 0
 
 
 def test_times_are_taken_alone_and_in_one_draw() -> None:
@@ -210,7 +212,7 @@ def test_times_are_taken_alone_and_in_one_draw() -> None:
         return Verdict("holds", {})
 
     claim = Claim("Quick.", Paper("Somebody", 2020, "arXiv:2001.00001"), "nano", check, check, timed=True)
-    found = verifying._side_by_side({"a.b.c": [claim], "a.b.d": [claim]}, None, lambda _: None, lambda *_: None)
+    found = verifying._side_by_side({"a.b.c": [claim], "a.b.d": [claim]}, {"a.b.c": {}, "a.b.d": {}}, None, lambda _: None, lambda *_: None)
     assert [len(verdicts) for verdicts in found.values()] == [1, 1]
     assert set(beside) == {"MainProcess"}
     assert {tuple(lab.draws((0, 1, 2))) for lab in labs} == {(0,)}
