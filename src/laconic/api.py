@@ -980,6 +980,7 @@ def verify(
     family: str | None = None,
     full: bool = False,
     again: bool = False,
+    confirm: bool = False,
     claim: int | None = None,
     lab: str | Path | None = None,
     progress: Progress = quiet,
@@ -989,9 +990,9 @@ def verify(
 
     full: at full scale; each verdict is recorded as it comes, so that a run which was stopped goes on, and a claim whose verdict stands
     on the present code and models is not run `again`. Beside each verdict the numbers of the quick form are kept: where code that it
-    stands on has changed and the quick form still gives them, it stands too. claim: one of a method's by its number, from 1. lab: folder
-    of real data. The answer's `ok` is false where a certificate was not reproduced, a claim fails, or a claim's broken stand-in did not
-    fail."""
+    stands on has changed and the quick form still gives them, it stands too; `confirm` does that alone, for what is recorded. claim: one
+    of a method's by its number, from 1. lab: folder of real data. The answer's `ok` is false where a certificate was not reproduced, a
+    claim fails, or a claim's broken stand-in did not fail."""
     if (name is None) == (family is None):
         raise UserError("verify needs one thing: a method (quantize.round.gptq), a folder (out), or --family quantize")
     if name is not None and Path(name).is_dir():
@@ -999,7 +1000,7 @@ def verify(
     if name is not None and (os.sep in str(name) or str(name).startswith(".")):
         raise UserError(f"no such folder: {name}; name a folder that `laconic compress` wrote, or a method")
     entries = [catalogue.find(str(name))] if name is not None else list(catalogue.select(family=family))
-    found = verifying.verify(entries, _lab_data(lab), full=full, again=again, claim=claim, log=log, progress=progress)
+    found = verifying.verify(entries, _lab_data(lab), full=full, again=again, confirm=confirm, claim=claim, log=log, progress=progress)
     if not found:
         raise UserError(f"{name or f'family {family}'} has no claim to verify; see `laconic show` for what each method promises")
     ok = all(c["result"] != "fails" and c["broken"]["result"] != "holds" for answer in found for c in answer["claims"])

@@ -778,6 +778,7 @@ def verify(
     ] = None,
     full: Annotated[bool, typer.Option("--full/--quick", help="At full scale; each verdict is recorded, a stopped run goes on.")] = False,
     again: Annotated[bool, typer.Option("--again", help="With --full: also claims whose recorded verdict still stands.")] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Recorded verdicts by their quick forms, where code has changed.")] = False,
     claim: Annotated[int | None, typer.Option("--claim", help="One claim of a method, by its number.", show_default=False)] = None,
     lab: Annotated[str | None, typer.Option("--lab", help="Folder of real data for claims (../shared/data).", show_default=False)] = None,
     as_json: JsonOption = False,
@@ -789,7 +790,9 @@ def verify(
     from laconic import api
 
     with Voice() as voice:
-        found = api.verify(name, family=family, full=full, again=again, claim=claim, lab=lab, progress=voice.progress, log=voice.log)
+        found = api.verify(
+            name, family=family, full=full, again=again, confirm=confirm, claim=claim, lab=lab, progress=voice.progress, log=voice.log
+        )
     if as_json:
         _print_json(found)
     elif "folder" in found:

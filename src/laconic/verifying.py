@@ -47,13 +47,15 @@ def verify(
     *,
     full: bool,
     again: bool = False,
+    confirm: bool = False,
     claim: int | None = None,
     log: Log,
     progress: Progress = quiet,
 ) -> list[dict[str, Any]]:
     """Each method's name, scale, verdicts and the claims that were `left`, in the order given; methods without a claim are left out. claim:
-    one of a single method's by its number, from 1. Quick forms of several methods run side by side, a process for each core, those whose
-    figures are times alone after them; one claim of every method, then the others, as far as ten minutes last."""
+    one of a single method's by its number, from 1. confirm: what is recorded, by quick forms where code has changed, and nothing else.
+    Quick forms of several methods run side by side, a process for each core, those whose figures are times alone after them; one claim of
+    every method, then the others, as far as ten minutes last."""
     chosen: dict[str, list[Claim]] = {}
     for entry in entries:
         claims = claims_of(entry.name)
@@ -65,7 +67,10 @@ def verify(
                 f"--claim {claim}: name a method and one of its claims, 1 to {len(claims)}; `laconic show {entry.name}` lists them"
             )
         chosen[entry.name] = list(claims if claim is None else claims[claim - 1 : claim])
-    if full:
+    if confirm:
+        found = {entry.name: _confirmed(entry, chosen[entry.name], data, log) for entry in entries if entry.name in chosen}
+        chosen = {name: [one for one in claims if one.says in {had["says"] for had in found[name]}] for name, claims in chosen.items()}
+    elif full:
         found = {entry.name: _recorded(entry, chosen[entry.name], data, again, log) for entry in entries if entry.name in chosen}
     elif len(chosen) > 1:
         took = {
@@ -188,22 +193,45 @@ def _recorded(entry: catalogue.Entry, claims: Sequence[Claim], data: Path | None
 
 def _verdict(entry: catalogue.Entry, claim: Claim, says: Sequence[str], data: Path | None, again: bool, log: Log) -> dict[str, Any]:
     """A claim's verdict at full scale: the recorded one where it still stands, else a new one. says: of all claims, in their order."""
+    had = None if again else _had(entry, claim)
+    if had is not None and _stands(entry, claim, had, says, data, log):
+        log(f"{entry.name}: {had['result']}, as recorded (--again runs it anew): {claim.says}")
+        return had
+    verdict = _judge(entry.name, claim, Lab(data, False, log, None)) | {"ground": catalogue.ground(entry.name, claim.scale)}
+    # a promise that could not be looked at is no verdict
+    if verdict["result"] != "cannot be checked here":
+        catalogue.record(entry.name, verdict, says)
+    return verdict
+
+
+def _had(entry: catalogue.Entry, claim: Claim) -> dict[str, Any] | None:
+    """The recorded verdict."""
+    return next((one for one in entry.verdicts if one["says"] == claim.says), None)
+
+
+def _stands(entry: catalogue.Entry, claim: Claim, had: dict[str, Any], says: Sequence[str], data: Path | None, log: Log) -> bool:
+    """Whether a recorded verdict is one of the present code and models; where they have changed and the quick form gives the numbers that
+    it gave, it is from now on."""
     ground = catalogue.ground(entry.name, claim.scale)
-    had = None if again else next((one for one in entry.verdicts if one["says"] == claim.says), None)
-    if had is not None and had.get("ground") != ground and had["scale"] == claim.scale and "witness" in had:
+    if had.get("ground") != ground and had["scale"] == claim.scale and "witness" in had:
         log(f"{entry.name}: the quick form on the present code, for a verdict of earlier code: {claim.says}")
         witness, seconds = _witness(claim, data, log, had.get("witness_draws"))
         if _same(had["witness"], witness):
             had |= {"ground": ground, "confirmed": job.versions(), "witness_seconds": seconds}
             catalogue.record(entry.name, had, says)
-    if had is not None and had.get("ground") == ground:
-        log(f"{entry.name}: {had['result']}, as recorded (--again runs it anew): {claim.says}")
-        return had
-    verdict = _judge(entry.name, claim, Lab(data, False, log, None)) | {"ground": ground}
-    # a promise that could not be looked at is no verdict
-    if verdict["result"] != "cannot be checked here":
-        catalogue.record(entry.name, verdict, says)
-    return verdict
+    return had.get("ground") == ground  # type: ignore[no-any-return]
+
+
+def _confirmed(entry: catalogue.Entry, claims: Sequence[Claim], data: Path | None, log: Log) -> list[dict[str, Any]]:
+    """Recorded verdicts, those of earlier code put to the test of their quick forms."""
+    says = [one.says for one in claims_of(entry.name)]
+    found = []
+    for claim in claims:
+        if (had := _had(entry, claim)) is not None:
+            stands = _stands(entry, claim, had, says, data, log)
+            log(f"{entry.name}: {had['result']}, {'on the present code' if stands else 'of earlier code, not confirmed'}: {claim.says}")
+            found.append(had)
+    return found
 
 
 def _witnessed(

@@ -132,8 +132,17 @@ def test_verdicts_are_recorded_as_they_come_and_not_found_twice(tmp_path: Path, 
     assert runs == ["First. quick", "Second. quick", "Third."]
     assert [one["ground"] for one in catalogue.verdicts(name)] == ["other"] * 2
     assert "confirmed" in catalogue.verdicts(name)[0]
-    # and which they do
+    # and which they do: what was found is not found again by those who only confirm
     monkeypatch.setattr(catalogue, "ground", lambda name, scale: "another")
+    del runs[:]
+    kept = catalogue.verdicts(name)
+    gain = 2.1
+    assert [one["says"] for one in verify(confirm=True)["methods"][0]["claims"]] == ["First.", "Second."]
+    assert runs == ["First. quick", "Second. quick"] and catalogue.verdicts(name) == kept
+    gain = 2.0
+    verify(confirm=True, claim=2)
+    assert [one["ground"] for one in catalogue.verdicts(name)] == ["other", "another"]
+    assert catalogue.verdicts(name)[1]["witness_seconds"] >= 0
     del runs[:]
     gain = 2.1
     verify(full=True, claim=1)
