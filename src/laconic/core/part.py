@@ -37,6 +37,14 @@ class Part(nn.Module, ABC):
         """The part again, from `describe()`; buffers come with the model's tensors."""
 
 
+def adopt(part: nn.Module, layer: nn.Module) -> None:
+    """Children and parameters of a layer become a part's own too, under their names."""
+    for name, child in layer.named_children():
+        part.add_module(name, child)
+    for leaf, parameter in layer.named_parameters(recurse=False):
+        part.register_parameter(leaf, parameter)
+
+
 class Rounding(Part):
     """A part without tensors, in the place of a module without tensors (a softmax), that computes what that one did and rounds it. It
     stands in the model from the moment that it is placed, so that whatever comes later sees what it does."""

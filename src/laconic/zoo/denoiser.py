@@ -16,7 +16,6 @@ states of its own sampling, at all noise levels. `painter` is the same network a
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -359,18 +358,7 @@ def train(images: Digits, test: Digits, recipe: small.Briefly, minutes: float, s
 
 def write(model: Denoiser, run: dict[str, Any], test: Digits, folder: Path) -> dict[str, Any]:
     """Write weights in bf16, the card and the record, and return the record."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
-    stored = Denoiser()
-    stored.load_state_dict({name: value.float() for name, value in weights.items()})
-    parameters = sum(p.numel() for p in model.parameters())
-    record = {"parameters": parameters, "run": run, "losses": {"test": held_out(stored, test)}}
-    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(record), encoding="utf-8")
-    return record
+    return small.write_module(model, Denoiser(), lambda stored: {"run": run, "losses": {"test": held_out(stored, test)}}, card, folder)
 
 
 def card(record: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ of digits, in minutes of one: what they have in common."""
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import tempfile
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from laconic.core.errors import UserError
 from laconic.zoo import corpus
@@ -19,6 +20,8 @@ from laconic.zoo.nano import BOS, Recipe, Stream, encode, fit, held_out_loss, lo
 
 if TYPE_CHECKING:
     import torch
+
+Trained = TypeVar("Trained", bound="torch.nn.Module")
 
 SCORED = 1 << 15
 FULL = 20_000_000
@@ -253,6 +256,28 @@ def by_minutes(
             kept.with_suffix(".new").replace(kept)
             say(f"held-out {held_out():.4f}")
     return {**asdict(recipe), "steps": step, "images": step * recipe.batch, "minutes": round(time.process_time() / 60 - began, 1)}
+
+
+def write_module(
+    model: Trained,
+    stored: Trained,
+    record: Callable[[Trained], dict[str, Any]],
+    card: Callable[[dict[str, Any]], str],
+    folder: Path,
+) -> dict[str, Any]:
+    """Write weights in bf16, the record and the card that states it, and return the record. stored: a model of the same kind, which gets
+    the weights as stored; what was found of it goes into the record."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    stored.load_state_dict({name: value.float() for name, value in weights.items()})
+    found = {"parameters": sum(p.numel() for p in model.parameters()), **record(stored.eval())}
+    (folder / "training.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card(found), encoding="utf-8")
+    return found
 
 
 def say(line: str) -> None:

@@ -6,7 +6,6 @@ of one core. It takes images as `normal` makes them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,18 +89,7 @@ def train(
 
 def write(model: nn.Module, run: dict[str, Any], test: tuple[Tensor, Tensor], folder: Path) -> dict[str, Any]:
     """Write weights in bf16, the card and the record, and return the record."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
-    stored = blank().eval()
-    stored.load_state_dict({name: value.float() for name, value in weights.items()})
-    parameters = sum(p.numel() for p in model.parameters())
-    record = {"parameters": parameters, "run": run, "right": {"test": right(stored, *test)}}
-    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(record), encoding="utf-8")
-    return record
+    return small.write_module(model, blank(), lambda stored: {"run": run, "right": {"test": right(stored, *test)}}, card, folder)
 
 
 def card(record: dict[str, Any]) -> str:

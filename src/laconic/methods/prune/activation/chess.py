@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from laconic.core.claim import Card, Paper
+from laconic.core.part import adopt
 from laconic.core.router import Routed, Router, Skips
 from laconic.core.site import Anatomy, Linear, Site, Sublayer
 from laconic.core.transform import Change, Lesson
@@ -141,8 +142,7 @@ class Neurons(Sparse):
 
     def around(self, path: str, model: nn.Module) -> None:
         layer = model.get_submodule(path)
-        for name, child in layer.named_children():
-            self.add_module(name, child)
+        adopt(self, layer)
         self._act = (act_of(layer, self.names),)
 
     def fits(self, path: str, model: nn.Module) -> bool:

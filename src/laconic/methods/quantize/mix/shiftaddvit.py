@@ -25,6 +25,7 @@ from typing_extensions import Self
 
 from laconic.core.claim import Card, Paper
 from laconic.core.packed import Held, Packed
+from laconic.core.part import adopt
 from laconic.core.router import Router, Settling
 from laconic.core.site import Anatomy, Linear, Site
 from laconic.core.transform import Change, Lesson
@@ -151,10 +152,7 @@ class _Part(Settling):
     def around(self, path: str, model: nn.Module) -> None:
         layer = model.get_submodule(path)
         self._layer = (layer,)
-        for name, child in layer.named_children():
-            self.add_module(name, child)
-        for leaf, parameter in layer.named_parameters(recurse=False):
-            self.register_parameter(leaf, parameter)
+        adopt(self, layer)
         # what takes the place of one of its modules later on is the layer's too
         layer._modules = self._modules
 

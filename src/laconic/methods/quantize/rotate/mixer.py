@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from laconic.core.part import Part
+from laconic.core.part import Part, adopt
 from laconic.kernels.hadamard import hadamard
 from laconic.kernels.inputs import rounded
 from laconic.kernels.scan import recurrence
@@ -64,10 +64,7 @@ class Mixer(Part):
         self.register_buffer("gate_scale", None)
 
     def over(self, module: nn.Module) -> None:
-        for name, child in module.named_children():
-            self.add_module(name, child)
-        for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
+        adopt(self, module)
         for name in ("layer_idx", "time_step_rank", "ssm_state_size", "conv_kernel_size", "layer_type"):
             if hasattr(module, name):
                 setattr(self, name, getattr(module, name))

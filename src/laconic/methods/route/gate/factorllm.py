@@ -23,6 +23,7 @@ from typing_extensions import Self
 
 from laconic.core.claim import Card, Paper
 from laconic.core.errors import UserError
+from laconic.core.part import adopt
 from laconic.core.router import Routed, Router
 from laconic.core.site import Anatomy, Linear, Site, Sublayer
 from laconic.core.transform import Change, Lesson
@@ -113,10 +114,7 @@ class Experts(Routed):
     def around(self, path: str, model: nn.Module) -> None:
         layer = model.get_submodule(path)
         self._layer = (layer,)
-        for name, child in layer.named_children():
-            self.add_module(name, child)
-        for leaf, parameter in layer.named_parameters(recurse=False):
-            self.register_parameter(leaf, parameter)
+        adopt(self, layer)
 
     def fits(self, path: str, model: nn.Module) -> bool:
         layer = model.get_submodule(path)
