@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from laconic import artifact
+from laconic.core.errors import UserError
 from laconic.core.packed import Held
 from laconic.data import Samples, Split
 from laconic.job import compress
@@ -18,7 +20,7 @@ from laconic.methods.quantize.grid.levels import Leveled
 from laconic.methods.quantize.mix.shiftaddvit import Attention, Mixture
 from laconic.models import ModuleSource
 from laconic.recipe import Recipe, check, load_recipe
-from laconic.zoo import vit
+from laconic.zoo import small, vit
 
 HELD = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -89,3 +91,41 @@ def test_it_is_read_back_and_runs_without_most_multiplications(made: tuple[Modul
 
 def test_the_recipe_names_the_method() -> None:
     assert load_recipe("shiftaddvit").route == "quantize.mix.shiftaddvit"
+
+
+def digits(folder: Path) -> Path:
+    """A file of a few random images, as MNIST's is laid out."""
+    rng = np.random.default_rng(0)
+    parts = {f"{part}_x": rng.integers(0, 256, (count, 28, 28), dtype=np.uint8) for part, count in (("train", 64), ("test", 500))}
+    np.savez(folder / "mnist.npz", **parts, **{f"{part}_y": rng.integers(0, 10, len(parts[f"{part}_x"])) for part in ("train", "test")})
+    return folder
+
+
+def test_training_writes_what_the_factory_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    vit.main(["--data", str(digits(tmp_path)), "--minutes", "0.005", "--out", str(out), "--scratch", str(scratch)])
+    record = json.loads((out / "training.json").read_text())
+    assert record["run"]["steps"] >= 1 and 0 <= record["right"]["test"] <= 1
+    assert f"{record['parameters']:,} parameters" in (out / "README.md").read_text()
+    monkeypatch.setattr(vit, "path", lambda: out)
+    model = vit.vit()
+    assert outputs(model)(model.example_input).shape == (2, vit.CLASSES)
+    monkeypatch.setattr(vit, "path", lambda: tmp_path)
+    with pytest.raises(UserError, match="is missing: train it with"):
+        vit.vit()
+    with pytest.raises(UserError, match=r"give the folder of mnist\.npz"):
+        vit.main(["--data", str(scratch), "--out", str(out), "--scratch", str(scratch)])
+
+
+def test_moved_images_are_the_same_elsewhere() -> None:
+    images = torch.zeros(50, 28, 28, dtype=torch.uint8)
+    images[:, 14, 14] = 200
+    found = vit.moved(images, torch.Generator().manual_seed(0))
+    at = found.flatten(1).argmax(1)
+    assert (found.flatten(1).amax(1) == 200).all()
+    assert set((at // 28).tolist()) == set((at % 28).tolist()) == {12, 13, 14, 15, 16}
+
+
+def test_the_shipped_model_reads_digits(shared: Path) -> None:
+    (_, _), (images, classes) = small.mnist(shared / "mnist")
+    assert vit.right(vit.vit(), images[:1000], classes[:1000]) > 0.94
