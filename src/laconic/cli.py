@@ -483,6 +483,8 @@ def plan(
     for kept in made["kept"]:
         if kept["why"] == "learned in the same bytes":
             print(f"learned: {kept['tensor']}, {kept['bytes']:,} bytes, in the same bytes")
+        elif "before" in kept:
+            print(f"learned: {kept['tensor']}, {kept['bytes']:,} bytes in place of {kept['before']:,}, in a form of the routed part")
         elif kept["why"] != "one-dimensional":
             print(f"kept as it is: {kept['tensor']}, {kept['bytes']:,} bytes, {kept['why']}")
     for note in made["notes"]:
