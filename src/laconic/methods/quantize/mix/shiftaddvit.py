@@ -1,12 +1,12 @@
 """ShiftAddViT: a trained vision transformer whose products become additions and shifts, and multiplications only for tokens that need them.
 
-You et al. 2023, arXiv:2306.06446, section 4.  Attention: q, k of unit norm become codes of 0 and 1 (above the image's mean or not), and
-o = x / |x| + dconv(v), x = v / 2 + q (k^T v) / pi, so both products are sums of entries; dconv: over 9 tokens, channel by channel. The four
-projections: w -> sign(w) 2^round(log2 |w|), a shift (Elhoushi et al. 2019, arXiv:1905.13298, section 3), learned straight through. MLP
-(eq. 4): y = p_i e_i(h), i = argmax p, p = softmax(R h), e_0 the layer as it was, e_1 its copy in shifts. Balance (eq. 5): for each layer
-weight * (SCV(a_i sum_t p_i) + SCV(a_i sum_t P(i is taken under noise))), SCV(x) = var(x) / mean(x)^2, a_i its share of the latency:
-tokens go to experts in inverse proportion to it. KL to the original in place of the loss of the classes. In two stages: attention until
-`until` of the steps, then also shifts and experts.
+You et al. 2023, arXiv:2306.06446, section 4.  Attention: q, k of unit norm become codes of 0 and 1 (above the mean or not: the
+image's, so that no image depends on those beside it), and o = x / |x| + dconv(v), x = v / 2 + q (k^T v) / pi, so both products are sums of
+entries; dconv: over 9 tokens, channel by channel. The four projections: w -> sign(w) 2^round(log2 |w|), a shift (Elhoushi et al. 2019,
+arXiv:1905.13298, section 3), learned straight through. MLP (eq. 4): y = p_i e_i(h), i = argmax p, p = softmax(R h), e_0 the layer as it
+was, e_1 its copy in shifts. Balance (eq. 5): for each layer weight * (SCV(a_i sum_t p_i) + SCV(a_i sum_t P(i is taken under noise))),
+SCV(x) = var(x) / mean(x)^2, a_i its share of the latency: tokens go to experts in inverse proportion to it. KL to the original in place
+of the loss of the classes. In two stages: attention until `until` of the steps, then also shifts and experts.
 Codes of sign and power: `bits`, one power of two a row.  Sibling: route.gate.factorllm (experts that all multiply)."""
 
 from __future__ import annotations
