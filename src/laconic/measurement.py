@@ -29,6 +29,7 @@ from laconic.core.packed import Held
 from laconic.core.router import Load, Routed
 from laconic.encoders import feed
 from laconic.kernels import divergence
+from laconic.kernels.picks import _processor
 from laconic.kernels.place import device, here
 from laconic.stepping import Steps, steps_of
 
@@ -545,15 +546,9 @@ def hardware() -> dict[str, Any]:
     import psutil
 
     # not platform.processor(): it starts a child, which for a moment counts as large as this process
-    name = platform.machine()
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "processor": name,
+        "processor": _processor(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,

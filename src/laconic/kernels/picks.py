@@ -111,6 +111,7 @@ def machine(threads: int) -> str:
 
 @lru_cache(maxsize=1)
 def _processor() -> str:
+    # not platform.processor(): it starts a child, which for a moment counts as large as this process
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

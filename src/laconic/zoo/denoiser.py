@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.core.errors import UserError
 from laconic.kernels.densities import BINS, OUTERMOST, densities, means
 from laconic.kernels.pairs import narrowly
 from laconic.zoo import small
@@ -157,13 +156,7 @@ Model = TypeVar("Model", bound=Denoiser)
 
 
 def _filled(model: Model) -> Model:
-    from safetensors.torch import load_file
-
-    file = path() / "model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{file} is missing: train it with python -m laconic.zoo.denoiser --data FOLDER, or install the package anew")
-    model.load_state_dict({name: value.float() for name, value in load_file(file).items()})
-    model.eval().requires_grad_(False)
+    small.filled(model, path(), "denoiser")
     words, start = drawn(0, 2)
     model.example_input = joined(start, torch.full((2,), MOST), words)  # type: ignore[assignment]
     return model

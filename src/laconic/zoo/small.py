@@ -124,11 +124,7 @@ by the model.
         a = p.parse_args(arguments)
         if a.threads < 1 or a.tokens < 1 or a.minutes <= 0:
             p.error("--threads, --tokens and --minutes must be above 0")
-        # found out now rather than after the training
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(a.out.parent, os.W_OK):
-            p.error(f"{a.out.parent} cannot be written to; give another folder with --out")
-        a.scratch.mkdir(parents=True, exist_ok=True)
+        _ready(p, a)
         import torch
 
         if not hasattr(torch.optim, "Muon"):
@@ -258,6 +254,18 @@ def by_minutes(
     return {**asdict(recipe), "steps": step, "images": step * recipe.batch, "minutes": round(time.process_time() / 60 - began, 1)}
 
 
+def filled(model: Trained, folder: Path, name: str) -> Trained:
+    """The model with the weights of a folder, in fp32. UserError where it holds none."""
+    from safetensors.torch import load_file
+
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{file} is missing: train it with python -m laconic.zoo.{name} --data FOLDER, or install the package anew")
+    model.load_state_dict({key: value.float() for key, value in load_file(file).items()})
+    model.eval().requires_grad_(False)
+    return model
+
+
 def write_module(
     model: Trained,
     stored: Trained,
@@ -285,6 +293,14 @@ def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
+def _ready(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    """Folders of `--out` and `--scratch`, found out now rather than after the training."""
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(a.out.parent, os.W_OK):
+        p.error(f"{a.out.parent} cannot be written to; give another folder with --out")
+    a.scratch.mkdir(parents=True, exist_ok=True)
+
+
 def asked(name: str, description: str | None, arguments: Sequence[str] | None, minutes: float) -> argparse.Namespace:
     """What a training of digits is asked for at the command line; its folders are there on return."""
     p = argparse.ArgumentParser(
@@ -297,10 +313,6 @@ def asked(name: str, description: str | None, arguments: Sequence[str] | None, m
     a = p.parse_args(arguments)
     if a.minutes <= 0:
         p.error("--minutes must be above 0")
-    # found out now rather than after the training
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(a.out.parent, os.W_OK):
-        p.error(f"{a.out.parent} cannot be written to; give another folder with --out")
-    a.scratch.mkdir(parents=True, exist_ok=True)
+    _ready(p, a)
     (a.scratch / "FINISH").unlink(missing_ok=True)
     return a

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.core.errors import UserError
 from laconic.kernels.pairs import narrowly
 from laconic.zoo import small
 
@@ -37,14 +36,7 @@ def blank() -> nn.Module:
 
 def vit() -> nn.Module:
     """Return the shipped model in fp32: (b, 1, 28, 28) -> (b, 10). UserError where the package holds no weights."""
-    from safetensors.torch import load_file
-
-    file = path() / "model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{file} is missing: train it with python -m laconic.zoo.vit --data FOLDER, or install the package anew")
-    model = blank()
-    model.load_state_dict({name: value.float() for name, value in load_file(file).items()})
-    model.eval().requires_grad_(False)
+    model = small.filled(blank(), path(), "vit")
     model.example_input = torch.zeros(2, 1, SIZE, SIZE)  # type: ignore[assignment]
     return model
 
